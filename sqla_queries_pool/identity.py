@@ -1,0 +1,194 @@
+"""Which database is it?  The pool id of an engine, and what people call it.
+
+A pool never sees the URL: ``create_engine`` hands it a creator.  For the engine's own creator the
+connect arguments can be had through the public ``do_connect`` event of the dialect, without
+connecting: see :func:`of_creator`.
+
+The id is a digest of what the database *is*: backend, hosts and ports, database, user.  The password
+is not in it, so rotating one keeps the pool, and the id gives nobody anything to guess it with;
+neither is the driver, so that two drivers share one budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import os
+import uuid
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from threading import get_ident
+from typing import Any, NamedTuple
+
+from sqlalchemy import event, exc
+
+_ENGINE_CREATORS = "sqlalchemy.engine.create"
+"""The module of the creator that ``create_engine`` makes where the user gives none."""
+
+
+class Identity(NamedTuple):
+    """Which pool an engine uses."""
+
+    pid: str
+    """The pool id."""
+    label: str
+    """For people: backend, user, host, port and database; never a password."""
+    private: bool
+    """Can no other engine have the same?"""
+    in_memory: bool = False
+    """A database that lives and dies with its one connection."""
+
+
+def stated(pool_id: str) -> Identity:
+    """The identity that the user states."""
+    return Identity(pool_id, pool_id, private=False)
+
+
+def private(label: str, in_memory: bool = False) -> Identity:
+    """An identity that is shared with nobody."""
+    return Identity(f"private-{uuid.uuid4().hex}", label, private=True, in_memory=in_memory)
+
+
+def of_creator(creator: Any, dialect: Any) -> Identity:
+    """Find out what an engine's creator connects to, without connecting.
+
+    A creator of the user's own is never called for this: the identity is private.
+
+    :param creator: what ``create_engine`` hands to a pool class.
+    :param dialect: the engine's dialect.
+    """
+    if getattr(creator, "__module__", None) != _ENGINE_CREATORS or dialect is None:
+        return private("custom creator")
+    arguments = _arguments(creator, dialect)
+    found = None if arguments is None else of_arguments(dialect.name, *arguments)
+    if found is None:
+        warnings.warn(
+            f"QueriesPool can't tell which {dialect.name} database this engine connects to, so it "
+            "shares no limit with other engines; state pool_id='…' to have it share one",
+            exc.SAWarning,
+            stacklevel=2,
+        )
+        return private(dialect.name)
+    return found
+
+
+def of_arguments(
+    backend: str, arguments: Sequence[Any], options: Mapping[str, Any]
+) -> Identity | None:
+    """Return the identity behind the arguments of a DBAPI's ``connect``, None if it can't be told."""
+    if backend == "sqlite":
+        return _of_sqlite(arguments, options)
+    options = dict(options)
+    if backend == "postgresql":
+        for dsn in [*arguments, options.pop("dsn", None), options.pop("conninfo", None)]:
+            if isinstance(dsn, str) and dsn:
+                # As the drivers do: keywords win over what the string says.
+                options = {**_parse_dsn(dsn), **options}
+        return _of_postgresql(options)
+    database = _first(options, "database", "dbname", "db", "service_name", "sid")
+    host = _first(options, "host", "hostname", "server", "unix_socket")
+    if any(arguments) or (host is None and database is None):
+        return None
+    user = _first(options, "user", "username")
+    port = _first(options, "port")
+    return _identity(backend, [(_text(host).lower(), _text(port))], _text(database), _text(user))
+
+
+def _arguments(creator: Callable[..., Any], dialect: Any) -> tuple[Any, Any] | None:
+    """Return the connect arguments that the creator of an engine uses, None if it does not tell."""
+    seen: list[tuple[Any, Any]] = []
+    me = get_ident()
+
+    def listen(dialect: Any, record: Any, arguments: Any, options: Any) -> None:
+        if get_ident() == me:
+            seen.append((list(arguments), dict(options)))
+            raise _Seen
+
+    event.listen(dialect, "do_connect", listen, insert=True)
+    try:
+        # A listener on the dialect's class runs before ours, and may connect for real.
+        if next(iter(dialect.dispatch.do_connect), None) is listen:
+            creator()
+    except _Seen:
+        return seen.pop()
+    finally:
+        event.remove(dialect, "do_connect", listen)
+    closure = inspect.getclosurevars(creator).nonlocals
+    if "cargs_tup" in closure and "cparams" in closure:
+        return closure["cargs_tup"], closure["cparams"]
+    return None
+
+
+class _Seen(Exception):
+    """Raised out of the listener, so that nothing connects."""
+
+
+def _of_sqlite(arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity:
+    file = _text(arguments[0] if arguments else options.get("database"))
+    if file in ("", ":memory:") or file.startswith("file::memory:") or "mode=memory" in file:
+        return private("sqlite://", in_memory=True)
+    path = file if file.startswith("file:") else os.path.abspath(file)
+    return _identity("sqlite", [], path, "")
+
+
+def _of_postgresql(options: Mapping[str, Any]) -> Identity:
+    """libpq's rules and defaults: https://www.postgresql.org/docs/current/libpq-connect.html"""
+    service = _first(options, "service") or os.environ.get("PGSERVICE", "")
+    user = _text(_first(options, "user") or os.environ.get("PGUSER") or _os_user())
+    database = _first(options, "dbname", "database") or os.environ.get("PGDATABASE") or user
+    host = _first(options, "host", "hostaddr") or os.environ.get("PGHOST", "")
+    port = _first(options, "port") or os.environ.get("PGPORT", "")
+    hosts = [h.strip() if h.startswith("/") else h.strip().lower() for h in _text(host).split(",")]
+    ports = [p.strip() or "5432" for p in _text(port).split(",")]
+    if len(ports) == 1:
+        ports *= len(hosts)
+    return _identity(
+        "postgresql",
+        list(zip(hosts, ports, strict=False)),
+        _text(database),
+        user,
+        f"service {service}" if service else "",
+    )
+
+
+def _identity(
+    backend: str, hosts: list[tuple[str, str]], database: str, user: str, more: str = ""
+) -> Identity:
+    canonical = json.dumps([backend, hosts, database, user, more])
+    where = ",".join(_host_and_port(host, port) for host, port in hosts)
+    who = f"{user}@" if user else ""
+    label = f"{backend}://{who}{where}/{database.lstrip('/')}" + (f" ({more})" if more else "")
+    return Identity(hashlib.sha256(canonical.encode()).hexdigest()[:32], label, private=False)
+
+
+def _host_and_port(host: str, port: str) -> str:
+    bracketed = f"[{host}]" if ":" in host or "/" in host else host
+    return f"{bracketed}:{port}" if port else bracketed
+
+
+def _parse_dsn(dsn: str) -> dict[str, str]:
+    from psycopg2.extensions import parse_dsn
+
+    try:
+        parsed: dict[str, str] = parse_dsn(dsn)
+    except Exception:  # the driver will say what is wrong with it, when it connects
+        return {}
+    return parsed
+
+
+def _os_user() -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except (ImportError, KeyError):
+        return os.environ.get("USERNAME", "")
+
+
+def _first(options: Mapping[str, Any], *names: str) -> Any:
+    return next((options[name] for name in names if options.get(name) not in (None, "")), None)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

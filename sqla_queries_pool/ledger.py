@@ -1,0 +1,788 @@
+"""Who has which slot of one database's budget, and who waits for one.
+
+Pure bookkeeping: no lock, no thread, no clock, no I/O, nothing of SQLAlchemy.  ``Pool`` calls every
+method with its lock held and passes the time in; what has to be done outside the lock (wake, close,
+reset, look again later) is returned as a list of work.  Reads by properties take no lock and may be
+a moment old.
+
+A *slot* is one unit of the budget: an open connection, or the right to open one.  An *entry* is what
+its holder has in hand: SQLAlchemy's record, a :class:`Permit` before there is one, or, for a
+connection that was added by hand, the slot itself.  The ledger refers to slots strongly and to
+entries and engines weakly, for two reasons: it keeps no engine alive, and an entry that dies
+(abandoned in a cycle, lost to an exception) gives its slot back through :meth:`Ledger.lost`.
+
+What always holds when no method is running; :meth:`Ledger.check` asserts it:
+
+1. The slots in use do not exceed the limit; where a lowered limit left more, they only get fewer.
+2. Nobody waits who could be served: by a free slot, or by one that somebody else could give up.
+3. A slot is opening, idle, held or closing: exactly one.
+4. A waiter is in the line of its engine until it is answered, and never after.
+5. A slot that is opening ends as opened or failed, and a failure serves the next waiter.
+6. No idle connection is of a retired generation.
+7. No engine uses more slots than its own ceiling, unless it passed its pool's limit on a lowering.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+OPENING = "opening"
+IDLE = "idle"
+HELD = "held"
+CLOSING = "closing"
+GONE = "gone"
+
+IDLE_TTL = "idle for its idle_ttl"
+DISPOSED = "its engine was disposed"
+GAVE_WAY = "gave way to another engine"
+LOWERED = "max_size was lowered"
+ABANDONED = "its holder is gone"
+REMOVED = "removed through the queries API"
+
+PATIENCE = 0.1
+"""Seconds that another engine's waiter always waits before a connection is closed for it."""
+PATIENCE_FACTOR = 4.0
+"""... and how many mean waits: handing over across engines costs a close and a connect, so it is the
+exception that keeps the longest wait bounded, not the rule (docs/design.rst, decision 6)."""
+
+
+class NotHeld(RuntimeError):
+    """A connection was given back by somebody who did not have it: twice, or a stranger's."""
+
+
+class Quota:
+    """What one engine may use and uses, across the pools that it had: dispose() makes a new one."""
+
+    __slots__ = ("slots", "stated")
+
+    def __init__(self, stated: float | None) -> None:
+        self.stated = stated
+        """The ``max_size`` that the engine states: its own ceiling, its wish for the pool's limit.
+        ``inf`` asks for no limit, ``None`` asks for nothing and has no ceiling of its own."""
+        self.slots: set[Slot] = set()
+        """All slots that count against the ceiling."""
+
+    @property
+    def full(self) -> bool:
+        return self.stated is not None and len(self.slots) >= self.stated
+
+
+class Slot:
+    """One unit of the budget."""
+
+    __slots__ = (
+        "__weakref__",
+        "entry",
+        "generation",
+        "handle",
+        "holder",
+        "home",
+        "quota",
+        "session",
+        "since",
+        "state",
+        "uses",
+    )
+
+    def __init__(self, handle: Any = None) -> None:
+        self.state = GONE
+        """One of the five words above; written under the lock alone."""
+        self.handle = handle
+        """The DBAPI connection, None while there is none (opening, hollow, closed); written by
+        whoever has the slot, when it opens or closes the socket."""
+        self.entry: EntryRef | None = None
+        """Weak: what the holder has in hand; None where that is the slot itself."""
+        self.home: weakref.ref[Attachment] | None = None
+        """Weak: the engine's side of the books; shared by all its slots."""
+        self.quota: Quota | None = None
+        """The quota that it counts against."""
+        self.generation = 0
+        """The attachment's generation when the connecting of this socket began."""
+        self.holder: int | None = None
+        """Identifier of the thread that has it; None when nobody or a session has."""
+        self.session: weakref.ref[Any] | None = None
+        """Weak: the queries session that locked it; dead but not None means a stale lock."""
+        self.since = 0.0
+        """Since when it is in its state, by the pool's clock."""
+        self.uses = 0
+        """How often it was taken."""
+
+    @property
+    def slot(self) -> Slot:
+        """A connection that was added by hand is its own entry."""
+        return self
+
+    @property
+    def stale(self) -> bool:
+        """Locked by a session that is dead: to be rolled back or closed before anyone gets it."""
+        return self.session is not None and self.session() is None
+
+
+class Entry(Protocol):
+    """What a holder has in hand; see the module's text."""
+
+    @property
+    def slot(self) -> Any: ...
+
+
+class EntryRef(weakref.ref[Any]):
+    """A weak reference that knows the slot of what it refers to, for when that has died."""
+
+    __slots__ = ("slot",)
+
+    def __new__(cls, entry: Any, callback: Callable[[EntryRef], None], slot: Slot) -> EntryRef:
+        self = super().__new__(cls, entry, callback)
+        self.slot = slot
+        return self
+
+    def __init__(self, entry: Any, callback: Callable[[EntryRef], None], slot: Slot) -> None:
+        super().__init__(entry, callback)
+
+    slot: Slot
+
+
+class Permit:
+    """The right to open one connection, and what has to be closed before."""
+
+    __slots__ = ("__weakref__", "evicts", "slot")
+
+    def __init__(self, slot: Slot, evicts: Any) -> None:
+        self.slot = slot
+        self.evicts = evicts
+        """The entry that gave way, or None.  Its slot is off the books: this one stands for both."""
+
+
+class Waiter(Protocol):
+    """One blocked checkout; gates.py has the one for threads."""
+
+    attachment: Attachment
+    holder: int
+    since: float
+    answer: Any
+
+    def open(self) -> None: ...
+
+
+class Attachment:
+    """One engine's side of the books: its idle connections and its line.
+
+    Owned by the engine's ``QueriesPool``; the ledger refers to it weakly, except while somebody
+    waits in its line.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "generation",
+        "hollow",
+        "idle",
+        "lent",
+        "line",
+        "own_ttl",
+        "pop",
+        "quota",
+        "ref",
+        "retired",
+        "ttl",
+    )
+
+    def __init__(self, quota: Quota, ttl: float, lifo: bool = True) -> None:
+        self.quota = quota
+        self.own_ttl = ttl
+        """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
+        self.ttl = ttl
+        """The one in force: ``set_idle_ttl`` of the pool overrules the engine's own."""
+        self.idle: deque[Any] = deque()
+        """Entries of open connections, oldest idle on the left: entries come home on the right, so
+        the left end alone tells whether something has expired, whichever end is used first."""
+        self.pop = self.idle.pop if lifo else self.idle.popleft
+        """Takes the next one to be used off :attr:`idle`."""
+        self.hollow: deque[Any] = deque()
+        """Entries that came home without a connection (invalidated): a slot, but no socket."""
+        self.lent: dict[Slot, Any] = {}
+        """What queries sessions have locked: slot -> entry; it keeps the entry alive."""
+        self.line: OrderedDict[Waiter, None] = OrderedDict()
+        """Waiters in order of arrival; one that gives up leaves from the middle in O(1)."""
+        self.generation = 0
+        """Born into new connections; dispose() ends one."""
+        self.retired = 0
+        """Connections of a generation below this one close when they come home."""
+        self.ref: weakref.ref[Attachment] = weakref.ref(self)
+        """What the slots and the ledger know it by; ``attach`` adds the callback."""
+
+
+class Wake(NamedTuple):
+    """Work: open the gate of a waiter that has its answer."""
+
+    waiter: Waiter
+
+
+class Close(NamedTuple):
+    """Work: close a connection, then report :meth:`Ledger.closed`."""
+
+    slot: Slot
+    entry: Any
+    reason: str
+
+
+class Reset(NamedTuple):
+    """Work: roll back a connection that a session left behind, then :meth:`Ledger.give_lent`."""
+
+    slot: Slot
+
+
+class Due(NamedTuple):
+    """Work: see to it that somebody calls :meth:`Ledger.expire` at this time of the pool's clock."""
+
+    at: float
+
+
+Work: TypeAlias = list[Wake | Close | Reset | Due]
+
+
+class Ledger:
+    """The bookkeeping of one pool.
+
+    :param lost: called with an :class:`EntryRef` whose entry died, in any thread and at any moment,
+        inside another method of the ledger too; it must put the call of :meth:`lost` aside.
+    :param new_slot: makes a slot.
+    """
+
+    def __init__(
+        self, lost: Callable[[EntryRef], None], new_slot: Callable[[], Slot] = Slot
+    ) -> None:
+        self._on_lost = lost
+        self._new_slot = new_slot
+        self.slots: set[Slot] = set()
+        """Every slot that counts."""
+        self.opening: set[Slot] = set()
+        self.closing: set[Slot] = set()
+        self.attachments: dict[weakref.ref[Attachment], Quota] = {}
+        """The attached engines.  The quota stays known when the engine is dead."""
+        self.by_hand = Attachment(Quota(None), 60.0)
+        """The connections that were added by hand: nobody's line, an engine's to evict at most.
+        Where the pool has no idle TTL set, they follow that of the engine that attached last."""
+        self.lines: dict[Attachment, None] = {}
+        """The attachments in whose line somebody waits."""
+        self.set_limit_to: float | None = None
+        """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
+        self.default_limit = 15.0
+        """The limit where nobody said anything (design 3)."""
+        self.limit = self.default_limit
+        """The limit in force, ``inf`` for none."""
+        self.ttl: float | None = None
+        """What ``create`` or ``set_idle_ttl`` said for all, ``inf`` for never; None: each its own."""
+        self.due = math.inf
+        """When :meth:`expire` is to be called next, as far as anybody was told."""
+        self.mean_wait = 0.0
+        """Moving mean of how long the served waited, in seconds."""
+        self.vacant_since: float | None = None
+        """Since when there is neither a slot nor an engine; None while there is."""
+
+    # -- the hot path ------------------------------------------------------------------------------
+
+    def take(self, attachment: Attachment, holder: int, now: float) -> Any:
+        """Return an entry for this engine, now held (or opening, if a :class:`Permit`), or None."""
+        if attachment.idle:
+            entry = attachment.pop()
+            slot = entry.slot
+            slot.state = HELD
+            slot.holder = holder
+            slot.since = now
+            slot.uses += 1
+            return entry
+        if attachment.hollow:
+            return self._hold(attachment.hollow.pop(), holder, now)
+        return self._open(attachment, holder, now)
+
+    def give(self, attachment: Attachment, entry: Any, now: float) -> Work | None:
+        """Take an entry back from its holder.
+
+        :raises NotHeld: nobody had it.
+        """
+        slot = entry.slot
+        if slot.state is not HELD:
+            raise NotHeld(f"{entry!r} was given back, but it is {slot.state}")
+        slot.holder = None
+        slot.since = now
+        if (
+            self.lines
+            or slot.handle is None
+            or slot.generation < attachment.retired
+            or len(self.slots) > self.limit
+        ):
+            return self._give_on(attachment, entry, slot, now)
+        slot.state = IDLE
+        attachment.idle.append(entry)
+        if now + attachment.ttl < self.due:
+            return self._due(now + attachment.ttl)
+        return None
+
+    # -- giving and taking, the rest ---------------------------------------------------------------
+
+    def _hold(self, entry: Any, holder: int, now: float) -> Any:
+        slot = entry.slot
+        slot.state = HELD
+        slot.holder = holder
+        slot.since = now
+        slot.uses += 1
+        return entry
+
+    def _give_on(self, attachment: Attachment, entry: Any, slot: Slot, now: float) -> Work:
+        """Give an entry that came home to whom it is due: a waiter, the closers, or the idle."""
+        if len(self.slots) - len(self.closing) > self.limit:
+            return [self._close(entry, LOWERED)]
+        if slot.generation < attachment.retired:
+            return [self._close(entry, DISPOSED)]
+        waiter = self._next_for(attachment, now)
+        if waiter is None:
+            slot.state = IDLE
+            (attachment.idle if slot.handle is not None else attachment.hollow).append(entry)
+            return self._due(now + attachment.ttl)
+        if waiter.attachment is attachment:
+            # Direct hand-over: never idle in between, so no newcomer can overtake.
+            return [self._answer(waiter, self._hold(entry, waiter.holder, now), now)]
+        self._strike(slot)
+        permit = self._permit(waiter.attachment, waiter.holder, now, entry)
+        return [self._answer(waiter, permit, now)]
+
+    def _next_for(self, attachment: Attachment, now: float) -> Waiter | None:
+        """Choose who gets a connection of this attachment that has come home (design 6)."""
+        own = next(iter(attachment.line), None)
+        # Its slot frees a place under its own quota, so engines of that quota are never too full.
+        others = (
+            next(iter(other.line))
+            for other in self.lines
+            if other is not attachment
+            and (other.quota is attachment.quota or not other.quota.full)
+        )
+        oldest = min(others, key=_arrival, default=None)
+        if own is None or oldest is None:
+            return own or oldest
+        patience = max(PATIENCE, PATIENCE_FACTOR * self.mean_wait)
+        return oldest if oldest.since < own.since and now - oldest.since > patience else own
+
+    def _open(self, attachment: Attachment, holder: int, now: float) -> Permit | None:
+        """Return the right to open a connection, or None: all full and nobody can give way."""
+        full = attachment.quota.full
+        evicts = None
+        if full or len(self.slots) >= self.limit:
+            evicts = self._pick(attachment.quota if full else None)
+            if evicts is None:
+                return None
+            self._strike(evicts.slot)
+        return self._permit(attachment, holder, now, evicts)
+
+    def _permit(self, attachment: Attachment, holder: int, now: float, evicts: Any) -> Permit:
+        slot = self._new_slot()
+        slot.state = OPENING
+        slot.holder = holder
+        slot.since = now
+        slot.uses = 1
+        permit = Permit(slot, evicts)
+        self.bind(slot, permit)
+        self._enter(slot, attachment)
+        self.opening.add(slot)
+        return permit
+
+    def _pick(self, within: Quota | None) -> Any:
+        """Take off and return the idle entry that can best be spared (of one quota, or of all)."""
+        crowd = [a for a in self._everyone() if within is None or a.quota is within]
+        for attachment in crowd:
+            if attachment.hollow:
+                return attachment.hollow.popleft()
+        idle = [a for a in crowd if a.idle and a is not self.by_hand]
+        if idle:
+            return min(idle, key=lambda a: a.idle[0].slot.since).idle.popleft()
+        if self.by_hand in crowd and self.by_hand.idle:
+            return self.by_hand.idle.popleft()
+        for attachment in crowd:
+            for slot in attachment.lent:
+                if slot.stale:
+                    return attachment.lent.pop(slot)
+        return None
+
+    # -- waiting -----------------------------------------------------------------------------------
+
+    def join(self, waiter: Waiter, now: float) -> Any:
+        """Return an entry if there is one by now, else put the waiter in line and return None."""
+        attachment = waiter.attachment
+        entry = self.take(attachment, waiter.holder, now)
+        if entry is None:
+            waiter.since = now
+            attachment.line[waiter] = None
+            self.lines[attachment] = None
+        return entry
+
+    def leave(self, waiter: Waiter) -> Any:
+        """Take a waiter out of the line; return what it was given meanwhile, or None."""
+        self._out_of_line(waiter)
+        return waiter.answer
+
+    def _out_of_line(self, waiter: Waiter) -> None:
+        attachment = waiter.attachment
+        attachment.line.pop(waiter, None)
+        if not attachment.line:
+            self.lines.pop(attachment, None)
+
+    def _answer(self, waiter: Waiter, entry: Any, now: float) -> Wake:
+        self._out_of_line(waiter)
+        self.mean_wait += (now - waiter.since - self.mean_wait) / 16
+        waiter.answer = entry
+        return Wake(waiter)
+
+    def _serve(self, now: float) -> Work:
+        """Let the waiters open what can be opened by now, the oldest first."""
+        work: Work = []
+        while self.lines:
+            heads = sorted((next(iter(a.line)) for a in self.lines), key=_arrival)
+            for waiter in heads:
+                permit = self._open(waiter.attachment, waiter.holder, now)
+                if permit is not None:
+                    work.append(self._answer(waiter, permit, now))
+                    break
+            else:
+                break
+        return work
+
+    # -- opening and closing -----------------------------------------------------------------------
+
+    def bind(self, slot: Slot, entry: Any) -> None:
+        """Say what the holder of a slot has in hand from now on."""
+        slot.entry = EntryRef(entry, self._on_lost, slot)
+
+    def opened(self, slot: Slot, now: float) -> None:
+        """A connection was opened: its opener holds it."""
+        self.opening.discard(slot)
+        slot.state = HELD
+        slot.since = now
+
+    def failed(self, slot: Slot, now: float) -> Work:
+        """A connection could not be opened: the next waiter may try for itself."""
+        return self._free(slot, now)
+
+    def closed(self, slot: Slot, now: float) -> Work:
+        """A connection is closed: its slot is free.  One that gave its slot on has none to free."""
+        return self._free(slot, now)
+
+    def let_go(self, slot: Slot, now: float) -> Work:
+        """A connection was detached by its holder, who owns it from now on."""
+        return self._free(slot, now)
+
+    def lost(self, slot: Slot, now: float) -> Work:
+        """The entry of a slot has died: nobody can give it back any more."""
+        if slot.state is HELD and slot.session is not None and not slot.stale:
+            # A session has locked an engine's connection, and the engine is gone: the session keeps
+            # it, as if it had been added by hand.
+            assert slot.quota is not None
+            slot.quota.slots.discard(slot)
+            slot.entry = None
+            self._enter(slot, self.by_hand)
+            self.by_hand.lent[slot] = slot
+            return []
+        if slot.handle is None:
+            return self._free(slot, now)
+        if slot in self.slots:
+            self.opening.discard(slot)
+            slot.state = CLOSING
+            self.closing.add(slot)
+        return [Close(slot, None, ABANDONED)]
+
+    def _enter(self, slot: Slot, attachment: Attachment) -> None:
+        slot.quota = attachment.quota
+        slot.home = attachment.ref
+        slot.quota.slots.add(slot)
+        self.slots.add(slot)
+        self.vacant_since = None
+
+    def _strike(self, slot: Slot) -> None:
+        """Off the books."""
+        slot.state = GONE
+        self.slots.discard(slot)
+        self.opening.discard(slot)
+        self.closing.discard(slot)
+        if slot.quota is not None:
+            slot.quota.slots.discard(slot)
+
+    def _free(self, slot: Slot, now: float) -> Work:
+        self._strike(slot)
+        return self._serve(now) + self._vacancy(now)
+
+    def _close(self, entry: Any, reason: str) -> Close:
+        slot = entry.slot
+        slot.state = CLOSING
+        slot.session = None
+        self.closing.add(slot)
+        return Close(slot, entry, reason)
+
+    def close_idle(self, attachment: Attachment, reason: str) -> Work:
+        """Close what this attachment has idle."""
+        work: Work = []
+        for entries in (attachment.idle, attachment.hollow):
+            while entries:
+                work.append(self._close(entries.popleft(), reason))
+        return work
+
+    def close_all(self) -> Work | Slot:
+        """Close every connection, or none and return one that is busy."""
+        for slot in self.slots:
+            if slot.state is OPENING or (slot.state is HELD and not slot.stale):
+                return slot
+        work: Work = []
+        for attachment in self._everyone():
+            work += self.close_idle(attachment, REMOVED)
+            while attachment.lent:
+                work.append(self._close(attachment.lent.popitem()[1], REMOVED))
+        return work
+
+    def close_one(self, slot: Slot, force: bool = False) -> Work:
+        """Close one connection that is idle or whose lock is stale, with ``force`` any that a
+        session has locked; else return nothing."""
+        attachment = slot.home() if slot.home is not None else None
+        if attachment is None:
+            return []
+        if slot.state is IDLE:
+            entry = slot.entry() if slot.entry is not None else slot
+            (attachment.idle if entry in attachment.idle else attachment.hollow).remove(entry)
+            return [self._close(entry, REMOVED)]
+        if slot in attachment.lent and (slot.stale or force):
+            return [self._close(attachment.lent.pop(slot), REMOVED)]
+        return []
+
+    def dispose(self, attachment: Attachment) -> Work:
+        """Close what is idle and end the generation; what is out comes home as usual (design 10)."""
+        attachment.generation += 1
+        return self.close_idle(attachment, DISPOSED)
+
+    def retire(self, attachment: Attachment) -> None:
+        """Let what was born before the last dispose close when it comes home."""
+        attachment.retired = attachment.generation
+
+    def retire_all(self) -> None:
+        """Let all that is open close when it comes home."""
+        for attachment in self._everyone():
+            if attachment is not self.by_hand:
+                attachment.generation += 1
+                attachment.retired = attachment.generation
+
+    # -- the queries API ---------------------------------------------------------------------------
+
+    def add(self, slot: Slot, now: float) -> Work | None:
+        """Count a connection that was opened elsewhere; None if there is no slot for it."""
+        if len(self.slots) >= self.limit:
+            return None
+        slot.state = IDLE
+        slot.since = now
+        self._enter(slot, self.by_hand)
+        self.by_hand.idle.append(slot)
+        return self._due(now + self.by_hand.ttl)
+
+    def lend(self, slot: Slot, session: weakref.ref[Any], now: float) -> bool:
+        """Lock an idle connection for a session; False if it is not idle."""
+        attachment = slot.home() if slot.home is not None else None
+        if attachment is None or slot.state is not IDLE or slot.handle is None:
+            return False
+        entry = slot.entry() if slot.entry is not None else slot
+        attachment.idle.remove(entry)
+        slot.state = HELD
+        slot.session = session
+        slot.since = now
+        slot.uses += 1
+        attachment.lent[slot] = entry
+        return True
+
+
+    def unlock(self, slot: Slot) -> bool:
+        """Take the lock from a session; the caller resets the connection and then gives it back."""
+        if slot.state is not HELD or slot.session is None:
+            return False
+        slot.session = None
+        return True
+
+    def give_lent(self, slot: Slot, now: float) -> Work:
+        """Take back what :meth:`unlock` released, after its reset."""
+        attachment = slot.home() if slot.home is not None else None
+        if attachment is None or slot not in attachment.lent:
+            return []
+        return self.give(attachment, attachment.lent.pop(slot), now) or []
+
+    def session_died(self, slot: Slot, session: weakref.ref[Any], now: float) -> Work:
+        """A session died with a lock: have it looked after now."""
+        if slot.session is not session:
+            return []
+        work = self._serve(now)
+        self.due = now
+        return [*work, Due(now)]
+
+    def unlock_stale(self, attachment: Attachment) -> list[Slot]:
+        """Take the locks from sessions that have died."""
+        return [slot for slot in attachment.lent if slot.stale and self.unlock(slot)]
+
+    # -- limits, ages, engines ---------------------------------------------------------------------
+
+    def attach(
+        self, attachment: Attachment, gone: Callable[[weakref.ref[Attachment]], None], now: float
+    ) -> Work:
+        """An engine begins to use the pool; ``gone`` is what ``lost`` is, for the engine."""
+        attachment.ref = weakref.ref(attachment, gone)
+        self.by_hand.own_ttl = attachment.own_ttl
+        self.attachments[attachment.ref] = attachment.quota
+        self._apply_ttl()
+        self.vacant_since = None
+        return self._relimit(now)
+
+    def detach(self, ref: weakref.ref[Attachment], now: float) -> Work:
+        """An engine is gone."""
+        self.attachments.pop(ref, None)
+        return self._relimit(now) + self._vacancy(now)
+
+    def set_limit(self, limit: float | None, now: float) -> Work:
+        """Set the limit, ``inf`` for none; None leaves it to the attached engines."""
+        self.set_limit_to = limit
+        return self._relimit(now)
+
+    def _relimit(self, now: float) -> Work:
+        if self.set_limit_to is not None:
+            self.limit = self.set_limit_to
+        elif self.attachments:
+            stated = [q.stated for q in self.attachments.values() if q.stated is not None]
+            self.limit = max(stated, default=self.default_limit)
+        # Without engines it stays what it was: what they left open may still be closing.
+        work: Work = []
+        while len(self.slots) - len(self.closing) > self.limit:
+            entry = self._pick(None)
+            if entry is None:
+                break
+            work.append(self._close(entry, LOWERED))
+        return work + self._serve(now)
+
+    def set_ttl(self, ttl: float | None, now: float) -> Work:
+        """Set the idle TTL of all, ``inf`` for never; None leaves each engine its own."""
+        self.ttl = ttl
+        self._apply_ttl()
+        return self.expire(now)
+
+    def _apply_ttl(self) -> None:
+        for attachment in self._everyone():
+            attachment.ttl = attachment.own_ttl if self.ttl is None else self.ttl
+
+    def expire(self, now: float) -> Work:
+        """Close what was idle for too long, reset what dead sessions left, and say when to look again."""
+        work: Work = []
+        due = math.inf
+        for attachment in self._everyone():
+            work += [Reset(slot) for slot in self.unlock_stale(attachment)]
+            for entries in (attachment.idle, attachment.hollow):
+                while entries and entries[0].slot.since + attachment.ttl <= now:
+                    work.append(self._close(entries.popleft(), IDLE_TTL))
+                if entries:
+                    due = min(due, entries[0].slot.since + attachment.ttl)
+        self.due = math.inf
+        return work + self._due(due) + self._vacancy(now)
+
+    def _due(self, at: float) -> Work:
+        if at >= self.due:
+            return []
+        self.due = at
+        return [Due(at)]
+
+    def _vacancy(self, now: float) -> Work:
+        if self.slots or self.attachments:
+            return []
+        if self.vacant_since is None:
+            self.vacant_since = now
+        return [] if self.vacant(now) else self._due(self.vacant_since + self.leave_after)
+
+    @property
+    def leave_after(self) -> float:
+        """Seconds after which a vacant pool is of no use to anyone: the idle TTL where it is one."""
+        return max(1.0, self.by_hand.ttl) if self.by_hand.ttl < math.inf else 60.0
+
+    def vacant(self, now: float) -> bool:
+        """Has it been without slots and engines for its idle TTL?"""
+        return self.vacant_since is not None and now - self.vacant_since >= self.leave_after
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def _everyone(self) -> Iterator[Attachment]:
+        """The living attachments and the one for what was added by hand."""
+        for ref in list(self.attachments):
+            attachment = ref()
+            if attachment is not None:
+                yield attachment
+        yield self.by_hand
+
+    def numbers(self) -> Numbers:
+        """Count; without the lock a moment may lie between one number and the next."""
+        everyone = list(self._everyone())
+        total, opening, closing = len(self.slots), len(self.opening), len(self.closing)
+        idle = sum(len(a.idle) for a in everyone)
+        hollow = sum(len(a.hollow) for a in everyone)
+        waiting = sum(len(a.line) for a in everyone)
+        held = max(0, total - opening - closing - idle - hollow)
+        return Numbers(total, held, idle, opening, closing, hollow, waiting)
+
+    def check(self) -> None:
+        """Assert what the module's text promises."""
+        everyone = list(self._everyone())
+        idle = [(a, e) for a in everyone for e in a.idle]
+        hollow = [(a, e) for a in everyone for e in a.hollow]
+        lent = {slot for a in everyone for slot in a.lent}
+        states: dict[str, set[Slot]] = {s: set() for s in (OPENING, IDLE, HELD, CLOSING, GONE)}
+        for slot in self.slots:
+            states[slot.state].add(slot)
+        in_use = len(self.slots) - len(self.closing)
+        assert in_use <= self.limit or not (idle or hollow), "1: idle above the limit"
+        assert not self._could_be_served(), "2: somebody waits who could be served"
+        assert states[OPENING] == self.opening and states[CLOSING] == self.closing, "3"
+        assert len(states[IDLE]) == len(idle) + len(hollow) and not states[GONE], "3"
+        assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
+        assert lent <= states[HELD], "3: lent but not held"
+        for attachment in everyone:
+            assert (attachment in self.lines) == bool(attachment.line), "4: lines"
+            for waiter in attachment.line:
+                assert waiter.answer is None and waiter.attachment is attachment, "4"
+        assert all(e.slot.handle is not None for _, e in idle), "6: idle without a connection"
+        assert all(e.slot.generation >= a.retired for a, e in idle), "6: idle of a dead generation"
+        quotas = {*self.attachments.values(), self.by_hand.quota}
+        for quota in quotas:
+            assert quota.slots <= self.slots, "7: a quota counts what is gone"
+            assert quota.stated is None or len(quota.slots) <= quota.stated, "7: ceiling"
+        assert self.slots == set().union(*(s.quota.slots for s in self.slots if s.quota)), "7"
+
+    def _could_be_served(self) -> bool:
+        for attachment in self.lines:
+            full = attachment.quota.full
+            crowd = [a for a in self._everyone() if not full or a.quota is attachment.quota]
+            if not full and len(self.slots) < self.limit:
+                return True
+            if any(a.idle or a.hollow or any(s.stale for s in a.lent) for a in crowd):
+                return True
+        return False
+
+
+class Numbers(NamedTuple):
+    """How many slots are in which state."""
+
+    total: int
+    """All that count against the limit."""
+    held: int
+    idle: int
+    opening: int
+    closing: int
+    hollow: int
+    """Idle slots without a connection: it was invalidated."""
+    waiting: int
+    """Blocked checkouts."""
+
+    @property
+    def open(self) -> int:
+        """Connections that are open, or still being closed."""
+        return self.total - self.opening - self.hollow
+
+
+def _arrival(waiter: Waiter) -> float:
+    return waiter.since

@@ -1,0 +1,89 @@
+"""What the numbers that people write mean: ``max_size``, ``idle_ttl``, ``timeout``.
+
+Text that is a number is taken, because ini files and URLs have nothing else, and so is ``none``.
+"""
+
+from __future__ import annotations
+
+import enum
+import math
+from typing import Final
+
+from .errors import ParameterError
+
+
+class Unstated(enum.Enum):
+    """The type of :data:`UNSTATED`: the caller said nothing, which is not ``None``."""
+
+    UNSTATED = "unstated"
+
+    def __repr__(self) -> str:
+        return "UNSTATED"
+
+
+UNSTATED: Final = Unstated.UNSTATED
+
+QUEUEPOOL_SIZE: Final = 5
+"""QueuePool's default ``pool_size``."""
+QUEUEPOOL_OVERFLOW: Final = 10
+"""QueuePool's default ``max_overflow``."""
+
+
+def seconds(name: str, value: object) -> float | None:
+    """Return a duration of zero or more in seconds, ``None`` for one without an end.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    number = _number(value)
+    if number is not None and not number >= 0:
+        raise _error(name, value, "a number of seconds, zero or more, or None for no end")
+    return number
+
+
+def max_size(name: str, value: object) -> int | None:
+    """Return a limit of one or more connections, ``None`` for none at all.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    number = _number(value)
+    if number is not None and not (number >= 1 and number.is_integer()):
+        raise _error(name, value, "a whole number of connections, at least 1, or None for no limit")
+    return None if number is None else int(number)
+
+
+def queuepool_max_size(pool_size: object, max_overflow: object) -> int | None | Unstated:
+    """Return the ``max_size`` that QueuePool's two parameters amount to: their sum.
+
+    QueuePool spells "no limit" as ``pool_size=0`` or ``max_overflow=-1``.
+
+    :raises ParameterError: for what QueuePool has no meaning for.
+    """
+    if pool_size is UNSTATED and max_overflow is UNSTATED:
+        return UNSTATED
+    size = QUEUEPOOL_SIZE if pool_size is UNSTATED else _number(pool_size)
+    overflow = QUEUEPOOL_OVERFLOW if max_overflow is UNSTATED else _number(max_overflow)
+    if size is None or not (size >= 0 and float(size).is_integer()):
+        raise _error("pool_size", pool_size, "a whole number, or 0 for no limit (or use max_size)")
+    if overflow is None or not (overflow >= -1 and float(overflow).is_integer()):
+        remedy = "a whole number, or -1 for no limit (or use max_size)"
+        raise _error("max_overflow", max_overflow, remedy)
+    return None if size == 0 or overflow == -1 else int(size + overflow)
+
+
+def _number(value: object) -> float | None:
+    """``None`` for None, NaN for what is no number; a boolean is none, whatever Python says."""
+    if value is None or (isinstance(value, str) and value.strip().lower() == "none"):
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, float, str)):
+        return math.nan
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return math.nan
+    return number if math.isfinite(number) else math.nan
+
+
+def _error(name: str, value: object, remedy: str) -> ParameterError:
+    # A value that is no number may be anything, and of any length: a connection string, say.
+    shown = repr(value) if isinstance(value, (int, float)) else repr(str(value)[:40])
+    return ParameterError(f"{name}={shown} is not valid: write {remedy}")
