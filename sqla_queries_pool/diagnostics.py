@@ -6,8 +6,8 @@ import threading
 from typing import NamedTuple
 
 from .errors import CheckoutTimeout
-from .ledger import HELD, OPENING, Attachment
 from .pool import Pool
+from .slots import HELD, OPENING, Attachment
 
 MOST_HOLDERS = 10
 """How many holders the message of a timeout names."""

@@ -55,8 +55,11 @@ PORTS = range(20000, 32768)
 GUARD = """
 while read -r line && [ "$line" != done ]; do pid=$line; done
 if [ -n "$pid" ]; then
-    kill -QUIT "$pid"; i=0
-    while kill -0 "$pid" && [ $i -lt 100 ]; do sleep 0.1; i=$((i + 1)); done
+    kill -QUIT "$pid"; i=0  # tenths of a second
+    # A zombie passes for alive, and where nobody reaps orphans it stays; the server removes its file itself.
+    while kill -0 "$pid" && [ $i -lt 100 ] && { [ $i -lt 5 ] || [ -e "$1/data/postmaster.pid" ]; }; do
+        sleep 0.1; i=$((i + 1))
+    done
 fi
 rm -rf "$1"
 """

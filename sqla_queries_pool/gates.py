@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .ledger import Attachment, Entry
+    from .slots import Attachment, Entry
 
 
 class ThreadGate:

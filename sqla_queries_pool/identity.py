@@ -73,9 +73,7 @@ def of_creator(creator: Any, dialect: Any) -> Identity:
     return found
 
 
-def of_arguments(
-    backend: str, arguments: Sequence[Any], options: Mapping[str, Any]
-) -> Identity | None:
+def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity | None:
     """Return the identity behind the arguments of a DBAPI's ``connect``, None if it can't be told."""
     if backend == "sqlite":
         return _of_sqlite(arguments, options)

@@ -5,9 +5,7 @@ method with its lock held and passes the time in; what has to be done outside th
 reset, look again later) is returned as a list of work.  Reads by properties take no lock and may be
 a moment old.
 
-A *slot* is one unit of the budget: an open connection, or the right to open one.  An *entry* is what
-its holder has in hand: SQLAlchemy's record, a :class:`Permit` before there is one, or, for a
-connection that was added by hand, the slot itself.  The ledger refers to slots strongly and to
+The ledger refers to slots strongly and to
 entries and engines weakly, for two reasons: it keeps no engine alive, and an entry that dies
 (abandoned in a cycle, lost to an exception) gives its slot back through :meth:`Ledger.lost`.
 
@@ -26,15 +24,29 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections import OrderedDict, deque
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from typing import Any
 
-OPENING = "opening"
-IDLE = "idle"
-HELD = "held"
-CLOSING = "closing"
-GONE = "gone"
+from .slots import (
+    CLOSING,
+    GONE,
+    HELD,
+    IDLE,
+    OPENING,
+    Attachment,
+    Close,
+    Due,
+    EntryRef,
+    NotHeld,
+    Numbers,
+    Permit,
+    Quota,
+    Reset,
+    Slot,
+    Waiter,
+    Wake,
+    Work,
+)
 
 IDLE_TTL = "idle for its idle_ttl"
 DISPOSED = "its engine was disposed"
@@ -50,199 +62,6 @@ PATIENCE_FACTOR = 4.0
 exception that keeps the longest wait bounded, not the rule (docs/design.rst, decision 6)."""
 
 
-class NotHeld(RuntimeError):
-    """A connection was given back by somebody who did not have it: twice, or a stranger's."""
-
-
-class Quota:
-    """What one engine may use and uses, across the pools that it had: dispose() makes a new one."""
-
-    __slots__ = ("slots", "stated")
-
-    def __init__(self, stated: float | None) -> None:
-        self.stated = stated
-        """The ``max_size`` that the engine states: its own ceiling, its wish for the pool's limit.
-        ``inf`` asks for no limit, ``None`` asks for nothing and has no ceiling of its own."""
-        self.slots: set[Slot] = set()
-        """All slots that count against the ceiling."""
-
-    @property
-    def full(self) -> bool:
-        return self.stated is not None and len(self.slots) >= self.stated
-
-
-class Slot:
-    """One unit of the budget."""
-
-    __slots__ = (
-        "__weakref__",
-        "entry",
-        "generation",
-        "handle",
-        "holder",
-        "home",
-        "quota",
-        "session",
-        "since",
-        "state",
-        "uses",
-    )
-
-    def __init__(self, handle: Any = None) -> None:
-        self.state = GONE
-        """One of the five words above; written under the lock alone."""
-        self.handle = handle
-        """The DBAPI connection, None while there is none (opening, hollow, closed); written by
-        whoever has the slot, when it opens or closes the socket."""
-        self.entry: EntryRef | None = None
-        """Weak: what the holder has in hand; None where that is the slot itself."""
-        self.home: weakref.ref[Attachment] | None = None
-        """Weak: the engine's side of the books; shared by all its slots."""
-        self.quota: Quota | None = None
-        """The quota that it counts against."""
-        self.generation = 0
-        """The attachment's generation when the connecting of this socket began."""
-        self.holder: int | None = None
-        """Identifier of the thread that has it; None when nobody or a session has."""
-        self.session: weakref.ref[Any] | None = None
-        """Weak: the queries session that locked it; dead but not None means a stale lock."""
-        self.since = 0.0
-        """Since when it is in its state, by the pool's clock."""
-        self.uses = 0
-        """How often it was taken."""
-
-    @property
-    def slot(self) -> Slot:
-        """A connection that was added by hand is its own entry."""
-        return self
-
-    @property
-    def stale(self) -> bool:
-        """Locked by a session that is dead: to be rolled back or closed before anyone gets it."""
-        return self.session is not None and self.session() is None
-
-
-class Entry(Protocol):
-    """What a holder has in hand; see the module's text."""
-
-    @property
-    def slot(self) -> Any: ...
-
-
-class EntryRef(weakref.ref[Any]):
-    """A weak reference that knows the slot of what it refers to, for when that has died."""
-
-    __slots__ = ("slot",)
-
-    def __new__(cls, entry: Any, callback: Callable[[EntryRef], None], slot: Slot) -> EntryRef:
-        self = super().__new__(cls, entry, callback)
-        self.slot = slot
-        return self
-
-    def __init__(self, entry: Any, callback: Callable[[EntryRef], None], slot: Slot) -> None:
-        super().__init__(entry, callback)
-
-    slot: Slot
-
-
-class Permit:
-    """The right to open one connection, and what has to be closed before."""
-
-    __slots__ = ("__weakref__", "evicts", "slot")
-
-    def __init__(self, slot: Slot, evicts: Any) -> None:
-        self.slot = slot
-        self.evicts = evicts
-        """The entry that gave way, or None.  Its slot is off the books: this one stands for both."""
-
-
-class Waiter(Protocol):
-    """One blocked checkout; gates.py has the one for threads."""
-
-    attachment: Attachment
-    holder: int
-    since: float
-    answer: Any
-
-    def open(self) -> None: ...
-
-
-class Attachment:
-    """One engine's side of the books: its idle connections and its line.
-
-    Owned by the engine's ``QueriesPool``; the ledger refers to it weakly, except while somebody
-    waits in its line.
-    """
-
-    __slots__ = (
-        "__weakref__",
-        "generation",
-        "hollow",
-        "idle",
-        "lent",
-        "line",
-        "own_ttl",
-        "pop",
-        "quota",
-        "ref",
-        "retired",
-        "ttl",
-    )
-
-    def __init__(self, quota: Quota, ttl: float, lifo: bool = True) -> None:
-        self.quota = quota
-        self.own_ttl = ttl
-        """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
-        self.ttl = ttl
-        """The one in force: ``set_idle_ttl`` of the pool overrules the engine's own."""
-        self.idle: deque[Any] = deque()
-        """Entries of open connections, oldest idle on the left: entries come home on the right, so
-        the left end alone tells whether something has expired, whichever end is used first."""
-        self.pop = self.idle.pop if lifo else self.idle.popleft
-        """Takes the next one to be used off :attr:`idle`."""
-        self.hollow: deque[Any] = deque()
-        """Entries that came home without a connection (invalidated): a slot, but no socket."""
-        self.lent: dict[Slot, Any] = {}
-        """What queries sessions have locked: slot -> entry; it keeps the entry alive."""
-        self.line: OrderedDict[Waiter, None] = OrderedDict()
-        """Waiters in order of arrival; one that gives up leaves from the middle in O(1)."""
-        self.generation = 0
-        """Born into new connections; dispose() ends one."""
-        self.retired = 0
-        """Connections of a generation below this one close when they come home."""
-        self.ref: weakref.ref[Attachment] = weakref.ref(self)
-        """What the slots and the ledger know it by; ``attach`` adds the callback."""
-
-
-class Wake(NamedTuple):
-    """Work: open the gate of a waiter that has its answer."""
-
-    waiter: Waiter
-
-
-class Close(NamedTuple):
-    """Work: close a connection, then report :meth:`Ledger.closed`."""
-
-    slot: Slot
-    entry: Any
-    reason: str
-
-
-class Reset(NamedTuple):
-    """Work: roll back a connection that a session left behind, then :meth:`Ledger.give_lent`."""
-
-    slot: Slot
-
-
-class Due(NamedTuple):
-    """Work: see to it that somebody calls :meth:`Ledger.expire` at this time of the pool's clock."""
-
-    at: float
-
-
-Work: TypeAlias = list[Wake | Close | Reset | Due]
-
-
 class Ledger:
     """The bookkeeping of one pool.
 
@@ -251,9 +70,7 @@ class Ledger:
     :param new_slot: makes a slot.
     """
 
-    def __init__(
-        self, lost: Callable[[EntryRef], None], new_slot: Callable[[], Slot] = Slot
-    ) -> None:
+    def __init__(self, lost: Callable[[EntryRef], None], new_slot: Callable[[], Slot] = Slot) -> None:
         self._on_lost = lost
         self._new_slot = new_slot
         self.slots: set[Slot] = set()
@@ -356,8 +173,7 @@ class Ledger:
         others = (
             next(iter(other.line))
             for other in self.lines
-            if other is not attachment
-            and (other.quota is attachment.quota or not other.quota.full)
+            if other is not attachment and (other.quota is attachment.quota or not other.quota.full)
         )
         oldest = min(others, key=_arrival, default=None)
         if own is None or oldest is None:
@@ -594,7 +410,6 @@ class Ledger:
         attachment.lent[slot] = entry
         return True
 
-
     def unlock(self, slot: Slot) -> bool:
         """Take the lock from a session; the caller resets the connection and then gives it back."""
         if slot.state is not HELD or slot.session is None:
@@ -737,14 +552,16 @@ class Ledger:
         in_use = len(self.slots) - len(self.closing)
         assert in_use <= self.limit or not (idle or hollow), "1: idle above the limit"
         assert not self._could_be_served(), "2: somebody waits who could be served"
-        assert states[OPENING] == self.opening and states[CLOSING] == self.closing, "3"
-        assert len(states[IDLE]) == len(idle) + len(hollow) and not states[GONE], "3"
+        assert (states[OPENING], states[CLOSING]) == (self.opening, self.closing), "3"
+        assert not states[GONE], "3: gone, but counted"
+        assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
         assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
         assert lent <= states[HELD], "3: lent but not held"
         for attachment in everyone:
             assert (attachment in self.lines) == bool(attachment.line), "4: lines"
             for waiter in attachment.line:
-                assert waiter.answer is None and waiter.attachment is attachment, "4"
+                assert waiter.answer is None, "4: answered, but still in line"
+                assert waiter.attachment is attachment, "4: in another engine's line"
         assert all(e.slot.handle is not None for _, e in idle), "6: idle without a connection"
         assert all(e.slot.generation >= a.retired for a, e in idle), "6: idle of a dead generation"
         quotas = {*self.attachments.values(), self.by_hand.quota}
@@ -762,26 +579,6 @@ class Ledger:
             if any(a.idle or a.hollow or any(s.stale for s in a.lent) for a in crowd):
                 return True
         return False
-
-
-class Numbers(NamedTuple):
-    """How many slots are in which state."""
-
-    total: int
-    """All that count against the limit."""
-    held: int
-    idle: int
-    opening: int
-    closing: int
-    hollow: int
-    """Idle slots without a connection: it was invalidated."""
-    waiting: int
-    """Blocked checkouts."""
-
-    @property
-    def open(self) -> int:
-        """Connections that are open, or still being closed."""
-        return self.total - self.opening - self.hollow
 
 
 def _arrival(waiter: Waiter) -> float:

@@ -51,7 +51,7 @@ def max_size(name: str, value: object) -> int | None:
     return None if number is None else int(number)
 
 
-def queuepool_max_size(pool_size: object, max_overflow: object) -> int | None | Unstated:
+def queuepool_max_size(pool_size: object, max_overflow: object) -> int | Unstated | None:
     """Return the ``max_size`` that QueuePool's two parameters amount to: their sum.
 
     QueuePool spells "no limit" as ``pool_size=0`` or ``max_overflow=-1``.

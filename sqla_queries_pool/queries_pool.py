@@ -13,19 +13,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy.pool import (
-    ConnectionPoolEntry,
-    _AdhocProxiedConnection,
-    _ConnectionRecord,
-)
+from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
+from sqlalchemy.pool.base import _AdhocProxiedConnection, _ConnectionRecord
 
 from . import identity, parameters
 from .diagnostics import checkout_timeout
 from .errors import ParameterError
-from .ledger import Attachment, Permit, Quota
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
+from .slots import Attachment, Permit, Quota
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +74,7 @@ class QueriesPool(SQLAlchemyPool):
     def __init__(
         self,
         creator: Any,
-        max_size: int | None | Unstated = UNSTATED,
+        max_size: int | Unstated | None = UNSTATED,
         idle_ttl: float | None = 60.0,
         timeout: float | None = 30.0,
         pool_id: str | None = None,
@@ -98,20 +95,18 @@ class QueriesPool(SQLAlchemyPool):
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **kw)
-        if predecessor is None:
-            who = self._identify()
-            quota = self._make_quota(who)
-        else:
-            who = predecessor._identity
-            if who.private and not predecessor._disposed:
-                who = identity.private(who.label, who.in_memory)
-            quota = predecessor._attachment.quota
-        self._identity = who
+        self._identity = who = self._identify(predecessor)
+        quota = self._make_quota(who) if predecessor is None else predecessor._attachment.quota
         ttl = math.inf if self._idle_ttl is None or who.in_memory else self._idle_ttl
-        self._attachment = Attachment(quota, ttl, self._use_lifo)
+        self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo)
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
 
-    def _identify(self) -> identity.Identity:
+    def _identify(self, predecessor: QueriesPool | None) -> identity.Identity:
+        if predecessor is not None:
+            who = predecessor._identity
+            if who.private and not predecessor._disposed:
+                return identity.private(who.label, who.in_memory)
+            return who
         if self._pool_id is not None:
             return identity.stated(self._pool_id)
         return identity.of_creator(self._creator, self.__dict__.get("_dialect"))
@@ -134,18 +129,22 @@ class QueriesPool(SQLAlchemyPool):
     # -- checkout ----------------------------------------------------------------------------------
 
     def _do_get(self) -> ConnectionPoolEntry:
-        record = self._shared.take(self._attachment, self._timeout, self._gc_on_wait)
+        record = self._shared.take(self._attachment)
         if record.__class__ is Record:
             # Whether it must be reopened (invalidated, too old) SQLAlchemy asks next, in
             # get_connection(), and sends it home if that fails.  The slot is held all the time, so
             # it is bounded, and the seams see it; asking here too costs 0.3 microseconds.
-            return record  # type: ignore[no-any-return]
-        return self._open(record)
+            return record
+        return self._open(record) if record is not None else self._wait()
 
-    def _open(self, permit: Permit | None) -> Record:
-        if permit is None:
-            timeout = math.inf if self._timeout is None else self._timeout
+    def _wait(self) -> ConnectionPoolEntry:
+        timeout = math.inf if self._timeout is None else self._timeout
+        entry = self._shared.wait(self._attachment, timeout, self._gc_on_wait) if timeout else None
+        if entry is None:
             raise checkout_timeout(self._shared, self._attachment, timeout)
+        return entry if isinstance(entry, Record) else self._open(entry)
+
+    def _open(self, permit: Permit) -> Record:
         shared = self._shared
         try:
             shared.close_evicted(permit)
@@ -259,8 +258,8 @@ class QueriesPool(SQLAlchemyPool):
 
 
 def _stated_max_size(
-    max_size: int | None | Unstated, pool_size: object, max_overflow: object
-) -> int | None | Unstated:
+    max_size: int | Unstated | None, pool_size: object, max_overflow: object
+) -> int | Unstated | None:
     sums = parameters.queuepool_max_size(pool_size, max_overflow)
     if isinstance(max_size, Unstated):
         return sums

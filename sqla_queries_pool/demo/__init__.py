@@ -1,0 +1,1 @@
+"""``python -m sqla_queries_pool demo``: what QueriesPool does, measured beside QueuePool."""

@@ -1,0 +1,348 @@
+"""What engines do with a pool: check out, open, check in, close."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from threading import get_ident
+from typing import Any, ClassVar
+
+from ..errors import QueriesException
+from ..gates import ThreadGate
+from ..housekeeping import Housekeeper, Worker
+from ..ledger import Ledger
+from ..slots import (
+    HELD,
+    Attachment,
+    Close,
+    Due,
+    EntryRef,
+    NotHeld,
+    Permit,
+    Slot,
+    Wake,
+    Work,
+)
+from .connection import Connection
+from .garbage import GC_AFTER, collect_garbage
+from .guard import Guard
+
+logger = logging.getLogger(__name__)
+
+
+class Core(Guard):
+    """The shell around a :class:`~sqla_queries_pool.ledger.Ledger`: it has the clock and the hands.
+
+    :param pool_id: the pool id.
+    :param time_method: a monotonic clock in seconds, in place of ``time.monotonic``.
+    """
+
+    housekeeper: ClassVar[Housekeeper] = Housekeeper()
+
+    def __init__(self, pool_id: str, time_method: Callable[[], float] | None = None) -> None:
+        super().__init__(pool_id, time_method)
+        self.id = pool_id
+        self.listed = True
+        """Does the PoolManager know it?  ``remove`` takes a pool off the list whose engines live on;
+        their next opening puts it there again."""
+        self.last_connect_error: BaseException | None = None
+        """A copy of why opening failed last, without traceback (that has the password in its
+        frames, and the engine); None once a connection was opened."""
+        self.on_vacant: Callable[[Core], None] = _nothing
+        """Called by the housekeeper when there were no slots and no engines for the idle TTL; the
+        PoolManager's, for the pools that it knows."""
+        self._worker = Worker()
+        self._ledger = Ledger(self._entry_died, self._new_connection)
+        self._by_handle: dict[int, Connection] = {}
+        """id(handle) -> connection, for as long as the connection refers to the handle."""
+        self._detached: dict[int, weakref.ref[Any] | None] = {}
+        """id(handle) of connections that were detached and are, as far as one can see, open."""
+
+    # -- checkout and check-in ----------------------------------------------------------------------
+
+    def take(self, attachment: Attachment) -> Any:
+        """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or None:
+        there is no slot.
+
+        :raises CheckoutReentered: this thread is inside the pool already.
+        """
+        # _decide() by hand: 0.2 of the 0.9 microseconds that a checkout takes in here.
+        ledger = self._ledger
+        try:
+            with self._lock:
+                if self._inside:
+                    raise self._reentered()
+                self._inside = True
+                try:
+                    now = self._clock()
+                    entry = ledger.take(attachment, get_ident(), now)
+                finally:
+                    self._inside = False
+        finally:
+            if self._inbox:
+                self._settle()
+        if now > ledger.due:
+            self._remind()
+        return entry
+
+    def _remind(self) -> None:
+        """The housekeeper is late.  It may just be busy; or its thread has died."""
+        self._ledger.due = self._clock() + 1.0  # unlocked: at worst it is reminded twice
+        self.housekeeper.schedule(self, 0.0)
+
+    def wait(self, attachment: Attachment, timeout: float, gc_on_wait: bool) -> Any:
+        """Wait in line for what :meth:`take` returns.
+
+        :param timeout: seconds, ``inf`` for as long as it takes.
+        :param gc_on_wait: ask the collector for abandoned connections meanwhile.
+        :return: None if ``timeout`` was over first.
+        :raises CheckoutReentered: this thread is inside the pool already.
+        """
+        deadline = time.monotonic() + timeout
+        waiter = ThreadGate(attachment, get_ident())
+        entry = None
+        try:
+            entry = self._decide(self._ledger.join, waiter, self._clock())
+            # Slices, for the collector's sake, and so that nothing depends on one wake-up.
+            seconds = GC_AFTER
+            while entry is None and (left := deadline - time.monotonic()) > 0:
+                waiter.wait(min(left, seconds))
+                entry = waiter.answer
+                if entry is None and gc_on_wait:
+                    collect_garbage()
+                    entry = waiter.answer
+                seconds = 1.0
+            if entry is None:
+                entry = self._decide(self._ledger.leave, waiter)
+            return entry
+        except BaseException:
+            if entry is None:
+                entry = self._decide(self._ledger.leave, waiter)
+            if entry is not None:
+                self._hand_back(attachment, entry)
+            raise
+
+    def _hand_back(self, attachment: Attachment, entry: Any) -> None:
+        """Pass on what a waiter was given that can't use it."""
+        if isinstance(entry, Permit):
+            self.failed(entry, None)
+        else:
+            self.give(attachment, entry)
+
+    def give(self, attachment: Attachment, entry: Any) -> None:
+        """Take an entry back.  Never waits, may be called by a finalizer.
+
+        :raises NotHeld: nobody has it.
+        """
+        # _post() by hand for when the lock is free: saves 0.3 of 0.8 microseconds.
+        if not self._lock.acquire(False):
+            self._give_later(attachment, entry)
+            return
+        work: Work | None = None
+        try:
+            if self._inside:  # a finalizer of this very thread: the outer call settles
+                self._give_later(attachment, entry)
+                return
+            self._inside = True
+            try:
+                work = self._ledger.give(attachment, entry, self._clock())
+            finally:
+                self._inside = False
+        finally:
+            self._lock.release()
+        if work:
+            self._do(work)
+        if self._inbox:
+            self._settle()
+
+    def _give_later(self, attachment: Attachment, entry: Any) -> None:
+        # Its holder alone may give it back, so its state can be read without the lock.
+        if entry.slot.state is not HELD:
+            raise NotHeld(f"{entry!r} was given back, but it is {entry.slot.state}")
+        self._post(self._ledger.give, attachment, entry)
+
+    def bind(self, slot: Connection, entry: Any) -> None:
+        """Say what stands for a slot from now on.  Called by who holds it, so without the lock."""
+        self._ledger.bind(slot, entry)
+
+    def opened(self, slot: Connection) -> None:
+        """The caller of :meth:`take` has opened the connection, and holds it now."""
+        self.last_connect_error = None
+        self.listed = True
+        self._decide(self._ledger.opened, slot, self._clock())
+
+    def failed(self, permit: Permit, error: BaseException | None) -> None:
+        """The caller of :meth:`take` could not open it; the slot goes to the next waiter."""
+        slot: Connection = permit.slot  # type: ignore[assignment]
+        if error is not None:
+            self.last_connect_error = _without_traceback(error)
+        try:
+            self.close_evicted(permit)
+            self._drop_handle(slot)
+        finally:
+            self._post(self._ledger.failed, slot)
+
+    def close_evicted(self, permit: Permit) -> None:
+        """Close what gave way, before the permit is used: at no time are there two sockets."""
+        entry, permit.evicts = permit.evicts, None
+        if entry is not None:
+            self._close_entry(entry.slot, entry)
+
+    def let_go(self, slot: Connection) -> None:
+        """The holder of a connection detaches it: it is its own from now on, and closes it."""
+        handle, slot.handle = slot.handle, None
+        if handle is not None:
+            self._by_handle.pop(id(handle), None)
+            key = id(handle)
+
+            def died(_: weakref.ref[Any]) -> None:
+                self._detached.pop(key, None)
+
+            try:
+                self._detached[key] = weakref.ref(handle, died)
+            except TypeError:  # a DBAPI whose connections know no weak references: till it is closed
+                self._detached[key] = None
+        self._post(self._ledger.let_go, slot)
+
+    def socket_opened(self, slot: Connection, handle: Any, generation: int) -> None:
+        """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
+        slot.generation = generation
+        self._detached.pop(id(handle), None)  # the id of one that died unseen
+        self._by_handle[id(handle)] = slot
+        slot.handle = handle
+
+    def socket_closed(self, handle: Any) -> None:
+        """A socket was closed, by the holder of its slot or by who detached it."""
+        slot = self._by_handle.get(id(handle))
+        if slot is not None and slot.handle is handle:
+            del self._by_handle[id(handle)]
+            slot.handle = None
+        else:
+            self._detached.pop(id(handle), None)
+
+    # -- engines -----------------------------------------------------------------------------------
+
+    def attach(self, attachment: Attachment) -> Work:
+        """An engine begins to use the pool; the work is the caller's to have done."""
+        return self._decide(self._ledger.attach, attachment, self._engine_died, self._clock())
+
+    def dispose(self, attachment: Attachment) -> None:
+        """Close an engine's idle connections, and end its generation of connections."""
+        self._do(self._decide(self._ledger.dispose, attachment))
+
+    def retire(self, attachment: Attachment) -> None:
+        """Let an engine's connections from before its last dispose close when they come home."""
+        self._decide(self._ledger.retire, attachment)
+
+    def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
+        self._post(self._ledger.detach, ref)
+
+    def _entry_died(self, ref: EntryRef) -> None:
+        self._post(self._ledger.lost, ref.slot)
+
+    def _new_connection(self) -> Connection:
+        raise NotImplementedError
+
+    # -- closing and resetting ---------------------------------------------------------------------
+
+    def _close(self, item: Close) -> None:
+        logger.debug("%s: closing %r: %s", self.label, item.slot, item.reason)
+        try:
+            self._close_entry(item.slot, item.entry)
+        finally:
+            self._post(self._ledger.closed, item.slot)
+
+    def _close_entry(self, slot: Slot, entry: Any) -> None:
+        """Close as SQLAlchemy does where there is a record, and in any case."""
+        try:
+            if entry is not None and entry is not slot:
+                entry.close()
+        except Exception:
+            logger.exception("%s: exception while closing %r", self.label, slot)
+        finally:
+            self._drop_handle(slot)
+
+    def _drop_handle(self, slot: Slot) -> None:
+        """Close the DBAPI connection itself, where nobody did."""
+        handle = slot.handle
+        if handle is None:
+            return
+        self.socket_closed(handle)
+        slot.handle = None
+        close_quietly(handle, self.label)
+
+    def _reset(self, slot: Slot) -> None:
+        """Roll back what a session left, then give the connection back; or close it."""
+        try:
+            if slot.entry is None:
+                slot.handle.rollback()
+            elif (record := slot.entry()) is not None:
+                record.reset()
+        except BaseException as error:
+            logger.warning("%s: closing %r: rollback failed: %r", self.label, slot, error)
+            self._post(_ignoring_time(self._ledger.close_one), slot, True)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            self._post(self._ledger.give_lent, slot)
+
+    def sweep(self) -> None:
+        """Close what was idle for too long; called by the housekeeper."""
+        work = self._decide(self._ledger.expire, self._clock())
+        self._do([item for item in work if isinstance(item, Due)])
+        self._do_soon([item for item in work if not isinstance(item, Due)])
+        if self._ledger.vacant(self._clock()):
+            self.on_vacant(self)
+
+    # -- the work that the ledger returns ------------------------------------------------------------
+
+    def _do(self, work: Work) -> None:
+        """Do what the ledger decided, in order; an exception leaves none of it undone."""
+        todo = deque(work)
+        try:
+            while todo:
+                item = todo.popleft()
+                if isinstance(item, Wake):
+                    item.waiter.open()
+                elif isinstance(item, Due):
+                    self.housekeeper.schedule(self, item.at - self._clock())
+                elif isinstance(item, Close):
+                    self._close(item)
+                else:
+                    self._reset(item.slot)
+        except BaseException:
+            if todo:
+                self._do_soon(list(todo))
+            raise
+
+    def _do_soon(self, work: Work) -> None:
+        """Have the worker do it: the caller's time is not for closing."""
+        if work:
+            self._worker.submit(lambda: self._do(work))
+
+
+def close_quietly(handle: Any, label: str) -> None:
+    """Close a DBAPI connection that nobody wants; failing to is logged."""
+    try:
+        handle.close()
+    except Exception as error:
+        logger.warning("%s: exception while closing a connection: %r", label, error)
+
+
+def _without_traceback(error: BaseException) -> BaseException:
+    """A copy that refers to no frame: those know the engine and the password."""
+    try:
+        return copy.copy(error)
+    except Exception:
+        return QueriesException(f"{type(error).__name__}: {error}")
+
+
+def _ignoring_time(operation: Callable[..., Work]) -> Callable[..., Work]:
+    return lambda *args: operation(*args[:-1])
+
+
+def _nothing(_: Core) -> None: ...

@@ -1,0 +1,262 @@
+"""All pools of the process."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from ..errors import ConnectionBusyError, PoolFullError
+from ..parameters import UNSTATED
+from ..slots import Attachment
+from .connection import Connection
+from .core import Core, close_quietly
+from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool
+
+
+class PoolManager:
+    """All pools of the process, by pool id.
+
+    The id stands for a database and the user of it; neither the manager nor its pools know a URL or
+    a password.
+    """
+
+    _instance: ClassVar[PoolManager | None] = None
+    _lock: ClassVar[threading.RLock] = threading.RLock()
+    """Guards which pools there are; taken when pools come and go, never for a checkout.  It is taken
+    before a pool's own lock, never after."""
+    _pools: ClassVar[dict[str, Pool]] = {}
+
+    @classmethod
+    def instance(cls) -> PoolManager:
+        """Return the one instance."""
+        with cls._lock:
+            if cls._instance is None:
+                cls._instance = cls()
+            return cls._instance
+
+    def __contains__(self, pid: object) -> bool:
+        pool = self._pools.get(pid)  # type: ignore[call-overload]
+        return pool is not None and pool.listed
+
+    @classmethod
+    def create(
+        cls,
+        pid: str,
+        idle_ttl: float | None = DEFAULT_IDLE_TTL,
+        max_size: int | None = DEFAULT_MAX_SIZE,
+        time_method: Callable[[], float] | None = None,
+    ) -> None:
+        """Make a pool; what is set here overrules what engines state.
+
+        :param idle_ttl: seconds after which an idle connection is closed; None for never.
+        :param max_size: the largest number of connections; None for no limit.
+        :param time_method: a monotonic clock in seconds, in place of ``time.monotonic``.
+        :raises KeyError: there is a pool of this id.
+        :raises ParameterError: a number has no meaning.
+        """
+        new = Pool(pid, idle_ttl, max_size, time_method)
+        with cls._lock:
+            old = cls._pools.get(pid)
+            if old is not None and old.listed:
+                raise KeyError(f"Pool {pid} already exists")
+            if old is None:
+                cls._register(new)
+            else:  # it was removed, but engines use it
+                old.listed = True
+        if old is None:
+            new.sweep()
+        else:
+            old.set_idle_ttl(idle_ttl)
+            old.set_max_size(max_size)
+
+    @classmethod
+    def add(cls, pid: str, connection: Any) -> None:
+        """:meth:`Pool.add`.
+
+        :raises KeyError: there is no such pool.
+        """
+        try:
+            with cls._lock:  # so that the pool can't be forgotten meanwhile
+                cls._listed(pid).adopt(Connection(connection))
+        except PoolFullError:
+            close_quietly(connection, pid)
+            raise
+
+    @classmethod
+    def clean(cls, pid: str) -> None:
+        """:meth:`Pool.clean`, then forget the pool if it has neither connections nor engines.
+
+        Returns quietly where there is no such pool.
+        """
+        pool = cls._pools.get(pid)
+        if pool is not None and pool.listed:
+            pool.clean()
+            cls._forget_if_vacant(pool, at_once=True)
+
+    @classmethod
+    def free(cls, pid: str, connection: Any) -> None:
+        """:meth:`Pool.free`.
+
+        :raises KeyError: there is no such pool.
+        """
+        cls._listed(pid).free(connection)
+
+    @classmethod
+    def get(cls, pid: str, session: object) -> Any:
+        """:meth:`Pool.get`.
+
+        :raises KeyError: there is no such pool.
+        """
+        return cls._listed(pid).get(session)
+
+    @classmethod
+    def get_connection(cls, pid: str, connection: Any) -> Connection:
+        """:meth:`Pool.connection_handle`.
+
+        :raises KeyError: there is no such pool, or no such connection in it.
+        """
+        return cls._listed(pid).connection_handle(connection)
+
+    @classmethod
+    def has_connection(cls, pid: str, connection: Any) -> bool:
+        """Has the pool this DBAPI connection?
+
+        :raises KeyError: there is no such pool.
+        """
+        return connection in cls._listed(pid)
+
+    @classmethod
+    def has_idle_connection(cls, pid: str) -> bool:
+        """Has the pool a connection that nobody has?
+
+        :raises KeyError: there is no such pool.
+        """
+        return bool(cls._listed(pid).idle_connections)
+
+    @classmethod
+    def is_full(cls, pid: str) -> bool:
+        """:attr:`Pool.is_full`.
+
+        :raises KeyError: there is no such pool.
+        """
+        return cls._listed(pid).is_full
+
+    @classmethod
+    def lock(cls, pid: str, connection: Any, session: object) -> None:
+        """:meth:`Pool.lock`.
+
+        :raises KeyError: there is no such pool.
+        """
+        cls._listed(pid).lock(connection, session)
+
+    @classmethod
+    def remove(cls, pid: str) -> None:
+        """:meth:`Pool.close`, then forget the pool and what was set for it.
+
+        Engines that use it work again at their next checkout.
+
+        :raises ConnectionBusyError: a connection is busy; then nothing was done.
+        :raises KeyError: there is no such pool.
+        """
+        pool = cls._listed(pid)
+        pool.close()
+        with cls._lock:
+            pool.listed = False
+            if not pool._ledger.attachments and cls._pools.get(pid) is pool:
+                del cls._pools[pid]
+        pool.unset()
+
+    @classmethod
+    def remove_connection(cls, pid: str, connection: Any) -> None:
+        """:meth:`Pool.remove`.
+
+        :raises KeyError: there is no such pool.
+        """
+        cls._listed(pid).remove(connection)
+
+    @classmethod
+    def set_idle_ttl(cls, pid: str, ttl: float | None) -> None:
+        """:meth:`Pool.set_idle_ttl`.
+
+        :raises KeyError: there is no such pool.
+        """
+        cls._listed(pid).set_idle_ttl(ttl)
+
+    @classmethod
+    def set_max_size(cls, pid: str, size: int | None) -> None:
+        """:meth:`Pool.set_max_size`.
+
+        :raises KeyError: there is no such pool.
+        """
+        cls._listed(pid).set_max_size(size)
+
+    @classmethod
+    def shutdown(cls) -> None:
+        """:meth:`Pool.shutdown` of all pools.
+
+        :raises ConnectionBusyError: a connection executes; all others were closed.
+        """
+        busy: ConnectionBusyError | None = None
+        for pool in list(cls._pools.values()):
+            try:
+                pool.shutdown()
+            except ConnectionBusyError as error:
+                busy = busy or error
+        if busy is not None:
+            raise busy
+
+    @classmethod
+    def size(cls, pid: str) -> int:
+        """Return how many connections the pool has.
+
+        :raises KeyError: there is no such pool.
+        """
+        return len(cls._listed(pid))
+
+    @classmethod
+    def report(cls) -> dict[str, Any]:
+        """Return the state of all pools."""
+        return {
+            "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(),
+            "process": os.getpid(),
+            "pools": {pid: pool.report() for pid, pool in list(cls._pools.items()) if pool.listed},
+        }
+
+    @classmethod
+    def attach(cls, pid: str, label: str, attachment: Attachment) -> Pool:
+        """An engine begins to use the pool of this id, which is made if there is none."""
+        with cls._lock:
+            pool = cls._pools.get(pid)
+            if pool is None:
+                pool = Pool(pid, UNSTATED, UNSTATED)
+                cls._register(pool)
+            if pool.label == pid:
+                pool.label = label
+            pool.listed = True
+            work = pool.attach(attachment)
+        pool._do(work)
+        return pool
+
+    @classmethod
+    def _register(cls, pool: Pool) -> None:
+        pool.on_vacant = cls._forget_if_vacant
+        cls._pools[pool.id] = pool
+
+    @classmethod
+    def _listed(cls, pid: str) -> Pool:
+        pool = cls._pools.get(pid)
+        if pool is None or not pool.listed:
+            raise KeyError(f"Pool {pid} has not been created")
+        return pool
+
+    @classmethod
+    def _forget_if_vacant(cls, pool: Core, at_once: bool = False) -> None:
+        """Forget a pool that nobody has used for its idle TTL: it has no slots and no engines."""
+        with cls._lock:  # an engine attaches under this lock: it can't come in between
+            ledger = pool._ledger
+            vacant = ledger.vacant_since is not None if at_once else ledger.vacant(pool._clock())
+            if vacant and cls._pools.get(pool.id) is pool:
+                del cls._pools[pool.id]

@@ -1,0 +1,232 @@
+"""The nouns of the bookkeeping: slots, who they belong to, who waits, and what is left to do.
+
+A *slot* is one unit of the budget: an open connection, or the right to open one.  An *entry* is what
+its holder has in hand: SQLAlchemy's record, a :class:`Permit` before there is one, or, for a
+connection that was added by hand, the slot itself.  ledger.py has the verbs.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypeAlias
+
+OPENING = "opening"
+IDLE = "idle"
+HELD = "held"
+CLOSING = "closing"
+GONE = "gone"
+
+
+class NotHeld(RuntimeError):
+    """A connection was given back by somebody who did not have it: twice, or a stranger's."""
+
+
+class Quota:
+    """What one engine may use and uses, across the pools that it had: dispose() makes a new one."""
+
+    __slots__ = ("slots", "stated")
+
+    def __init__(self, stated: float | None) -> None:
+        self.stated = stated
+        """The ``max_size`` that the engine states: its own ceiling, its wish for the pool's limit.
+        ``inf`` asks for no limit, ``None`` asks for nothing and has no ceiling of its own."""
+        self.slots: set[Slot] = set()
+        """All slots that count against the ceiling."""
+
+    @property
+    def full(self) -> bool:
+        return self.stated is not None and len(self.slots) >= self.stated
+
+
+class Slot:
+    """One unit of the budget."""
+
+    __slots__ = (
+        "__weakref__",
+        "entry",
+        "generation",
+        "handle",
+        "holder",
+        "home",
+        "quota",
+        "session",
+        "since",
+        "state",
+        "uses",
+    )
+
+    def __init__(self, handle: Any = None) -> None:
+        self.state = GONE
+        """One of the five words above; written under the lock alone."""
+        self.handle = handle
+        """The DBAPI connection, None while there is none (opening, hollow, closed); written by
+        whoever has the slot, when it opens or closes the socket."""
+        self.entry: EntryRef | None = None
+        """Weak: what the holder has in hand; None where that is the slot itself."""
+        self.home: weakref.ref[Attachment] | None = None
+        """Weak: the engine's side of the books; shared by all its slots."""
+        self.quota: Quota | None = None
+        """The quota that it counts against."""
+        self.generation = 0
+        """The attachment's generation when the connecting of this socket began."""
+        self.holder: int | None = None
+        """Identifier of the thread that has it; None when nobody or a session has."""
+        self.session: weakref.ref[Any] | None = None
+        """Weak: the queries session that locked it; dead but not None means a stale lock."""
+        self.since = 0.0
+        """Since when it is in its state, by the pool's clock."""
+        self.uses = 0
+        """How often it was taken."""
+
+    @property
+    def slot(self) -> Slot:
+        """A connection that was added by hand is its own entry."""
+        return self
+
+    @property
+    def stale(self) -> bool:
+        """Locked by a session that is dead: to be rolled back or closed before anyone gets it."""
+        return self.session is not None and self.session() is None
+
+
+class Entry(Protocol):
+    """What a holder has in hand; see the module's text."""
+
+    @property
+    def slot(self) -> Any: ...
+
+
+class EntryRef(weakref.ref[Any]):
+    """A weak reference that knows the slot of what it refers to, for when that has died."""
+
+    __slots__ = ("slot",)
+
+    def __new__(cls, entry: Any, callback: Callable[[EntryRef], None], slot: Slot) -> EntryRef:
+        self = super().__new__(cls, entry, callback)
+        self.slot = slot
+        return self
+
+    def __init__(self, entry: Any, callback: Callable[[EntryRef], None], slot: Slot) -> None:
+        super().__init__(entry, callback)  # type: ignore[call-arg]
+
+    slot: Slot
+
+
+class Permit:
+    """The right to open one connection, and what has to be closed before."""
+
+    __slots__ = ("__weakref__", "evicts", "slot")
+
+    def __init__(self, slot: Slot, evicts: Any) -> None:
+        self.slot = slot
+        self.evicts = evicts
+        """The entry that gave way, or None.  Its slot is off the books: this one stands for both."""
+
+
+class Waiter(Protocol):
+    """One blocked checkout; gates.py has the one for threads."""
+
+    attachment: Attachment
+    holder: int
+    since: float
+    answer: Any
+
+    def open(self) -> None: ...
+
+
+class Attachment:
+    """One engine's side of the books: its idle connections and its line.
+
+    Owned by the engine's ``QueriesPool``; the ledger refers to it weakly, except while somebody
+    waits in its line.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "generation",
+        "hollow",
+        "idle",
+        "lent",
+        "line",
+        "own_ttl",
+        "pop",
+        "quota",
+        "ref",
+        "retired",
+        "ttl",
+    )
+
+    def __init__(self, quota: Quota, ttl: float, lifo: bool = True) -> None:
+        self.quota = quota
+        self.own_ttl = ttl
+        """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
+        self.ttl = ttl
+        """The one in force: ``set_idle_ttl`` of the pool overrules the engine's own."""
+        self.idle: deque[Any] = deque()
+        """Entries of open connections, oldest idle on the left: entries come home on the right, so
+        the left end alone tells whether something has expired, whichever end is used first."""
+        self.pop = self.idle.pop if lifo else self.idle.popleft
+        """Takes the next one to be used off :attr:`idle`."""
+        self.hollow: deque[Any] = deque()
+        """Entries that came home without a connection (invalidated): a slot, but no socket."""
+        self.lent: dict[Slot, Any] = {}
+        """What queries sessions have locked: slot -> entry; it keeps the entry alive."""
+        self.line: OrderedDict[Waiter, None] = OrderedDict()
+        """Waiters in order of arrival; one that gives up leaves from the middle in O(1)."""
+        self.generation = 0
+        """Born into new connections; dispose() ends one."""
+        self.retired = 0
+        """Connections of a generation below this one close when they come home."""
+        self.ref: weakref.ref[Attachment] = weakref.ref(self)
+        """What the slots and the ledger know it by; ``attach`` adds the callback."""
+
+
+class Wake(NamedTuple):
+    """Work: open the gate of a waiter that has its answer."""
+
+    waiter: Waiter
+
+
+class Close(NamedTuple):
+    """Work: close a connection, then report :meth:`Ledger.closed`."""
+
+    slot: Slot
+    entry: Any
+    reason: str
+
+
+class Reset(NamedTuple):
+    """Work: roll back a connection that a session left behind, then :meth:`Ledger.give_lent`."""
+
+    slot: Slot
+
+
+class Due(NamedTuple):
+    """Work: see to it that somebody calls :meth:`Ledger.expire` at this time of the pool's clock."""
+
+    at: float
+
+
+Work: TypeAlias = list[Wake | Close | Reset | Due]
+
+
+class Numbers(NamedTuple):
+    """How many slots are in which state."""
+
+    total: int
+    """All that count against the limit."""
+    held: int
+    idle: int
+    opening: int
+    closing: int
+    hollow: int
+    """Idle slots without a connection: it was invalidated."""
+    waiting: int
+    """Blocked checkouts."""
+
+    @property
+    def open(self) -> int:
+        """Connections that are open, or still being closed."""
+        return self.total - self.opening - self.hollow
