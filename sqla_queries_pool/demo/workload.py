@@ -106,6 +106,17 @@ def jain(shares: Sequence[float]) -> float:
     return sum(shares) ** 2 / (len(shares) * squares) if squares else 1.0
 
 
+def sleep_on_server(seconds: float) -> Work:
+    """Work for a PostgreSQL: a statement that takes this long, in a transaction as usual."""
+    statement = f"SELECT pg_sleep({seconds})"
+
+    def work(connection: PoolProxiedConnection) -> None:
+        with closing(connection.cursor()) as cursor:
+            cursor.execute(statement)
+
+    return work
+
+
 def run(
     pools: Sequence[Pool], work: Work, *, threads: int, seconds: float, warm_up: float = WARM_UP
 ) -> Outcome:

@@ -108,11 +108,11 @@ class Core(Guard):
         try:
             entry = self._decide(self._ledger.join, waiter, self._clock())
             # Slices, for the collector's sake, and so that nothing depends on one wake-up.
-            seconds = GC_AFTER
+            seconds = min(GC_AFTER, timeout / 2)
             while entry is None and (left := deadline - time.monotonic()) > 0:
                 waiter.wait(min(left, seconds))
                 entry = waiter.answer
-                if entry is None and gc_on_wait:
+                if entry is None and gc_on_wait and left > seconds:  # not at the very end
                     collect_garbage()
                     entry = waiter.answer
                 seconds = 1.0
@@ -284,17 +284,16 @@ class Core(Guard):
                 record.reset()
         except BaseException as error:
             logger.warning("%s: closing %r: rollback failed: %r", self.label, slot, error)
-            self._post(_ignoring_time(self._ledger.close_one), slot, True)
+            self._do(self._decide(self._ledger.close_one, slot, True))
             if not isinstance(error, Exception):
                 raise
         else:
-            self._post(self._ledger.give_lent, slot)
+            self._do(self._decide(self._ledger.give_lent, slot, self._clock()))
 
     def sweep(self) -> None:
         """Close what was idle for too long; called by the housekeeper."""
         work = self._decide(self._ledger.expire, self._clock())
-        self._do([item for item in work if isinstance(item, Due)])
-        self._do_soon([item for item in work if not isinstance(item, Due)])
+        self._do_soon(work)
         if self._ledger.vacant(self._clock()):
             self.on_vacant(self)
 
@@ -315,14 +314,15 @@ class Core(Guard):
                 else:
                     self._reset(item.slot)
         except BaseException:
-            if todo:
-                self._do_soon(list(todo))
+            self._do_soon(list(todo))
             raise
 
     def _do_soon(self, work: Work) -> None:
-        """Have the worker do it: the caller's time is not for closing."""
-        if work:
-            self._worker.submit(lambda: self._do(work))
+        """Do at once what takes no time; the worker closes and resets."""
+        self._do([item for item in work if isinstance(item, Wake | Due)])
+        slow = [item for item in work if not isinstance(item, Wake | Due)]
+        if slow:
+            self._worker.submit(lambda: self._do(slow))
 
 
 def close_quietly(handle: Any, label: str) -> None:
@@ -339,10 +339,6 @@ def _without_traceback(error: BaseException) -> BaseException:
         return copy.copy(error)
     except Exception:
         return QueriesException(f"{type(error).__name__}: {error}")
-
-
-def _ignoring_time(operation: Callable[..., Work]) -> Callable[..., Work]:
-    return lambda *args: operation(*args[:-1])
 
 
 def _nothing(_: Core) -> None: ...

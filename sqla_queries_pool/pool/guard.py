@@ -49,7 +49,7 @@ class Guard:
         raise NotImplementedError
 
     def _do_soon(self, work: Work) -> None:
-        """Have somebody else do it."""
+        """Do at once what takes no time, and have somebody else do the rest."""
         raise NotImplementedError
 
     def _decide(self, operation: Callable[..., _T], *args: Any) -> _T:
@@ -103,7 +103,8 @@ class Guard:
                 self._lock.release()
             for failure in failures:
                 logger.error("%s: %s", self.label, failure, exc_info=failure)
-            self._do(work)
+            # Whoever settles has come for something else, and may be a finalizer.
+            self._do_soon(work)
 
     def _reentered(self) -> CheckoutReentered:
         return CheckoutReentered(

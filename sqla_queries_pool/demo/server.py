@@ -1,0 +1,208 @@
+"""The demo's database: which one, what it allows, and what it says about our connections."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, suppress
+from typing import Any
+
+from sqlalchemy import create_engine, exc, make_url
+from sqlalchemy.engine import URL, Engine
+from sqlalchemy.pool import NullPool, PoolProxiedConnection
+
+DRIVERS = ("psycopg2", "psycopg")
+CONNECT_TIMEOUT = 10
+"""Seconds, where the URL says nothing."""
+INTERVAL = 0.01
+"""Seconds between two looks at the server: what is open for a shorter time may go unseen."""
+EXAMPLE = "postgresql://user:password@host:5432/database"
+
+
+class DemoError(Exception):
+    """What the user can mend: the text is one line, with the remedy and without secrets."""
+
+
+def read_url(text: str) -> URL:
+    """Return the URL of a PostgreSQL database.
+
+    :raises DemoError: it is not one.
+    """
+    try:
+        url = make_url(text)
+    except (exc.ArgumentError, ValueError):
+        # What SQLAlchemy says may quote the text, and so the password.
+        raise DemoError(f"this is not a database URL; write {EXAMPLE}") from None
+    name, _, driver = url.drivername.partition("+")
+    if name not in ("postgresql", "postgres"):  # the latter is libpq's, and what hosters hand out
+        raise DemoError(f"the demo needs PostgreSQL, this is a URL for {name}; write {EXAMPLE}")
+    if driver and driver not in DRIVERS:
+        known = " or ".join(f"postgresql+{known}://" for known in DRIVERS)
+        raise DemoError(f"the demo can't use the driver {driver}; write {known}")
+    return url.set(drivername=f"postgresql+{driver or DRIVERS[0]}")
+
+
+class Server:
+    """One database and an observer's connection to it.
+
+    :param url: of the database; from :func:`read_url`.
+    :raises DemoError: it can't be reached.
+    """
+
+    def __init__(self, url: URL) -> None:
+        self._url = url
+        self._run = f"sqla_queries_pool {secrets.token_hex(4)}"
+        """Begins the ``application_name`` of this run's connections: nobody else's are counted."""
+        self._engine = self.engine("observer", poolclass=NullPool)
+        self._observer = self._connect()
+        self._turn = threading.Lock()
+        """A DBAPI connection runs one statement at a time."""
+
+    def engine(self, name: str, **arguments: Any) -> Engine:
+        """Make an engine whose connections are counted under ``name``.
+
+        :raises DemoError: its driver is not installed.
+        """
+        options = {"application_name": f"{self._run} {name}"}
+        if "connect_timeout" not in self._url.query:
+            options["connect_timeout"] = str(CONNECT_TIMEOUT)
+        try:
+            return create_engine(self._url, connect_args=options, **arguments)
+        except ImportError:
+            name = self._url.get_driver_name()
+            remedy = f"pip install {name}, or write postgresql+{DRIVERS[0]}://"
+            raise DemoError(f"the driver {name} is not installed: {remedy}") from None
+
+    def _connect(self) -> PoolProxiedConnection:
+        try:
+            observer = self._engine.raw_connection()
+        except self.errors as error:
+            raise DemoError(
+                f"can't connect to {self}: {self.explain(error)}; is the server there, and are host, port, "
+                "database, user and password right?"
+            ) from None
+        observer.dbapi_connection.autocommit = True  # type: ignore[union-attr]
+        return observer
+
+    def explain(self, error: BaseException) -> str:
+        """The first line of what a driver says, without the password."""
+        said = str(error).strip() or type(error).__name__
+        line = said.splitlines()[0].strip()
+        for secret in (self._url.password, *_texts(self._url.query.get("password"))):
+            if secret:
+                line = line.replace(str(secret), "***")
+        return line
+
+    def close(self) -> None:
+        """Close the observer's connection."""
+        with suppress(self.errors):
+            self._observer.close()
+
+    def query(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
+        """The rows of a statement, through the observer's connection."""
+        with self._turn, closing(self._observer.cursor()) as cursor:
+            cursor.execute(sql, parameters)
+            return list(cursor.fetchall())
+
+    @property
+    def errors(self) -> type[Exception]:
+        """What the driver raises, and its pools: SQLAlchemy wraps no error of these."""
+        dbapi = self._engine.dialect.loaded_dbapi
+        error: type[Exception] = dbapi.Error
+        return error
+
+    @property
+    def driver(self) -> str:
+        """The driver and its version."""
+        dbapi = self._engine.dialect.loaded_dbapi
+        return f"{dbapi.__name__} {dbapi.__version__.split()[0]}"
+
+    @property
+    def version(self) -> str:
+        """The server's version."""
+        return str(self.query("SHOW server_version")[0][0])
+
+    def room(self) -> int:
+        """How many connections this user may open in addition to those that there are."""
+        rows = self.query(
+            "SELECT name, setting::int FROM pg_settings WHERE name IN "
+            "('max_connections', 'superuser_reserved_connections', 'reserved_connections')"
+        )
+        settings: dict[str, int] = dict(rows)
+        limit = settings.pop("max_connections") - sum(settings.values())
+        # Not counted in pg_stat_activity: that tells others' backend_type to superusers alone.
+        everybody, here, mine, role, database = self.query(
+            "SELECT sum(numbackends)::int, sum(numbackends) FILTER (WHERE datname = current_database())::int,"
+            " (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user),"
+            " (SELECT rolconnlimit FROM pg_roles WHERE rolname = current_user),"
+            " (SELECT datconnlimit FROM pg_database WHERE datname = current_database())"
+            " FROM pg_stat_database"
+        )[0]
+        rooms = [limit - everybody]
+        rooms += [role - mine] if role >= 0 else []
+        rooms += [database - here] if database >= 0 else []
+        return max(0, min(rooms))
+
+    def connections(self) -> Counter[str]:
+        """How many connections there are under each name."""
+        rows = self.query(
+            "SELECT application_name, count(*) FROM pg_stat_activity "
+            "WHERE starts_with(application_name, %s) GROUP BY 1",
+            f"{self._run} ",
+        )
+        return Counter({name.removeprefix(f"{self._run} "): int(count) for name, count in rows})
+
+    def wait_until_gone(self, name: str, seconds: float = 5.0) -> None:
+        """Wait until the server has none of a name left, so that the next to be measured starts alone."""
+        deadline = time.monotonic() + seconds
+        while self.connections()[name] and time.monotonic() < deadline:
+            time.sleep(INTERVAL)
+
+    @contextmanager
+    def watch(self, name: str) -> Iterator[Peak]:
+        """Look at the server all the time, and remember the most connections of a name."""
+        peak = Peak(lambda: self.connections()[name])
+        thread = threading.Thread(target=peak.watch, name="observer", daemon=True)
+        thread.start()
+        try:
+            yield peak
+        finally:
+            peak.end.set()
+            thread.join()
+        if peak.error is not None:
+            raise peak.error
+
+    def __str__(self) -> str:
+        url = self._url
+        user = f"{url.username}@" if url.username else ""
+        port = f":{url.port}" if url.port else ""
+        return f"postgresql://{user}{url.host or ''}{port}/{url.database or ''}"
+
+
+class Peak:
+    """The most connections ever seen."""
+
+    def __init__(self, count: Callable[[], int]) -> None:
+        self._count = count
+        self.most = 0
+        self.looks = 0
+        """How often the server was asked."""
+        self.end = threading.Event()
+        self.error: Exception | None = None
+        """What ended it early."""
+
+    def watch(self) -> None:
+        """Look until it ends."""
+        try:
+            while not self.end.wait(INTERVAL):
+                self.most = max(self.most, self._count())
+                self.looks += 1
+        except Exception as error:
+            self.error = error
+
+
+def _texts(value: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else value or ()
