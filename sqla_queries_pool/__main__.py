@@ -4,20 +4,14 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from sqlalchemy.engine import URL
+from collections.abc import Sequence
+from contextlib import closing
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
 LONGEST = 3600
 """Seconds that a load may be measured."""
-VARIABLE = "DATABASE_URL"
 EXTRA = 'pip install "sqla-queries-pool[demo]"'
 
 
@@ -53,8 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     demo.add_argument(
         "--url",
-        help="the database, postgresql://user:password@host:port/database (default: the environment "
-        "variable DATABASE_URL, else a PostgreSQL of the demo's own)",
+        help="the database, postgresql://user:password@host:port/database (default: what the environment "
+        "variable DATABASE_URL says, else a PostgreSQL of the demo's own)",
     )
     demo.add_argument("--json", action="store_true", help="print JSON in place of a table")
     demo.add_argument("--seconds", type=_seconds, metavar="S", help="measure each load for S seconds (4)")
@@ -75,43 +69,17 @@ def _seconds(text: str) -> float:
 def _demo(chosen: argparse.Namespace) -> None:
     # Here, for other commands do without: what they import is none of the library's own.
     from .demo import run, show
-    from .demo.server import DemoError, Server
+    from .demo.server import DemoError, Server, database
 
     if not chosen.json or sys.stderr.isatty():
         _need("rich")
     parameters = run.Parameters() if chosen.seconds is None else run.Parameters(seconds=chosen.seconds)
     try:
-        with show.progress() as say, _database(chosen.url, say) as url, closing(Server(url)) as server:
+        with show.progress() as say, database(chosen.url, say) as url, closing(Server(url)) as server:
             facts = run.demonstrate(server, parameters, say)
     except DemoError as error:
         raise _Usage(error) from None
     (show.as_json if chosen.json else show.as_table)(facts)
-
-
-@contextmanager
-def _database(stated: str | None, say: Callable[[str, float], None]) -> Iterator[URL]:
-    """The database that was stated, else a server that lives as long as the demo."""
-    from .demo.server import DemoError, read_url
-    from .embedded import EmbeddedPostgres, EmbeddedPostgresError
-
-    source, text = ("--url", stated) if stated is not None else (VARIABLE, os.environ.get(VARIABLE))
-    if text:
-        try:
-            url = read_url(text)
-        except DemoError as error:
-            raise DemoError(f"{source}: {error}") from None
-        yield url
-        return
-    say("starting a PostgreSQL", 1.0)
-    server = EmbeddedPostgres()
-    try:
-        server.start()
-    except EmbeddedPostgresError as error:
-        raise DemoError(f"{error}\nOr name a database: --url, or the variable {VARIABLE}") from None
-    try:
-        yield read_url(server.url())
-    finally:
-        server.stop()
 
 
 def _need(module: str) -> None:

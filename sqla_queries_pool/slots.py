@@ -7,6 +7,7 @@ connection that was added by hand, the slot itself.  ledger.py has the verbs.
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections import OrderedDict, deque
 from collections.abc import Callable
@@ -50,6 +51,7 @@ class Slot:
         "handle",
         "holder",
         "home",
+        "process",
         "quota",
         "session",
         "since",
@@ -63,6 +65,9 @@ class Slot:
         self.handle = handle
         """The DBAPI connection, None while there is none (opening, hollow, closed); written by
         whoever has the slot, when it opens or closes the socket."""
+        self.process = os.getpid()
+        """Which process opened the socket.  A forked child has the object too, and must not close it:
+        the Terminate message would end the parent's session."""
         self.entry: EntryRef | None = None
         """Weak: what the holder has in hand; None where that is the slot itself."""
         self.home: weakref.ref[Attachment] | None = None

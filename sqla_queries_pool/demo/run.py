@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
@@ -20,14 +20,11 @@ from sqlalchemy.engine import Engine
 from sqlalchemy.pool import Pool, PoolProxiedConnection, QueuePool
 
 from .. import QueriesPool, __version__
-from .server import INTERVAL, DemoError, Server
+from .server import INTERVAL, DemoError, Say, Server
 from .workload import Outcome, run, sleep_on_server
 
 QUEUE, QUERIES = "QueuePool", "QueriesPool"
 KINDS = (QUEUE, QUERIES)
-
-Say = Callable[[str, float], None]
-"""Told what is being done next, and for about how many seconds."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +46,7 @@ class Parameters:
     burst: int = 10
     """``max_size``, and how many connections are used at the same time."""
     idle_ttl: float = 2.0
-    patience: float = 1.0
+    grace: float = 1.0
     """How long after ``idle_ttl`` the connections left are counted."""
     holders: tuple[str, ...] = ("web request 17", "nightly report", "import of orders")
     """The threads that exhaust a pool, each with one of its connections."""
@@ -101,7 +98,7 @@ class Burst:
     connections: int
     """On the server, at the height of the burst."""
     left: int
-    """On the server, ``idle_ttl + patience`` later: one of them is in use all the time."""
+    """On the server, ``idle_ttl + grace`` later: one of them is in use all the time."""
     seconds_to_one: float | None
     """When the server had only the one in use for the first time, None if never."""
     checkouts_meanwhile: int
@@ -154,7 +151,7 @@ def _demonstrate(server: Server, parameters: Parameters, say: Say) -> Facts:
     for name in KINDS:
         say(f"fairness, {chosen.threads} threads, {chosen.connections} connections: {name}", chosen.seconds)
         facts.fairness[name] = under_load(server, chosen, name, 1, chosen.connections)
-    say(f"a burst of {chosen.burst}, then idle: both", chosen.idle_ttl + chosen.patience)
+    say(f"a burst of {chosen.burst}, then idle: both", chosen.idle_ttl + chosen.grace)
     facts.burst.update(after_burst(server, chosen))
     for name in KINDS:
         say(f"an exhausted pool: {name}", 1.0)
@@ -271,7 +268,7 @@ def _wait_for_idle(
     work = sleep_on_server(p.work)
     start = time.monotonic()
     to_one: dict[str, float] = {}
-    while (passed := time.monotonic() - start) < p.idle_ttl + p.patience:
+    while (passed := time.monotonic() - start) < p.idle_ttl + p.grace:
         for connection in busy:
             work(connection)
         left = server.connections()
@@ -337,7 +334,7 @@ def _about_limits(facts: Facts) -> str:
     theirs, ours = facts.three_engines[QUEUE], facts.three_engines[QUERIES]
     before, after = facts.burst[QUEUE], facts.burst[QUERIES]
     most = f"{p.engines} engines with max_size {p.max_size} had {ours.most_connections} connections at most"
-    shrunk = f"{p.idle_ttl + p.patience:g} s after a burst {after.left} of {after.connections} were left"
+    shrunk = f"{p.idle_ttl + p.grace:g} s after a burst {after.left} of {after.connections} were left"
     if ours.most_connections < theirs.most_connections and after.left < before.left:
         return (
             f"QueriesPool: {most} (QueuePool {theirs.most_connections}), "

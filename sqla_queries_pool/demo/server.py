@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
-from typing import Any
+from typing import Any, TypeAlias
 
 from sqlalchemy import create_engine, exc, make_url
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import NullPool, PoolProxiedConnection
+
+from ..embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 DRIVERS = ("psycopg2", "psycopg")
 CONNECT_TIMEOUT = 10
 """Seconds, where the URL says nothing."""
 INTERVAL = 0.01
 """Seconds between two looks at the server: what is open for a shorter time may go unseen."""
+VARIABLE = "DATABASE_URL"
 EXAMPLE = "postgresql://user:password@host:5432/database"
+
+
+Say: TypeAlias = Callable[[str, float], None]
+"""Told what is being done next, and for about how many seconds."""
 
 
 class DemoError(Exception):
@@ -42,7 +50,41 @@ def read_url(text: str) -> URL:
     if driver and driver not in DRIVERS:
         known = " or ".join(f"postgresql+{known}://" for known in DRIVERS)
         raise DemoError(f"the demo can't use the driver {driver}; write {known}")
+    if "plugin" in url.query:
+        raise DemoError("the demo makes the pools itself; leave plugin=… out of the URL")
     return url.set(drivername=f"postgresql+{driver or DRIVERS[0]}")
+
+
+@contextmanager
+def database(stated: str | None, say: Say) -> Iterator[URL]:
+    """The database that is stated or that the environment names, else a server of our own meanwhile.
+
+    :raises DemoError: it is not PostgreSQL, or there is nothing to start one from.
+    """
+    source, text = ("--url", stated) if stated is not None else (VARIABLE, os.environ.get(VARIABLE))
+    if stated is None and not text:
+        with _embedded(say) as url:
+            yield url
+        return
+    try:
+        url = read_url(text or "")
+    except DemoError as error:
+        raise DemoError(f"{source}: {error}") from None
+    yield url
+
+
+@contextmanager
+def _embedded(say: Say) -> Iterator[URL]:
+    say("starting a PostgreSQL", 1.0)
+    server = EmbeddedPostgres()
+    try:
+        server.start()
+    except EmbeddedPostgresError as error:
+        raise DemoError(f"{error}; or name a database: --url, or {VARIABLE}") from None
+    try:
+        yield read_url(server.url())
+    finally:
+        server.stop()
 
 
 class Server:
@@ -131,7 +173,7 @@ class Server:
             "SELECT name, setting::int FROM pg_settings WHERE name IN "
             "('max_connections', 'superuser_reserved_connections', 'reserved_connections')"
         )
-        settings: dict[str, int] = dict(rows)
+        settings: dict[str, int] = {name: int(value) for name, value in rows}
         limit = settings.pop("max_connections") - sum(settings.values())
         # Not counted in pg_stat_activity: that tells others' backend_type to superusers alone.
         everybody, here, mine, role, database = self.query(
@@ -141,7 +183,7 @@ class Server:
             " (SELECT datconnlimit FROM pg_database WHERE datname = current_database())"
             " FROM pg_stat_database"
         )[0]
-        rooms = [limit - everybody]
+        rooms: list[int] = [limit - everybody]
         rooms += [role - mine] if role >= 0 else []
         rooms += [database - here] if database >= 0 else []
         return max(0, min(rooms))

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from .run import KINDS, QUERIES, QUEUE, Burst, Facts, Load, Parameters, Say, options, summary
+from .run import KINDS, QUERIES, QUEUE, Burst, Facts, Load, Parameters, options, summary
+from .server import Say
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -48,7 +49,9 @@ def as_table(facts: Facts) -> None:
     from rich.text import Text
 
     console = Console(width=None if sys.stdout.isatty() else WIDTH, highlight=False)
-    console.print(Text(_title(facts)), _table(facts))
+    console.print(Text(_title(facts)), _table(facts), sep="\n")
+    if facts.three_engines[QUERIES].most_connections > facts.parameters.max_size:
+        console.print("One more than max_size: the server counts a closed one for some milliseconds more.")
     for name in KINDS:
         message = Text(facts.exhausted[name].message)
         console.print(Panel(message, title=f"(d) an exhausted {name} says", title_align="left"))
@@ -137,7 +140,7 @@ def _burst_rows(bursts: dict[str, Burst], p: Parameters) -> list[Row]:
 
     return [
         _row("server connections at its height", bursts, lambda x: x.connections),
-        _row(f"left {p.idle_ttl + p.patience:g} s later", bursts, lambda x: x.left),
+        _row(f"left {p.idle_ttl + p.grace:g} s later", bursts, lambda x: x.left),
         _row("only the busy one left after", bursts, to_one),
         _row("checkouts meanwhile", bursts, lambda x: x.checkouts_meanwhile),
     ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import time
 import weakref
 from collections import deque
@@ -211,6 +212,7 @@ class Core(Guard):
     def socket_opened(self, slot: Connection, handle: Any, generation: int) -> None:
         """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
         slot.generation = generation
+        slot.process = os.getpid()
         self._detached.pop(id(handle), None)  # the id of one that died unseen
         self._by_handle[id(handle)] = slot
         slot.handle = handle
@@ -273,7 +275,8 @@ class Core(Guard):
             return
         self.socket_closed(handle)
         slot.handle = None
-        close_quietly(handle, self.label)
+        if slot.process == os.getpid():
+            close_quietly(handle, self.label)
 
     def _reset(self, slot: Slot) -> None:
         """Roll back what a session left, then give the connection back; or close it."""
