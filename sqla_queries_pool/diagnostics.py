@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import NamedTuple
 
 from .errors import CheckoutTimeout
 from .pool import Pool
-from .slots import HELD, OPENING, Attachment
+from .slots import HELD, LENT, OPENING, Attachment
 
 MOST_HOLDERS = 10
 """How many holders the message of a timeout names."""
@@ -35,7 +36,7 @@ def holders(pool: Pool) -> list[Holder]:
     found = []
     for slot in pool.connections:
         ident, session, state = slot.holder, slot.session, slot.state
-        if state not in (HELD, OPENING):
+        if state not in (HELD, LENT, OPENING):
             continue
         if session is not None:
             alive = session()
@@ -50,15 +51,19 @@ def holders(pool: Pool) -> list[Holder]:
 
 def checkout_timeout(pool: Pool, attachment: Attachment, timeout: float) -> CheckoutTimeout:
     """Return the error for a checkout that got no connection; its cause is the last connect error."""
-    n = pool.numbers
+    n = pool.numbers  # the one that asks has left the line, but counts
     who = holders(pool)
     shown = ", ".join(map(str, who[:MOST_HOLDERS]))
     rest = f", and {len(who) - MOST_HOLDERS} more" if len(who) > MOST_HOLDERS else ""
-    quota = attachment.quota
-    own = f" ({quota.stated:.0f} for this engine)" if quota.full else ""
+    ceiling = attachment.quota.stated
+    own = (
+        ""
+        if ceiling is None or ceiling >= (pool.max_size or math.inf)
+        else f" ({ceiling:.0f} for this engine)"
+    )
     error = CheckoutTimeout(
         f"QueriesPool {pool.label} (pid {pool.id}) had no connection within {timeout:g} s: "
-        f"open {n.open}, held {n.held}, opening {n.opening}, waiting {n.waiting}, "
+        f"open {n.open}, held {n.held}, opening {n.opening}, waiting {n.waiting + 1}, "
         f"limit {pool.max_size}{own}. "
         f"Held by, longest first: {shown or 'nobody any more'}{rest}. "
         "Either some of them keep a connection for too long: close it (or the session) as soon as "

@@ -12,8 +12,9 @@ entries and engines weakly, for two reasons: it keeps no engine alive, and an en
 What always holds when no method is running; :meth:`Ledger.check` asserts it:
 
 1. The slots in use do not exceed the limit; where a lowered limit left more, they only get fewer.
-2. Nobody waits who could be served: by a free slot, or by one that somebody else could give up.
-3. A slot is opening, idle, held or closing: exactly one.
+2. Nobody waits who could be served: by a free slot, or by one that somebody else can spare (design 6
+   says when); as for what time brings about, once the waiter has insisted.
+3. A slot is opening, idle, held, locked by a session, or closing: exactly one.
 4. A waiter is in the line of its engine until it is answered, and never after.
 5. A slot that is opening ends as opened or failed, and a failure serves the next waiter.
 6. No idle connection is of a retired generation.
@@ -32,6 +33,7 @@ from .slots import (
     GONE,
     HELD,
     IDLE,
+    LENT,
     OPENING,
     Attachment,
     Close,
@@ -55,11 +57,15 @@ LOWERED = "max_size was lowered"
 ABANDONED = "its holder is gone"
 REMOVED = "removed through the queries API"
 
+SPARE = 0.05
+"""Seconds after which an idle connection counts as spare: another engine may have its slot at once.
+One that has just come home is about to be used again, and moving its slot costs a close and a connect
+(design 6)."""
 PATIENCE = 0.1
-"""Seconds that another engine's waiter always waits before a connection is closed for it."""
+"""Seconds after which a waiter may have the slot of any other engine's idle connection."""
 PATIENCE_FACTOR = 4.0
-"""... and how many mean waits: handing over across engines costs a close and a connect, so it is the
-exception that keeps the longest wait bounded, not the rule (docs/design.rst, decision 6)."""
+"""For how many mean waits, and for PATIENCE at least, another engine's waiter lets a connection's own
+engine go first although it came first itself."""
 
 
 class Ledger:
@@ -113,7 +119,7 @@ class Ledger:
             return entry
         if attachment.hollow:
             return self._hold(attachment.hollow.pop(), holder, now)
-        return self._open(attachment, holder, now)
+        return self._open(attachment, holder, now, insist=False)
 
     def give(self, attachment: Attachment, entry: Any, now: float) -> Work | None:
         """Take an entry back from its holder.
@@ -121,7 +127,7 @@ class Ledger:
         :raises NotHeld: nobody had it.
         """
         slot = entry.slot
-        if slot.state is not HELD:
+        if slot.state is not HELD or slot.home is not attachment.ref:
             raise NotHeld(f"{entry!r} was given back, but it is {slot.state}")
         slot.holder = None
         slot.since = now
@@ -154,7 +160,7 @@ class Ledger:
             return [self._close(entry, LOWERED)]
         if slot.generation < attachment.retired:
             return [self._close(entry, DISPOSED)]
-        waiter = self._next_for(attachment, now)
+        waiter = self._next_for(attachment, slot.handle is None, now)
         if waiter is None:
             slot.state = IDLE
             (attachment.idle if slot.handle is not None else attachment.hollow).append(entry)
@@ -166,30 +172,50 @@ class Ledger:
         permit = self._permit(waiter.attachment, waiter.holder, now, entry)
         return [self._answer(waiter, permit, now)]
 
-    def _next_for(self, attachment: Attachment, now: float) -> Waiter | None:
-        """Choose who gets a connection of this attachment that has come home (design 6)."""
+    def _next_for(self, attachment: Attachment, hollow: bool, now: float) -> Waiter | None:
+        """Choose who gets a slot of this attachment that has come home (design 6)."""
         own = next(iter(attachment.line), None)
+        mine = attachment.quota
         # Its slot frees a place under its own quota, so engines of that quota are never too full.
         others = (
             next(iter(other.line))
             for other in self.lines
-            if other is not attachment and (other.quota is attachment.quota or not other.quota.full)
+            if other is not attachment and (other.quota is mine or not other.quota.full)
         )
         oldest = min(others, key=_arrival, default=None)
-        if own is None or oldest is None:
-            return own or oldest
-        patience = max(PATIENCE, PATIENCE_FACTOR * self.mean_wait)
-        return oldest if oldest.since < own.since and now - oldest.since > patience else own
+        if oldest is None:
+            return own
+        if own is None:
+            its_own = oldest.attachment.quota is mine  # of the pool before, or after, a recreate()
+            return oldest if hollow or its_own or self._may_insist(oldest, now) else None
+        if oldest.since < own.since:
+            patience = max(PATIENCE, PATIENCE_FACTOR * self.mean_wait)
+            if hollow or now - oldest.since > patience:
+                return oldest
+        # Even with one slot less, mine would get more of what it wants than the other does: so slots
+        # spread in proportion to demand, and never swing back.
+        its = len(oldest.attachment.quota.slots)
+        wanted, its_wanted = len(mine.slots) + len(attachment.line), its + len(oldest.attachment.line)
+        return oldest if (len(mine.slots) - 1) * its_wanted > its * wanted else own
 
-    def _open(self, attachment: Attachment, holder: int, now: float) -> Permit | None:
-        """Return the right to open a connection, or None: all full and nobody can give way."""
-        full = attachment.quota.full
-        evicts = None
-        if full or len(self.slots) >= self.limit:
-            evicts = self._pick(attachment.quota if full else None)
-            if evicts is None:
-                return None
-            self._strike(evicts.slot)
+    def _may_insist(self, waiter: Waiter, now: float) -> bool:
+        """May it have the slot of a connection that its engine is about to use again?"""
+        quota = waiter.attachment.quota
+        return not quota.slots or now - waiter.since >= PATIENCE
+
+    def _open(self, attachment: Attachment, holder: int, now: float, insist: bool) -> Permit | None:
+        """Return the right to open a connection, or None: all full and nobody can give way.
+
+        :param insist: have somebody give way who does not like to.
+        """
+        quota = attachment.quota
+        if not quota.full and len(self.slots) < self.limit:
+            return self._permit(attachment, holder, now, None)
+        before = now if insist or not quota.slots else now - SPARE
+        evicts = self._pick(quota, quota.full, before)
+        if evicts is None:
+            return None
+        self._strike(evicts.slot)
         return self._permit(attachment, holder, now, evicts)
 
     def _permit(self, attachment: Attachment, holder: int, now: float, evicts: Any) -> Permit:
@@ -198,23 +224,29 @@ class Ledger:
         slot.holder = holder
         slot.since = now
         slot.uses = 1
+        slot.instead_of = None if evicts is None else evicts.slot
         permit = Permit(slot, evicts)
         self.bind(slot, permit)
         self._enter(slot, attachment)
         self.opening.add(slot)
         return permit
 
-    def _pick(self, within: Quota | None) -> Any:
-        """Take off and return the idle entry that can best be spared (of one quota, or of all)."""
-        crowd = [a for a in self._everyone() if within is None or a.quota is within]
+    def _pick(self, quota: Quota | None, within: bool, before: float) -> Any:
+        """Take off and return the idle entry that can best be spared, or None.
+
+        :param quota: for whom.
+        :param within: look among the engines of this quota alone.
+        :param before: others spare what has been idle since then, or longer.
+        """
+        crowd = [a for a in self._everyone() if not within or a.quota is quota]
         for attachment in crowd:
             if attachment.hollow:
                 return attachment.hollow.popleft()
-        idle = [a for a in crowd if a.idle and a is not self.by_hand]
+        idle = [a for a in crowd if a.idle and (a.quota is quota or a.idle[0].slot.since <= before)]
         if idle:
-            return min(idle, key=lambda a: a.idle[0].slot.since).idle.popleft()
-        if self.by_hand in crowd and self.by_hand.idle:
-            return self.by_hand.idle.popleft()
+            # What was added by hand goes last: nobody opens that again.
+            choice = min(idle, key=lambda a: (a is self.by_hand, a.idle[0].slot.since))
+            return choice.idle.popleft()
         for attachment in crowd:
             for slot in attachment.lent:
                 if slot.stale:
@@ -232,6 +264,19 @@ class Ledger:
             attachment.line[waiter] = None
             self.lines[attachment] = None
         return entry
+
+    def insist(self, waiter: Waiter, now: float, last: bool = False) -> Work:
+        """A waiter asks again: is there, by now, an idle connection whose slot its line may have?
+
+        :param last: it is about to give up, and so may have any.
+        """
+        line = waiter.attachment.line
+        if waiter not in line:
+            return []
+        first = next(iter(line))  # nobody overtakes, also not by insisting
+        insist = last or self._may_insist(first, now)
+        permit = self._open(first.attachment, first.holder, now, insist)
+        return [] if permit is None else [self._answer(first, permit, now)]
 
     def leave(self, waiter: Waiter) -> Any:
         """Take a waiter out of the line; return what it was given meanwhile, or None."""
@@ -256,7 +301,8 @@ class Ledger:
         while self.lines:
             heads = sorted((next(iter(a.line)) for a in self.lines), key=_arrival)
             for waiter in heads:
-                permit = self._open(waiter.attachment, waiter.holder, now)
+                insist = self._may_insist(waiter, now)
+                permit = self._open(waiter.attachment, waiter.holder, now, insist)
                 if permit is not None:
                     work.append(self._answer(waiter, permit, now))
                     break
@@ -273,6 +319,7 @@ class Ledger:
     def opened(self, slot: Slot, now: float) -> None:
         """A connection was opened: its opener holds it."""
         self.opening.discard(slot)
+        slot.instead_of = None
         slot.state = HELD
         slot.since = now
 
@@ -290,7 +337,7 @@ class Ledger:
 
     def lost(self, slot: Slot, now: float) -> Work:
         """The entry of a slot has died: nobody can give it back any more."""
-        if slot.state is HELD and slot.session is not None and not slot.stale:
+        if slot.state is LENT and slot.session is not None and not slot.stale:
             # A session has locked an engine's connection, and the engine is gone: the session keeps
             # it, as if it had been added by hand.
             assert slot.quota is not None
@@ -298,7 +345,20 @@ class Ledger:
             slot.entry = None
             self._enter(slot, self.by_hand)
             self.by_hand.lent[slot] = slot
+            return self._serve(now)  # it no longer counts against the ceiling of its engine
+        if slot.state is CLOSING:
             return []
+        evicted, slot.instead_of = slot.instead_of, None
+        if slot.state is OPENING and evicted is not None and evicted.handle is not None:
+            # The permit died before what gave way was closed: that counts again until it is.
+            self._strike(slot)
+            evicted.state = CLOSING
+            evicted.quota = slot.quota
+            self.slots.add(evicted)
+            self.closing.add(evicted)
+            if evicted.quota is not None:
+                evicted.quota.slots.add(evicted)
+            return [Close(evicted, None, ABANDONED)]
         if slot.handle is None:
             return self._free(slot, now)
         if slot in self.slots:
@@ -345,7 +405,7 @@ class Ledger:
     def close_all(self) -> Work | Slot:
         """Close every connection, or none and return one that is busy."""
         for slot in self.slots:
-            if slot.state is OPENING or (slot.state is HELD and not slot.stale):
+            if slot.state in (OPENING, HELD) or (slot.state is LENT and not slot.stale):
                 return slot
         work: Work = []
         for attachment in self._everyone():
@@ -373,16 +433,18 @@ class Ledger:
         attachment.generation += 1
         return self.close_idle(attachment, DISPOSED)
 
-    def retire(self, attachment: Attachment) -> None:
-        """Let what was born before the last dispose close when it comes home."""
+    def retire(self, attachment: Attachment) -> Work:
+        """Let what was born before the last dispose close when it comes home, or if it has by now."""
         attachment.retired = attachment.generation
+        return self.close_idle(attachment, DISPOSED)
 
-    def retire_all(self) -> None:
-        """Let all that is open close when it comes home."""
+    def retire_all(self) -> Work:
+        """Let all that engines have open close, now or when it comes home."""
+        work: Work = []
         for attachment in self._everyone():
             if attachment is not self.by_hand:
-                attachment.generation += 1
-                attachment.retired = attachment.generation
+                work += self.dispose(attachment) + self.retire(attachment)
+        return work
 
     # -- the queries API ---------------------------------------------------------------------------
 
@@ -403,7 +465,7 @@ class Ledger:
             return False
         entry = slot.entry() if slot.entry is not None else slot
         attachment.idle.remove(entry)
-        slot.state = HELD
+        slot.state = LENT
         slot.session = session
         slot.since = now
         slot.uses += 1
@@ -412,7 +474,7 @@ class Ledger:
 
     def unlock(self, slot: Slot) -> bool:
         """Take the lock from a session; the caller resets the connection and then gives it back."""
-        if slot.state is not HELD or slot.session is None:
+        if slot.state is not LENT or slot.session is None:
             return False
         slot.session = None
         return True
@@ -422,6 +484,7 @@ class Ledger:
         attachment = slot.home() if slot.home is not None else None
         if attachment is None or slot not in attachment.lent:
             return []
+        slot.state = HELD
         return self.give(attachment, attachment.lent.pop(slot), now) or []
 
     def session_died(self, slot: Slot, session: weakref.ref[Any], now: float) -> Work:
@@ -447,7 +510,7 @@ class Ledger:
         self.attachments[attachment.ref] = attachment.quota
         self._apply_ttl()
         self.vacant_since = None
-        return self._relimit(now)
+        return self._relimit(now) + self.expire(now)  # its idle_ttl holds for what was added by hand
 
     def detach(self, ref: weakref.ref[Attachment], now: float) -> Work:
         """An engine is gone."""
@@ -468,7 +531,7 @@ class Ledger:
         # Without engines it stays what it was: what they left open may still be closing.
         work: Work = []
         while len(self.slots) - len(self.closing) > self.limit:
-            entry = self._pick(None)
+            entry = self._pick(None, False, math.inf)
             if entry is None:
                 break
             work.append(self._close(entry, LOWERED))
@@ -540,23 +603,23 @@ class Ledger:
         held = max(0, total - opening - closing - idle - hollow)
         return Numbers(total, held, idle, opening, closing, hollow, waiting)
 
-    def check(self) -> None:
-        """Assert what the module's text promises."""
+    def check(self, now: float = -math.inf) -> None:
+        """Assert what the module's text promises, every waiter having insisted at ``now``."""
         everyone = list(self._everyone())
         idle = [(a, e) for a in everyone for e in a.idle]
         hollow = [(a, e) for a in everyone for e in a.hollow]
         lent = {slot for a in everyone for slot in a.lent}
-        states: dict[str, set[Slot]] = {s: set() for s in (OPENING, IDLE, HELD, CLOSING, GONE)}
+        states: dict[str, set[Slot]] = {s: set() for s in (OPENING, IDLE, HELD, LENT, CLOSING, GONE)}
         for slot in self.slots:
             states[slot.state].add(slot)
         in_use = len(self.slots) - len(self.closing)
         assert in_use <= self.limit or not (idle or hollow), "1: idle above the limit"
-        assert not self._could_be_served(), "2: somebody waits who could be served"
+        assert not self._could_be_served(now), "2: somebody waits who could be served"
         assert (states[OPENING], states[CLOSING]) == (self.opening, self.closing), "3"
         assert not states[GONE], "3: gone, but counted"
         assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
         assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
-        assert lent <= states[HELD], "3: lent but not held"
+        assert lent == states[LENT], "3: lent"
         for attachment in everyone:
             assert (attachment in self.lines) == bool(attachment.line), "4: lines"
             for waiter in attachment.line:
@@ -570,14 +633,20 @@ class Ledger:
             assert quota.stated is None or len(quota.slots) <= quota.stated, "7: ceiling"
         assert self.slots == set().union(*(s.quota.slots for s in self.slots if s.quota)), "7"
 
-    def _could_be_served(self) -> bool:
+    def _could_be_served(self, now: float) -> bool:
         for attachment in self.lines:
-            full = attachment.quota.full
-            crowd = [a for a in self._everyone() if not full or a.quota is attachment.quota]
-            if not full and len(self.slots) < self.limit:
+            quota = attachment.quota
+            if not quota.full and len(self.slots) < self.limit:
                 return True
-            if any(a.idle or a.hollow or any(s.stale for s in a.lent) for a in crowd):
-                return True
+            insist = self._may_insist(next(iter(attachment.line)), now)
+            before = now if insist else now - SPARE
+            for other in self._everyone():
+                if quota.full and other.quota is not quota:
+                    continue
+                if other.hollow or any(slot.stale for slot in other.lent):
+                    return True
+                if other.idle and (other.quota is quota or other.idle[0].slot.since <= before):
+                    return True
         return False
 
 

@@ -22,7 +22,7 @@ from .diagnostics import checkout_timeout
 from .errors import ParameterError
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
-from .slots import Attachment, Permit, Quota
+from .slots import HELD, LENT, OPENING, Attachment, Permit, Quota
 
 logger = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class QueriesPool(SQLAlchemyPool):
 
     def _wait(self) -> ConnectionPoolEntry:
         timeout = math.inf if self._timeout is None else self._timeout
-        entry = self._shared.wait(self._attachment, timeout, self._gc_on_wait) if timeout else None
+        entry = self._shared.wait(self._attachment, timeout, self._gc_on_wait)
         if entry is None:
             raise checkout_timeout(self._shared, self._attachment, timeout)
         return entry if isinstance(entry, Record) else self._open(entry)
@@ -236,7 +236,7 @@ class QueriesPool(SQLAlchemyPool):
         """How many connections of this engine are out, or being opened."""
         ref = self._attachment.ref
         states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home is ref]
-        return sum(state in ("held", "opening") for state in states)
+        return sum(state in (HELD, LENT, OPENING) for state in states)
 
     def overflow(self) -> int:
         """QueuePool's: how many connections there are above ``size()``; here, zero or less."""

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 OPENING = "opening"
 IDLE = "idle"
 HELD = "held"
+LENT = "locked"
 CLOSING = "closing"
 GONE = "gone"
 
@@ -51,6 +52,7 @@ class Slot:
         "handle",
         "holder",
         "home",
+        "instead_of",
         "process",
         "quota",
         "session",
@@ -61,7 +63,7 @@ class Slot:
 
     def __init__(self, handle: Any = None) -> None:
         self.state = GONE
-        """One of the five words above; written under the lock alone."""
+        """One of the words above; written under the lock alone."""
         self.handle = handle
         """The DBAPI connection, None while there is none (opening, hollow, closed); written by
         whoever has the slot, when it opens or closes the socket."""
@@ -77,7 +79,9 @@ class Slot:
         self.generation = 0
         """The attachment's generation when the connecting of this socket began."""
         self.holder: int | None = None
-        """Identifier of the thread that has it; None when nobody or a session has."""
+        """Identifier of the thread that holds or opens it."""
+        self.instead_of: Slot | None = None
+        """While opening: the slot that gave way to it, and is perhaps not closed yet."""
         self.session: weakref.ref[Any] | None = None
         """Weak: the queries session that locked it; dead but not None means a stale lock."""
         self.since = 0.0

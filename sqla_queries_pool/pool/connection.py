@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from ..slots import HELD, OPENING, Slot
+from ..slots import HELD, LENT, OPENING, Slot
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -53,7 +53,7 @@ class Connection(Slot):
     @property
     def locked(self) -> bool:
         """Does somebody have it?  Also true for the lock of a session that is dead."""
-        return self.state is HELD
+        return self.state in (HELD, LENT)
 
     @property
     def busy(self) -> bool:
@@ -63,7 +63,7 @@ class Connection(Slot):
     @property
     def used_by(self) -> weakref.ref[Any] | None:
         """A weak reference to who has it: the session, or what SQLAlchemy has checked out."""
-        if self.session is not None or not self.locked or self.entry is None:
+        if self.state is not HELD or self.entry is None:
             return self.session
         fairy: weakref.ref[Any] | None = getattr(self.entry(), "fairy_ref", None)
         return self.entry if fairy is None else fairy

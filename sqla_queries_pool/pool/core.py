@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import os
 import time
@@ -15,7 +16,7 @@ from typing import Any, ClassVar
 from ..errors import QueriesException
 from ..gates import ThreadGate
 from ..housekeeping import Housekeeper, Worker
-from ..ledger import Ledger
+from ..ledger import PATIENCE, SPARE, Ledger
 from ..slots import (
     HELD,
     Attachment,
@@ -98,25 +99,33 @@ class Core(Guard):
     def wait(self, attachment: Attachment, timeout: float, gc_on_wait: bool) -> Any:
         """Wait in line for what :meth:`take` returns.
 
-        :param timeout: seconds, ``inf`` for as long as it takes.
+        :param timeout: seconds, ``inf`` for as long as it takes; with 0 it may still have a slot that
+            somebody can give up.
         :param gc_on_wait: ask the collector for abandoned connections meanwhile.
         :return: None if ``timeout`` was over first.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
-        deadline = time.monotonic() + timeout
+        begin = time.monotonic()
+        deadline = begin + timeout
+        gc_at = begin + min(GC_AFTER, timeout / 2)
         waiter = ThreadGate(attachment, get_ident())
         entry = None
         try:
             entry = self._decide(self._ledger.join, waiter, self._clock())
-            # Slices, for the collector's sake, and so that nothing depends on one wake-up.
-            seconds = min(GC_AFTER, timeout / 2)
-            while entry is None and (left := deadline - time.monotonic()) > 0:
-                waiter.wait(min(left, seconds))
+            # It looks again when time has changed what it may have, and every second, so that
+            # nothing depends on one wake-up.
+            pauses = itertools.chain((SPARE, PATIENCE - SPARE, GC_AFTER - PATIENCE), itertools.repeat(1.0))
+            while entry is None:
+                waiter.wait(max(0.0, min(next(pauses), deadline - time.monotonic())))
+                now = time.monotonic()
+                if waiter.answer is None:
+                    self._do(self._decide(self._ledger.insist, waiter, self._clock(), now >= deadline))
                 entry = waiter.answer
-                if entry is None and gc_on_wait and left > seconds:  # not at the very end
+                if now >= deadline:
+                    break
+                if entry is None and gc_on_wait and now >= gc_at:
                     collect_garbage()
                     entry = waiter.answer
-                seconds = 1.0
             if entry is None:
                 entry = self._decide(self._ledger.leave, waiter)
             return entry
@@ -237,8 +246,8 @@ class Core(Guard):
         self._do(self._decide(self._ledger.dispose, attachment))
 
     def retire(self, attachment: Attachment) -> None:
-        """Let an engine's connections from before its last dispose close when they come home."""
-        self._decide(self._ledger.retire, attachment)
+        """Let an engine's connections from before its last dispose close: those out, when they come home."""
+        self._do(self._decide(self._ledger.retire, attachment))
 
     def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
         self._post(self._ledger.detach, ref)

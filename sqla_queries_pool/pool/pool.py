@@ -104,7 +104,7 @@ class Pool(Core):
         :raises ConnectionBusyError: it is executing, or an engine has it.
         """
         slot = self._find(connection)
-        if slot.executing or (slot.locked and slot.session is None):
+        if slot.executing or slot.state is HELD:
             raise ConnectionBusyError(id(connection))
         if self._decide(self._ledger.unlock, slot):
             self._reset(slot)
@@ -153,7 +153,7 @@ class Pool(Core):
         :raises ConnectionBusyError: one executes; the others were closed.
         """
         busy: list[int] = []
-        self._decide(self._ledger.retire_all)
+        self._do(self._decide(self._ledger.retire_all))
         for slot in list(self._by_handle.values()):
             if slot.executing:
                 busy.append(slot.id)

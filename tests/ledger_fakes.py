@@ -1,0 +1,325 @@
+"""Around a ledger, what ``Pool`` is in earnest: a clock, an inbox, hands; and fakes of what it books.
+
+Nothing happens by itself: the clock moves when it is moved, work is done when somebody does it.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections.abc import Callable
+from itertools import count
+from typing import Any
+
+from sqla_queries_pool.ledger import Ledger
+from sqla_queries_pool.slots import HELD, LENT, Attachment, Close, Due, EntryRef, Permit, Quota, Reset, Slot, Wake
+
+
+class Handle:
+    """An open socket."""
+
+
+class Session:
+    """Who locks connections through the queries API."""
+
+
+class NumberedSlot(Slot):
+    """A slot that can be put in an order that is the same in every run."""
+
+    __slots__ = ("number",)
+    numbers = count()
+
+    def __init__(self, handle: Handle | None = None) -> None:
+        super().__init__(handle)
+        self.number = next(self.numbers)
+
+
+class Record:
+    """The entry of an engine's connection, as SQLAlchemy's record is."""
+
+    def __init__(self, slot: Slot, owner: Attachment) -> None:
+        self.slot = slot
+        self.owner = owner.ref
+        """Weak: which engine's."""
+
+
+class Gate:
+    """A waiter that notices when it is answered twice, after it left, or out of turn."""
+
+    def __init__(self, attachment: Attachment, line: list[Gate]) -> None:
+        self.attachment = attachment
+        self.holder = 0
+        self.since = 0.0
+        self.line = line
+        """Who waits for the same engine, in order of arrival, by the tests' own bookkeeping."""
+        self.opened = False
+        self._answer: Any = None
+
+    @property
+    def answer(self) -> Any:
+        """What it was given."""
+        return self._answer
+
+    @answer.setter
+    def answer(self, entry: Any) -> None:
+        assert entry is not None
+        assert self._answer is None, "answered twice"
+        assert self in self.line, "answered, but it does not wait"
+        assert self.line[0] is self, "answered out of turn"
+        self.line.remove(self)
+        self._answer = entry
+
+    def open(self) -> None:
+        """Wake it."""
+        assert self._answer is not None, "woken for nothing"
+        assert not self.opened, "woken twice"
+        self.opened = True
+
+
+class Books:
+    """A ledger and what surrounds it; after each operation everything that must hold is checked."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+        self.ledger = Ledger(self._entry_died, NumberedSlot)
+        self.inbox: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
+        """What died, and has not been told to the ledger: each time the last argument is missing."""
+        self.todo: list[Wake | Close | Reset] = []
+        """Work that nobody has done yet."""
+        self.told = math.inf
+        """When the housekeeper will come, by what it was told."""
+        self.sockets: dict[Handle, Slot] = {}
+        """What is open and neither detached nor lost sight of."""
+        self.lines: weakref.WeakKeyDictionary[Attachment, list[Gate]] = weakref.WeakKeyDictionary()
+        """Who waits for which engine, in order of arrival."""
+        self.sound = True
+        """Did the last operation end, and was nothing found wrong after it?"""
+        self.sweep()  # PoolManager.create does so, too
+
+    # -- the lock and the inbox --------------------------------------------------------------------
+
+    def decide(self, operation: Callable[..., Any], *args: Any) -> Any:
+        """One operation of the ledger, then the letters in the inbox, then the checks."""
+        result = self._run(operation, args)
+        self.settle()
+        return result
+
+    def settle(self) -> None:
+        """Read the inbox, and let those insist who wait."""
+        while self.inbox:
+            operation, args = self.inbox.pop(0)
+            self._run(operation, (*args, self.now))
+        for attachment in list(self.ledger.lines):
+            for waiter in list(attachment.line):
+                self._run(self.ledger.insist, (waiter, self.now))
+        self.check()
+
+    def _run(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        self.sound = False
+        before = len(self.ledger.slots)
+        result = operation(*args)
+        after = len(self.ledger.slots)
+        assert after <= max(before, self.ledger.limit), f"grew from {before} to {after} slots"
+        for item in result if isinstance(result, list) else ():
+            if isinstance(item, Due):
+                self.told = min(self.told, item.at)
+            else:
+                self.todo.append(item)
+        return result
+
+    def _entry_died(self, ref: EntryRef) -> None:
+        self.inbox.append((self.ledger.lost, (ref.slot,)))
+
+    def check(self) -> None:
+        """Everything that the ledger promises, and what it can't know itself."""
+        ledger = self.ledger
+        ledger.check(self.now)
+        everyone = [a for ref in ledger.attachments if (a := ref())]
+        for attachment in everyone:
+            assert list(attachment.line) == self.lines[attachment], "the line is not the one that formed"
+            assert all(e.owner is attachment.ref for e in [*attachment.idle, *attachment.hollow])
+            assert all(e.slot.home is attachment.ref for e in [*attachment.idle, *attachment.hollow])
+        for attachment in [*everyone, ledger.by_hand]:
+            for entry in [*attachment.idle, *attachment.hollow]:
+                assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
+            stale = any(slot.stale for slot in attachment.lent)
+            assert not stale or self.told <= self.now, "nobody was told of a stale lock"
+        numbers = ledger.numbers()
+        assert numbers.held == sum(slot.state in (HELD, LENT) for slot in ledger.slots)
+        assert numbers.waiting == sum(map(len, self.lines.values()))
+        # A socket whose slot gave way is counted by the permission to open that it gave way to.
+        uncounted = sum(slot not in ledger.slots for slot in self.sockets.values())
+        assert uncounted <= sum(slot.handle is None for slot in ledger.opening), "open, but not counted"
+        if not ledger.slots and not ledger.attachments:
+            assert ledger.vacant_since is not None
+            leaves = ledger.vacant_since + ledger.leave_after
+            assert ledger.vacant(self.now) or self.told <= leaves, "nobody was told that it is vacant"
+        else:
+            assert ledger.vacant_since is None
+        self.sound = True
+
+    # -- engines -----------------------------------------------------------------------------------
+
+    def engine(
+        self, ceiling: float | None = None, ttl: float = 60.0, lifo: bool = True, quota: Quota | None = None
+    ) -> Attachment:
+        """Attach an engine; with ``quota`` one that was made by ``recreate()``."""
+        attachment = Attachment(quota or Quota(ceiling), ttl, lifo)
+        self.lines[attachment] = []
+        self.decide(self.ledger.attach, attachment, self._engine_died, self.now)
+        return attachment
+
+    def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
+        self.inbox.append((self.ledger.detach, (ref,)))
+
+    # -- slots -------------------------------------------------------------------------------------
+
+    def take(self, attachment: Attachment) -> Any:
+        """A checkout that does not wait."""
+        fresh = not self.inbox
+        line = list(self.lines[attachment])
+        entry = self.decide(self.ledger.take, attachment, 0, self.now)
+        assert entry is None or not (fresh and line), "a newcomer has overtaken who waits"
+        return entry
+
+    def wait(self, attachment: Attachment) -> Any:
+        """A checkout that waits: what it gets at once, or the waiter."""
+        waiter = Gate(attachment, self.lines[attachment])
+        self.lines[attachment].append(waiter)
+
+        def join() -> Any:
+            entry = self.ledger.join(waiter, self.now)
+            if entry is not None:
+                self.lines[attachment].remove(waiter)
+            return entry
+
+        entry = self.decide(join)
+        return waiter if entry is None else entry
+
+    def leave(self, waiter: Gate) -> Any:
+        """A waiter gives up; return what it was given meanwhile."""
+
+        def leave() -> Any:
+            if waiter in waiter.line:
+                waiter.line.remove(waiter)
+            return self.ledger.leave(waiter)
+
+        return self.decide(leave)
+
+    def give(self, attachment: Attachment, entry: Any) -> None:
+        """A check-in."""
+        self.decide(self.ledger.give, attachment, entry, self.now)
+
+    def use_permit(self, attachment: Attachment, permit: Permit) -> Record:
+        """Open what it permits to open; the record is held."""
+        assert isinstance(permit, Permit)
+        record = self.bind(attachment, permit)
+        self.plug(attachment, record)
+        self.decide(self.ledger.opened, record.slot, self.now)
+        return record
+
+    def bind(self, attachment: Attachment, permit: Permit) -> Record:
+        """The first half of an opening: close what gave way, make the record."""
+        self.close_evicted(permit)
+        record = Record(permit.slot, attachment)
+        self.ledger.bind(permit.slot, record)
+        return record
+
+    def plug(self, attachment: Attachment, record: Record) -> None:
+        """Open a socket for a record that has none."""
+        assert record.slot.handle is None
+        record.slot.handle = Handle()
+        record.slot.generation = attachment.generation
+        self.sockets[record.slot.handle] = record.slot
+
+    def unplug(self, slot: Slot) -> None:
+        """Close the socket of a slot, if there is one; to the ledger this says nothing."""
+        handle, slot.handle = slot.handle, None
+        self.sockets.pop(handle, None)
+
+    def close_evicted(self, permit: Permit) -> None:
+        """Close what gave way."""
+        entry, permit.evicts = permit.evicts, None
+        if entry is not None:
+            self.unplug(entry.slot)
+
+    def fail(self, permit: Permit) -> None:
+        """An opening fails, whatever there was of it."""
+        self.close_evicted(permit)
+        self.unplug(permit.slot)
+        self.decide(self.ledger.failed, permit.slot, self.now)
+
+    def detach(self, record: Record) -> None:
+        """The holder of a connection keeps it for itself."""
+        self.unplug(record.slot)
+        self.decide(self.ledger.let_go, record.slot, self.now)
+
+    def connected(self, attachment: Attachment) -> Record:
+        """Check out, and open what has to be opened."""
+        entry = self.take(attachment)
+        return self.use_permit(attachment, entry) if isinstance(entry, Permit) else entry
+
+    # -- the queries API ---------------------------------------------------------------------------
+
+    def add(self) -> Slot | None:
+        """Add a connection by hand; None if there is no slot for it."""
+        slot = NumberedSlot(Handle())
+
+        def add() -> Any:
+            work = self.ledger.add(slot, self.now)
+            if work is not None:
+                assert slot.handle is not None
+                self.sockets[slot.handle] = slot
+            return work
+
+        return None if self.decide(add) is None else slot
+
+    def lend(self, slot: Slot, session: Session) -> bool:
+        """Lock a connection for a session."""
+
+        def died(ref: weakref.ref[Session]) -> None:
+            self.inbox.append((self.ledger.session_died, (slot, ref)))
+
+        return bool(self.decide(self.ledger.lend, slot, weakref.ref(session, died), self.now))
+
+    def unlock(self, slot: Slot) -> bool:
+        """Take a session's lock off; its reset is work to be done."""
+        unlocked: bool = self.decide(self.ledger.unlock, slot)
+        if unlocked:
+            self.todo.append(Reset(slot))
+        return unlocked
+
+    def unlock_stale(self, attachment: Attachment) -> None:
+        """Take the locks off that dead sessions left; the resets are work to be done."""
+        self.decide(lambda: [Reset(slot) for slot in self.ledger.unlock_stale(attachment)])
+
+    # -- the hands ---------------------------------------------------------------------------------
+
+    def sweep(self) -> None:
+        """The housekeeper comes."""
+        self.told = math.inf
+        self.decide(self.ledger.expire, self.now)
+
+    def do(self, item: Wake | Close | Reset, succeeds: bool = True) -> None:
+        """Do one piece of work; a reset may fail."""
+        self.todo.remove(item)
+        if isinstance(item, Wake):
+            item.waiter.open()
+        elif isinstance(item, Close):
+            self.unplug(item.slot)
+            self.decide(self.ledger.closed, item.slot, self.now)
+        elif succeeds:
+            self.decide(self.ledger.give_lent, item.slot, self.now)
+        else:
+            self.decide(self.ledger.close_one, item.slot, True)
+
+    def do_all(self) -> None:
+        """Do all work, also what comes of it."""
+        while self.todo:
+            self.do(self.todo[0])
+            self.settle()  # the work may have been the last to refer to an entry
+
+    @property
+    def reasons(self) -> list[str]:
+        """Why connections are to be closed that are to be closed now."""
+        return [item.reason for item in self.todo if isinstance(item, Close)]

@@ -1,0 +1,409 @@
+"""All operations of the ledger in any order: hypothesis drives, ``Books`` checks after each of them.
+
+``LEDGER_EXAMPLES=20000 pytest -o faulthandler_timeout=0 tests/test_ledger_machine.py`` searches for
+longer, elsewhere each time, and shrinks what it finds, which takes minutes.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from ledger_fakes import Books, Gate, Record, Session
+
+from sqla_queries_pool.slots import HELD, IDLE, Attachment, Close, NotHeld, Permit, Slot
+
+T = TypeVar("T")
+which = st.integers(0, 23)
+ceilings = st.sampled_from([None, 1, 2, 3, 4, math.inf])
+limits = st.sampled_from([None, 1, 2, 3, 4, 5, math.inf])
+ttls = st.sampled_from([0.5, 5.0, 60.0, math.inf])
+
+
+def chosen(number: int, things: Sequence[T]) -> T:
+    """One of the things."""
+    return things[number % len(things)]
+
+
+class Engine:
+    """An engine's pool: what it knows itself.  Whoever has something of it in hand refers to it."""
+
+    def __init__(self, attachment: Attachment) -> None:
+        self.attachment = attachment
+        self.disposed = False
+        self.retired = 0
+        """Sockets of a generation below this one are not to be handed out, by the machine's own books."""
+
+
+class Opening:
+    """Somebody opens a connection."""
+
+    def __init__(self, engine: Engine, permit: Permit) -> None:
+        self.engine = engine
+        self.slot = permit.slot
+        self.permit: Permit | None = permit
+        """None as soon as there is a record, which then gets a socket."""
+        self.record: Record | None = None
+
+
+class Lock:
+    """A session's lock; the session lives for as long as this refers to it."""
+
+    def __init__(self, slot: Slot, session: Session) -> None:
+        self.slot = slot
+        self.session = session
+
+
+class LedgerMachine(RuleBasedStateMachine):
+    """See the module's text.
+
+    Hypothesis takes all rules for equally likely: what is rare in life shares one, what is common has
+    two or three.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.books = Books()
+        self.ledger = self.books.ledger
+        self.engines: list[Engine] = []
+        self.waiting: list[tuple[Engine, Gate]] = []
+        """Blocked checkouts; some of them have been answered and have not noticed."""
+        self.opening: list[Opening] = []
+        self.held: list[tuple[Engine, Record]] = []
+        self.locks: list[Lock] = []
+
+    @initialize(
+        limit=limits, several=st.lists(st.tuples(ceilings, ttls, st.booleans()), min_size=1, max_size=3)
+    )
+    def begin(self, limit: float | None, several: list[tuple[float | None, float, bool]]) -> None:
+        """A pool has engines."""
+        for ceiling, ttl, lifo in several:
+            self.attach(ceiling, ttl, lifo)
+        self.set_limit(limit)
+
+    # -- checkouts ---------------------------------------------------------------------------------
+
+    def check_out(self, n: int, phases: int) -> None:
+        """Take, or wait."""
+        engine = chosen(n, self.engines)
+        entry = self.books.take(engine.attachment)
+        if entry is None:
+            entry = self.books.wait(engine.attachment)
+        if isinstance(entry, Gate):
+            self.waiting.append((engine, entry))
+            return
+        # A socket of a retired generation is never handed out; a hollow record is no socket.
+        assert entry.slot.handle is None or entry.slot.generation >= engine.retired
+        self.received(engine, entry, phases)
+
+    def received(self, engine: Engine, entry: Any, phases: int) -> None:
+        """A checkout has ended well; if it is a permit, use it, perhaps not to the end."""
+        others = [opening.slot for opening in self.opening] + [record.slot for _, record in self.held]
+        assert entry.slot not in others, "two have the same"
+        assert entry.slot.home() is engine.attachment, "of another engine"
+        if isinstance(entry, Permit):
+            self.opening.append(Opening(engine, entry))
+            for _ in range(phases):
+                self.go_on_opening(self.opening[-1])
+        else:
+            assert entry.owner is engine.attachment.ref, "of another engine"
+            assert entry.slot.state is HELD
+            self.held.append((engine, entry))
+
+    def go_on_opening(self, opening: Opening) -> None:
+        """The next phase of three."""
+        attachment = opening.engine.attachment
+        if opening.permit is not None:
+            opening.record = self.books.bind(attachment, opening.permit)
+            opening.permit = None
+            return
+        assert opening.record is not None
+        if opening.slot.handle is None:
+            self.books.plug(attachment, opening.record)
+        else:
+            self.opening.remove(opening)
+            self.books.decide(self.ledger.opened, opening.slot, self.books.now)
+            self.held.append((opening.engine, opening.record))
+
+    phases = st.sampled_from([3, 3, 0, 1, 2])
+
+    @rule(n=which, phases=phases)
+    def somebody_checks_out(self, n: int, phases: int) -> None:
+        self.check_out(n, phases)
+
+    @rule(n=which)
+    def somebody_else_checks_out(self, n: int) -> None:
+        self.check_out(n, 3)
+
+    @rule(n=which, several=st.integers(2, 4))
+    def some_check_out(self, n: int, several: int) -> None:
+        for _ in range(several):
+            self.check_out(n, 3)
+
+    @precondition(lambda self: self.opening or self.answered)
+    @rule(n=which, phases=phases)
+    def go_on(self, n: int, phases: int) -> None:
+        """Somebody who opens comes to the next phase, or who was answered notices it."""
+        item = chosen(n, [*self.answered, *self.opening])
+        if isinstance(item, Opening):
+            self.go_on_opening(item)
+        else:
+            self.waiting.remove(item)
+            self.received(item[0], item[1].answer, phases)
+
+    @precondition(lambda self: self.waiting)
+    @rule(n=which, last=st.booleans())
+    def time_out(self, n: int, last: bool) -> None:
+        engine, gate = self.waiting.pop(n % len(self.waiting))
+        if last:
+            self.books.decide(self.ledger.insist, gate, self.books.now, True)
+        answer = self.books.leave(gate)
+        assert answer is gate.answer
+        if isinstance(answer, Permit):
+            self.books.fail(answer)
+        elif answer is not None:
+            self.books.give(engine.attachment, answer)
+
+    @precondition(lambda self: self.opening)
+    @rule(n=which)
+    def fail_to_open(self, n: int) -> None:
+        opening = self.opening.pop(n % len(self.opening))
+        if opening.permit is not None:
+            self.books.fail(opening.permit)
+        else:
+            self.books.unplug(opening.slot)
+            self.books.decide(self.ledger.failed, opening.slot, self.books.now)
+
+    # -- what is held ------------------------------------------------------------------------------
+
+    @precondition(lambda self: self.held)
+    @rule(n=which)
+    def check_in(self, n: int) -> None:
+        engine, record = self.held.pop(n % len(self.held))
+        self.books.give(engine.attachment, record)
+
+    @precondition(lambda self: self.held)
+    @rule()
+    def all_check_in(self) -> None:
+        while self.held:
+            self.check_in(0)
+
+    @precondition(lambda self: self.held)
+    @rule(n=which)
+    def check_in_hollow(self, n: int) -> None:
+        engine, record = self.held.pop(n % len(self.held))
+        self.books.unplug(record.slot)
+        self.books.give(engine.attachment, record)
+
+    @precondition(lambda self: self.held)
+    @rule(n=which, detached=st.booleans())
+    def detach_or_reopen(self, n: int, detached: bool) -> None:
+        engine, record = chosen(n, self.held)
+        if detached:
+            self.held.remove((engine, record))
+            self.books.detach(record)
+        else:  # what pre_ping and recycle do
+            self.books.unplug(record.slot)
+            self.books.plug(engine.attachment, record)
+
+    def wrongs(self) -> list[tuple[Engine, Record]]:
+        """What nobody may give back: what is idle, what a session has locked, another engine's."""
+        at_home = [
+            (engine, entry)
+            for engine in self.engines
+            for entries in (engine.attachment.idle, engine.attachment.hollow, engine.attachment.lent.values())
+            for entry in entries
+        ]
+        return at_home + [
+            (e, record) for engine, record in self.held for e in self.engines if e is not engine
+        ]
+
+    @precondition(lambda self: self.wrongs())
+    @rule(n=which)
+    def wrong_check_in(self, n: int) -> None:
+        engine, record = chosen(n, self.wrongs())
+        with pytest.raises(NotHeld):
+            self.ledger.give(engine.attachment, record, self.books.now)
+        self.books.settle()
+
+    def mortals(self) -> list[tuple[list[Any], Any]]:
+        """What may be lost; a blocked checkout may not, its thread leaves the line first."""
+        lists: list[list[Any]] = [self.held, self.opening, self.answered, self.locks]
+        return [(things, thing) for things in lists for thing in things]
+
+    @precondition(lambda self: self.mortals())
+    @rule(n=which, late=st.booleans())
+    def something_dies(self, n: int, late: bool) -> None:
+        """Nobody refers any more to a connection, a permit, an answer or a session.
+
+        The ledger is told at once, or late: another operation goes first.
+        """
+        dying = chosen(n, self.mortals())
+        (self.waiting if dying[1] in self.waiting else dying[0]).remove(dying[1])
+        del dying
+        if not late:
+            self.books.settle()
+
+    # -- the queries API ---------------------------------------------------------------------------
+
+    def slots(self, *states: str) -> list[Slot]:
+        """All slots in one of these states, in an order that is the same in every run."""
+        slots = (slot for slot in self.ledger.slots if slot.state in states)
+        return sorted(slots, key=lambda slot: slot.number)  # type: ignore[attr-defined]
+
+    @precondition(lambda self: len(self.ledger.by_hand.quota.slots) < 2)
+    @rule()
+    def add_by_hand(self) -> None:
+        full = len(self.ledger.slots) >= self.ledger.limit
+        assert (self.books.add() is None) == full
+
+    @precondition(lambda self: self.slots(IDLE))
+    @rule(n=which)
+    def lock(self, n: int) -> None:
+        slot = chosen(n, self.slots(IDLE))
+        session = Session()
+        assert slot.home is not None
+        possible = slot.handle is not None and slot.home() is not None
+        assert self.books.lend(slot, session) == possible
+        if possible:
+            self.locks.append(Lock(slot, session))
+
+    @precondition(lambda self: self.locks)
+    @rule(n=which)
+    def unlock(self, n: int) -> None:
+        lock = self.locks.pop(n % len(self.locks))
+        # Not if it was closed meanwhile, by force.
+        locked = lock.slot.session is not None
+        assert self.books.unlock(lock.slot) == locked
+
+    @precondition(lambda self: self.ledger.slots)
+    @rule(n=which, how=st.sampled_from(["one", "force", "all", "all engines'", "stale"]))
+    def close(self, n: int, how: str) -> None:
+        out = [record.slot for _, record in self.held] + [opening.slot for opening in self.opening]
+        out += [gate.answer.slot for _, gate in self.answered]
+        if how == "all":
+            result = self.books.decide(self.ledger.close_all)
+            assert isinstance(result, Slot) or not out, "it closes what somebody has"
+        elif how == "all engines'":
+            self.books.decide(self.ledger.retire_all)
+            for engine in self.engines:
+                engine.retired = engine.attachment.generation
+        elif how == "stale":
+            self.books.unlock_stale(chosen(n, [*(e.attachment for e in self.engines), self.ledger.by_hand]))
+        else:
+            slot = chosen(n, self.slots("opening", "idle", "held", "locked", "closing"))
+            work = self.books.decide(self.ledger.close_one, slot, how == "force")
+            assert not (work and slot in out), "it closes what somebody has"
+
+    # -- engines, limits and time ------------------------------------------------------------------
+
+    @precondition(lambda self: len(self.engines) < 4)
+    @rule(ceiling=ceilings, ttl=ttls, lifo=st.booleans())
+    def attach(self, ceiling: float | None, ttl: float, lifo: bool) -> None:
+        self.engines.append(Engine(self.books.engine(ceiling, ttl, lifo)))
+
+    @rule(n=which, disposed=st.booleans(), recreated=st.booleans(), dies=st.booleans(), late=st.booleans())
+    def dispose_recreate_drop(self, n: int, disposed: bool, recreated: bool, dies: bool, late: bool) -> None:
+        engine = chosen(n, self.engines)
+        old = engine.attachment
+        if disposed:
+            engine.disposed = True
+            self.books.decide(self.ledger.dispose, old)
+            assert not old.idle
+            assert not old.hollow
+        if recreated:
+            if engine.disposed:
+                self.books.decide(self.ledger.retire, old)
+                engine.retired = old.generation
+            self.engines.append(Engine(self.books.engine(ttl=old.own_ttl, quota=old.quota)))
+        if (dies and len(self.engines) > 1) or len(self.engines) > 5:
+            self.engines.remove(engine)
+            del engine, old
+            if not late:
+                self.books.settle()
+
+    @rule(limit=st.just("same") | limits, ttl=st.just("same") | st.none() | ttls)
+    def reconfigure(self, limit: Any, ttl: Any) -> None:
+        if limit != "same":
+            self.set_limit(limit)
+        if ttl != "same":
+            self.books.decide(self.ledger.set_ttl, ttl, self.books.now)
+
+    def set_limit(self, limit: float | None) -> None:
+        """The limit is what was set, or what the engines state."""
+        self.books.decide(self.ledger.set_limit, limit, self.books.now)
+        stated = [q.stated for q in self.ledger.attachments.values() if q.stated is not None]
+        assert self.ledger.limit == (max(stated, default=15) if limit is None else limit)
+
+    @rule(seconds=st.sampled_from([0.01, 0.03, 0.06, 0.2, 1.0, 10.0, 100.0]), swept=st.booleans())
+    def time_passes(self, seconds: float, swept: bool) -> None:
+        self.books.now += seconds
+        if swept:
+            out = [record for _, record in self.held]
+            self.books.sweep()
+            assert all(record.slot.state is HELD for record in out), "it closes what somebody has"
+
+    @precondition(lambda self: self.books.todo)
+    @rule(n=which, succeeds=st.booleans())
+    def some_work_is_done(self, n: int, succeeds: bool) -> None:
+        self.books.do(chosen(n, self.books.todo), succeeds)
+        self.books.settle()  # the work may have been the last to refer to an entry
+
+    @precondition(lambda self: self.books.todo)
+    @rule()
+    def all_work_is_done(self) -> None:
+        self.books.do_all()
+
+    # -- the end -----------------------------------------------------------------------------------
+
+    @property
+    def answered(self) -> list[tuple[Engine, Gate]]:
+        """Who was answered and has not noticed."""
+        return [item for item in self.waiting if item[1].answer is not None]
+
+    def teardown(self) -> None:
+        """When everybody gives back what they have, nobody waits, and nothing is left."""
+        books = self.books
+        if not books.sound:
+            return  # the failure is reported already
+        books.settle()
+        while self.waiting or self.opening or self.held or self.locks or books.todo:
+            assert self.answered or self.opening or self.held or self.locks or books.todo, "all wait"
+            while self.opening or self.answered:
+                self.go_on(0, 3)
+            while self.held:
+                self.check_in(0)
+            while self.locks:
+                self.unlock(0)
+            books.do_all()
+        books.sweep()
+        books.do_all()
+        books.decide(self.ledger.set_ttl, 0.0, books.now)
+        assert all(isinstance(item, Close) for item in books.todo)
+        books.do_all()
+        assert not self.ledger.slots
+        assert not books.sockets
+        self.engines.clear()
+        books.settle()
+        assert not self.ledger.attachments
+        assert self.ledger.vacant_since is not None
+
+
+EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "0"))
+
+TestLedgerMachine = pytest.mark.slow(LedgerMachine.TestCase)
+TestLedgerMachine.settings = settings(
+    max_examples=EXAMPLES or 500,
+    stateful_step_count=50,
+    deadline=None,
+    database=None,
+    derandomize=not EXAMPLES,
+    phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+)
