@@ -63,7 +63,7 @@ def checkout_timeout(pool: Pool, attachment: Attachment, timeout: float) -> Chec
     )
     error = CheckoutTimeout(
         f"QueriesPool {pool.label} (pid {pool.id}) had no connection within {timeout:g} s: "
-        f"open {n.open}, held {n.held}, opening {n.opening}, waiting {n.waiting + 1}, "
+        f"open {n.open}, held {n.held}, opening {n.opening}, waiting {n.waiting + bool(timeout)}, "
         f"limit {pool.max_size}{own}. "
         f"Held by, longest first: {shown or 'nobody any more'}{rest}. "
         "Either some of them keep a connection for too long: close it (or the session) as soon as "

@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import os
+import sys
 import uuid
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -67,7 +68,7 @@ def of_creator(creator: Any, dialect: Any) -> Identity:
             f"QueriesPool can't tell which {dialect.name} database this engine connects to, so it "
             "shares no limit with other engines; state pool_id='…' to have it share one",
             exc.SAWarning,
-            stacklevel=2,
+            stacklevel=_callers_level(),
         )
         return private(dialect.name)
     return found
@@ -135,7 +136,7 @@ def _of_postgresql(options: Mapping[str, Any]) -> Identity:
     service = _first(options, "service") or os.environ.get("PGSERVICE", "")
     user = _text(_first(options, "user") or os.environ.get("PGUSER") or _os_user())
     database = _first(options, "dbname", "database") or os.environ.get("PGDATABASE") or user
-    host = _first(options, "host", "hostaddr") or os.environ.get("PGHOST", "")
+    host = _first(options, "hostaddr", "host") or os.environ.get("PGHOST", "")
     port = _first(options, "port") or os.environ.get("PGPORT", "")
     hosts = [h.strip() if h.startswith("/") else h.strip().lower() for h in _text(host).split(",")]
     ports = [p.strip() or "5432" for p in _text(port).split(",")]
@@ -173,6 +174,14 @@ def _parse_dsn(dsn: str) -> dict[str, str]:
     except Exception:  # the driver will say what is wrong with it, when it connects
         return {}
     return parsed
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` at which a warning points at who made the engine."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("sqlalchemy.", __package__)):
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def _os_user() -> str:

@@ -61,6 +61,8 @@ SPARE = 0.05
 """Seconds after which an idle connection counts as spare: another engine may have its slot at once.
 One that has just come home is about to be used again, and moving its slot costs a close and a connect
 (design 6)."""
+GRACE = 0.5
+"""Seconds from the death of a session that had a lock to its reset, where nobody needs it earlier."""
 PATIENCE = 0.1
 """Seconds after which a waiter may have the slot of any other engine's idle connection."""
 PATIENCE_FACTOR = 4.0
@@ -119,6 +121,8 @@ class Ledger:
             return entry
         if attachment.hollow:
             return self._hold(attachment.hollow.pop(), holder, now)
+        if attachment.line:
+            return None  # time may have changed what the first of them may have: nobody overtakes
         return self._open(attachment, holder, now, insist=False)
 
     def give(self, attachment: Attachment, entry: Any, now: float) -> Work | None:
@@ -177,17 +181,16 @@ class Ledger:
         own = next(iter(attachment.line), None)
         mine = attachment.quota
         # Its slot frees a place under its own quota, so engines of that quota are never too full.
-        others = (
+        others = [
             next(iter(other.line))
             for other in self.lines
             if other is not attachment and (other.quota is mine or not other.quota.full)
-        )
+        ]
+        if own is None and not hollow:  # then it stays, unless somebody may insist
+            others = [w for w in others if w.attachment.quota is mine or self._may_insist(w, now)]
         oldest = min(others, key=_arrival, default=None)
-        if oldest is None:
-            return own
-        if own is None:
-            its_own = oldest.attachment.quota is mine  # of the pool before, or after, a recreate()
-            return oldest if hollow or its_own or self._may_insist(oldest, now) else None
+        if own is None or oldest is None:
+            return own or oldest
         if oldest.since < own.since:
             patience = max(PATIENCE, PATIENCE_FACTOR * self.mean_wait)
             if hollow or now - oldest.since > patience:
@@ -488,12 +491,13 @@ class Ledger:
         return self.give(attachment, attachment.lent.pop(slot), now) or []
 
     def session_died(self, slot: Slot, session: weakref.ref[Any], now: float) -> Work:
-        """A session died with a lock: have it looked after now."""
+        """A session died with a lock: who waits may have the slot, else the housekeeper resets it.
+
+        Not at once: who calls ``get`` or ``lock`` next would find it being reset, hence busy.
+        """
         if slot.session is not session:
             return []
-        work = self._serve(now)
-        self.due = now
-        return [*work, Due(now)]
+        return self._serve(now) + self._due(now + GRACE)
 
     def unlock_stale(self, attachment: Attachment) -> list[Slot]:
         """Take the locks from sessions that have died."""

@@ -83,7 +83,16 @@ def _number(value: object) -> float | None:
     return number if math.isfinite(number) else math.nan
 
 
+def shown(value: object) -> str:
+    """What an error shows of a value: it may be anything, of any length, and a URL with a password."""
+    if isinstance(value, str) and len(value) <= 20 and not {":", "@", "="}.intersection(value):
+        return repr(value)
+    if isinstance(value, str):
+        return f"(a text of {len(value)} characters)"
+    if value is None or isinstance(value, (bool, float)) or (isinstance(value, int) and abs(value) < 1e20):
+        return repr(value)
+    return f"({type(value).__name__})"
+
+
 def _error(name: str, value: object, remedy: str) -> ParameterError:
-    # A value that is no number may be anything, and of any length: a connection string, say.
-    shown = repr(value) if isinstance(value, (int, float)) else repr(str(value)[:40])
-    return ParameterError(f"{name}={shown} is not valid: write {remedy}")
+    return ParameterError(f"{name}={shown(value)} is not valid: write {remedy}")

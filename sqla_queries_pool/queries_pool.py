@@ -96,7 +96,10 @@ class QueriesPool(SQLAlchemyPool):
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **kw)
         self._identity = who = self._identify(predecessor)
-        quota = self._make_quota(who) if predecessor is None else predecessor._attachment.quota
+        if predecessor is not None and predecessor._identity == who:
+            quota = predecessor._attachment.quota
+        else:
+            quota = self._make_quota(who)
         ttl = math.inf if self._idle_ttl is None or who.in_memory else self._idle_ttl
         self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo)
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
@@ -163,7 +166,11 @@ class QueriesPool(SQLAlchemyPool):
         def connect(record: ConnectionPoolEntry) -> Any:
             # Read before connecting: what a dispose overtakes is of the old generation.
             generation = self._attachment.generation
-            dbapi_connection = create(record)
+            try:
+                dbapi_connection = create(record)
+            except BaseException as error:
+                self._shared.connect_failed(error)
+                raise
             if isinstance(record, Record):
                 self._shared.socket_opened(record.slot, dbapi_connection, generation)
             return dbapi_connection
@@ -266,8 +273,8 @@ def _stated_max_size(
     if not isinstance(sums, Unstated):
         other = "max_overflow" if pool_size is UNSTATED else "pool_size"
         raise ParameterError(
-            f"max_size={max_size!r} and {other} can't both be stated: max_size is the sum of "
-            "pool_size and max_overflow, write it alone"
+            f"max_size={parameters.shown(max_size)} and {other} can't both be stated: max_size is the "
+            "sum of pool_size and max_overflow, write it alone"
         )
     return parameters.max_size("max_size", max_size)
 
@@ -275,4 +282,4 @@ def _stated_max_size(
 def _stated_pool_id(pool_id: object) -> str | None:
     if pool_id is None or (isinstance(pool_id, str) and pool_id):
         return pool_id
-    raise ParameterError(f"pool_id={pool_id!r} is not valid: write a name, or None")
+    raise ParameterError(f"pool_id={parameters.shown(pool_id)} is not valid: write a name, or None")

@@ -11,8 +11,20 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.slots import HELD, LENT, Attachment, Close, Due, EntryRef, Permit, Quota, Reset, Slot, Wake
+from sqla_queries_pool.ledger import GRACE, Ledger
+from sqla_queries_pool.slots import (
+    HELD,
+    LENT,
+    Attachment,
+    Close,
+    Due,
+    EntryRef,
+    Permit,
+    Quota,
+    Reset,
+    Slot,
+    Wake,
+)
 
 
 class Handle:
@@ -105,14 +117,22 @@ class Books:
         return result
 
     def settle(self) -> None:
-        """Read the inbox, and let those insist who wait."""
+        """Read the inbox."""
         while self.inbox:
             operation, args = self.inbox.pop(0)
             self._run(operation, (*args, self.now))
-        for attachment in list(self.ledger.lines):
-            for waiter in list(attachment.line):
-                self._run(self.ledger.insist, (waiter, self.now))
         self.check()
+
+    def insist(self, waiter: Gate, last: bool = False) -> None:
+        """A waiter asks again: at moments of its own, so that others are served or come before it does."""
+        self.decide(self.ledger.insist, waiter, self.now, last)
+
+    def all_insist(self) -> None:
+        """Everybody who waits asks again: then what time has made spare is waited for by nobody."""
+        self.settle()
+        for waiter in [waiter for line in self.lines.values() for waiter in line]:
+            self.insist(waiter)
+        self.ledger.check(self.now)
 
     def _run(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         self.sound = False
@@ -133,7 +153,7 @@ class Books:
     def check(self) -> None:
         """Everything that the ledger promises, and what it can't know itself."""
         ledger = self.ledger
-        ledger.check(self.now)
+        ledger.check()
         everyone = [a for ref in ledger.attachments if (a := ref())]
         for attachment in everyone:
             assert list(attachment.line) == self.lines[attachment], "the line is not the one that formed"
@@ -143,7 +163,7 @@ class Books:
             for entry in [*attachment.idle, *attachment.hollow]:
                 assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
             stale = any(slot.stale for slot in attachment.lent)
-            assert not stale or self.told <= self.now, "nobody was told of a stale lock"
+            assert not stale or self.told <= self.now + GRACE, "nobody was told of a stale lock"
         numbers = ledger.numbers()
         assert numbers.held == sum(slot.state in (HELD, LENT) for slot in ledger.slots)
         assert numbers.waiting == sum(map(len, self.lines.values()))

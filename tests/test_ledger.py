@@ -233,7 +233,7 @@ def served_after(books: Books, waiter: Gate) -> float:
     while waiter.answer is None:
         assert books.now < begin + 10
         books.now += 0.01
-        books.settle()
+        books.insist(waiter)
     return books.now - begin
 
 
@@ -270,7 +270,7 @@ def test_who_can_not_wait_may_have_any_idle_connection(books: Books) -> None:
     (record,) = idle(books, own)
     (waiter,) = waiting(books, other)
     assert waiter.answer is None
-    books.decide(books.ledger.insist, waiter, books.now, True)
+    books.insist(waiter, last=True)
     assert waiter.answer.evicts is record
 
 
@@ -281,8 +281,35 @@ def test_nobody_overtakes_by_insisting(books: Books) -> None:
     held(books, other, 1)
     idle(books, own)
     older, younger = waiting(books, other, other)
-    books.decide(books.ledger.insist, younger, books.now, True)
+    books.insist(younger, last=True)
     assert answers(older, younger) == [True, False]
+
+
+def test_a_newcomer_does_not_overtake_by_coming_when_something_is_spare_by_now(books: Books) -> None:
+    """What time alone has made available is for who waits already, also before that one asks again."""
+    own, other = books.engine(), books.engine()
+    limited(books, 2)
+    held(books, other, 1)
+    out = held(books, own, 1)
+    (waiter,) = waiting(books, other)
+    books.give(own, out[0])
+    books.now += 0.06
+    assert books.take(other) is None
+    assert isinstance(books.wait(other), Gate)
+    books.insist(waiter)
+    assert waiter.answer.evicts is out[0]
+
+
+def test_an_engine_that_has_nothing_gets_what_an_older_waiter_may_not_have_yet(books: Books) -> None:
+    """A waiter who has to wait until a connection is spare keeps it from nobody who has not."""
+    own, modest, poor = books.engine(), books.engine(), books.engine()
+    limited(books, 2)
+    held(books, modest, 1)
+    (record,) = held(books, own, 1)
+    older, younger = waiting(books, modest, poor)
+    books.give(own, record)
+    assert answers(older, younger) == [False, True]
+    assert younger.answer.evicts is record
 
 
 def test_slots_spread_over_the_engines_in_proportion_to_what_they_want(books: Books) -> None:
@@ -1026,14 +1053,14 @@ def test_who_waits_gets_what_a_session_left_when_it_died(books: Books) -> None:
 
 
 def test_what_a_dead_session_left_is_reset_by_the_next_sweep(books: Books) -> None:
-    """Which comes now.  What living sessions have locked stays locked."""
+    """Which comes soon.  What living sessions have locked stays locked."""
     engine = books.engine()
     first, second = idle(books, engine, 2)
     dying, living = locked(books, first.slot), locked(books, second.slot)
     assert books.told > books.now
     del dying
     books.settle()
-    assert books.told == books.now
+    assert books.told == books.now + reasons.GRACE
     assert first.slot.stale
     books.sweep()
     books.do_all()

@@ -162,7 +162,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def time_out(self, n: int, last: bool) -> None:
         engine, gate = self.waiting.pop(n % len(self.waiting))
         if last:
-            self.books.decide(self.ledger.insist, gate, self.books.now, True)
+            self.books.insist(gate, last=True)
         answer = self.books.leave(gate)
         assert answer is gate.answer
         if isinstance(answer, Permit):
@@ -341,9 +341,20 @@ class LedgerMachine(RuleBasedStateMachine):
         stated = [q.stated for q in self.ledger.attachments.values() if q.stated is not None]
         assert self.ledger.limit == (max(stated, default=15) if limit is None else limit)
 
-    @rule(seconds=st.sampled_from([0.01, 0.03, 0.06, 0.2, 1.0, 10.0, 100.0]), swept=st.booleans())
-    def time_passes(self, seconds: float, swept: bool) -> None:
+    @precondition(lambda self: self.waiting)
+    @rule(n=which)
+    def insist(self, n: int) -> None:
+        self.books.insist(chosen(n, self.waiting)[1])
+
+    @rule(
+        seconds=st.sampled_from([0.01, 0.03, 0.06, 0.2, 1.0, 10.0, 100.0]),
+        swept=st.booleans(),
+        insisted=st.booleans(),
+    )
+    def time_passes(self, seconds: float, swept: bool, insisted: bool) -> None:
         self.books.now += seconds
+        if insisted:
+            self.books.all_insist()
         if swept:
             out = [record for _, record in self.held]
             self.books.sweep()
@@ -373,6 +384,8 @@ class LedgerMachine(RuleBasedStateMachine):
         if not books.sound:
             return  # the failure is reported already
         books.settle()
+        books.now += 1.0
+        books.all_insist()
         while self.waiting or self.opening or self.held or self.locks or books.todo:
             assert self.answered or self.opening or self.held or self.locks or books.todo, "all wait"
             while self.opening or self.answered:

@@ -43,7 +43,7 @@ class Connection(Slot):
     def executing(self) -> bool:
         """Does it execute an asynchronous operation (psycopg2's ``isexecuting()``)?"""
         isexecuting = getattr(self.handle, "isexecuting", None)
-        if isexecuting is None:
+        if isexecuting is None or self.closed:  # psycopg2 says yes of one that was closed meanwhile
             return False
         try:
             return bool(isexecuting())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
 import os
@@ -181,7 +180,6 @@ class Core(Guard):
 
     def opened(self, slot: Connection) -> None:
         """The caller of :meth:`take` has opened the connection, and holds it now."""
-        self.last_connect_error = None
         self.listed = True
         self._decide(self._ledger.opened, slot, self._clock())
 
@@ -189,12 +187,16 @@ class Core(Guard):
         """The caller of :meth:`take` could not open it; the slot goes to the next waiter."""
         slot: Connection = permit.slot  # type: ignore[assignment]
         if error is not None:
-            self.last_connect_error = _without_traceback(error)
+            self.connect_failed(error)
         try:
             self.close_evicted(permit)
             self._drop_handle(slot)
         finally:
             self._post(self._ledger.failed, slot)
+
+    def connect_failed(self, error: BaseException) -> None:
+        """Remember why opening failed, for the error of a checkout that gets nothing."""
+        self.last_connect_error = _retold(error)
 
     def close_evicted(self, permit: Permit) -> None:
         """Close what gave way, before the permit is used: at no time are there two sockets."""
@@ -220,6 +222,7 @@ class Core(Guard):
 
     def socket_opened(self, slot: Connection, handle: Any, generation: int) -> None:
         """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
+        self.last_connect_error = None
         slot.generation = generation
         slot.process = os.getpid()
         self._detached.pop(id(handle), None)  # the id of one that died unseen
@@ -289,11 +292,17 @@ class Core(Guard):
 
     def _reset(self, slot: Slot) -> None:
         """Roll back what a session left, then give the connection back; or close it."""
+        handle = slot.handle
+        if handle is None:  # closed by force meanwhile
+            return
         try:
-            if slot.entry is None:
-                slot.handle.rollback()
-            elif (record := slot.entry()) is not None:
+            if slot.entry is not None and (record := slot.entry()) is not None:
                 record.reset()
+            elif _in_transaction(handle) is not False:
+                handle.rollback()
+            if _in_transaction(handle):
+                # BEGIN in autocommit mode, where psycopg2's rollback() does nothing.
+                handle.cursor().execute("ROLLBACK")
         except BaseException as error:
             logger.warning("%s: closing %r: rollback failed: %r", self.label, slot, error)
             self._do(self._decide(self._ledger.close_one, slot, True))
@@ -345,12 +354,26 @@ def close_quietly(handle: Any, label: str) -> None:
         logger.warning("%s: exception while closing a connection: %r", label, error)
 
 
-def _without_traceback(error: BaseException) -> BaseException:
-    """A copy that refers to no frame: those know the engine and the password."""
+def _retold(error: BaseException) -> BaseException:
+    """The kind and the text of an error, and nothing that it refers to.
+
+    Its traceback knows the engine and the password, and drivers hang the failed connection on it (which
+    copy.copy() takes off the original: psycopg 3).
+    """
+    text = str(error)
     try:
-        return copy.copy(error)
-    except Exception:
-        return QueriesException(f"{type(error).__name__}: {error}")
+        retold = type(error)(text)
+        if str(retold) == text:
+            return retold
+    except Exception:  # one that is made of something else
+        pass
+    return QueriesException(f"{type(error).__name__}: {text}")
+
+
+def _in_transaction(handle: Any) -> bool | None:
+    """What the driver knows without asking the server: psycopg2 and psycopg do, None for others."""
+    status = getattr(getattr(handle, "info", None), "transaction_status", None)
+    return None if status is None else int(status) != 0
 
 
 def _nothing(_: Core) -> None: ...
