@@ -153,20 +153,22 @@ class Core(Guard):
             return
         work: Work | None = None
         try:
-            if self._inside:  # a finalizer of this very thread: the outer call settles
-                self._give_later(attachment, entry)
-                return
-            self._inside = True
             try:
-                work = self._ledger.give(attachment, entry, self._clock())
+                if self._inside:  # a finalizer of this very thread: the outer call settles
+                    self._give_later(attachment, entry)
+                    return
+                self._inside = True
+                try:
+                    work = self._ledger.give(attachment, entry, self._clock())
+                finally:
+                    self._inside = False
             finally:
-                self._inside = False
+                self._lock.release()
         finally:
-            self._lock.release()
+            if self._inbox:
+                self._settle()
         if work:
             self._do(work)
-        if self._inbox:
-            self._settle()
 
     def _give_later(self, attachment: Attachment, entry: Any) -> None:
         # Its holder alone may give it back, so its state can be read without the lock.
@@ -341,7 +343,7 @@ class Core(Guard):
     def _do_soon(self, work: Work) -> None:
         """Do at once what takes no time; the worker closes and resets."""
         self._do([item for item in work if isinstance(item, Wake | Due)])
-        slow = [item for item in work if not isinstance(item, Wake | Due)]
+        slow: Work = [item for item in work if not isinstance(item, Wake | Due)]
         if slow:
             self._worker.submit(lambda: self._do(slow))
 

@@ -8,7 +8,7 @@ import time
 
 GC_AFTER = 0.2
 """Seconds that a checkout waits before it asks the collector (design 11)."""
-_GC_SHARE = 0.05
+_GC_SHARE = 0.1
 """The largest share of the time that the process spends in collections that waiters asked for."""
 _next_collection = 0.0
 _collecting = threading.Lock()
