@@ -114,9 +114,8 @@ def _arguments(creator: Callable[..., Any], dialect: Any) -> tuple[Any, Any] | N
     finally:
         event.remove(dialect, "do_connect", listen)
     closure = inspect.getclosurevars(creator).nonlocals
-    if "cargs_tup" in closure and "cparams" in closure:
-        return closure["cargs_tup"], closure["cparams"]
-    return None
+    arguments = closure.get("cargs_tup", closure.get("cargs"))  # the latter in SQLAlchemy 2.0.0
+    return None if arguments is None or "cparams" not in closure else (arguments, closure["cparams"])
 
 
 class _Seen(Exception):
@@ -136,7 +135,8 @@ def _of_postgresql(options: Mapping[str, Any]) -> Identity:
     service = _first(options, "service") or os.environ.get("PGSERVICE", "")
     user = _text(_first(options, "user") or os.environ.get("PGUSER") or _os_user())
     database = _first(options, "dbname", "database") or os.environ.get("PGDATABASE") or user
-    host = _first(options, "hostaddr", "host") or os.environ.get("PGHOST", "")
+    env = os.environ.get
+    host = _first(options, "hostaddr") or env("PGHOSTADDR") or _first(options, "host") or env("PGHOST", "")
     port = _first(options, "port") or os.environ.get("PGPORT", "")
     hosts = [h.strip() if h.startswith("/") else h.strip().lower() for h in _text(host).split(",")]
     ports = [p.strip() or "5432" for p in _text(port).split(",")]

@@ -51,7 +51,7 @@ from .slots import (
 )
 
 IDLE_TTL = "idle for its idle_ttl"
-DISPOSED = "its engine was disposed"
+DISPOSED = "its generation has ended"
 GAVE_WAY = "gave way to another engine"
 LOWERED = "max_size was lowered"
 ABANDONED = "its holder is gone"
@@ -475,9 +475,9 @@ class Ledger:
         attachment.lent[slot] = entry
         return True
 
-    def unlock(self, slot: Slot) -> bool:
+    def unlock(self, slot: Slot, if_stale: bool = False) -> bool:
         """Take the lock from a session; the caller resets the connection and then gives it back."""
-        if slot.state is not LENT or slot.session is None:
+        if slot.state is not LENT or slot.session is None or (if_stale and not slot.stale):
             return False
         slot.session = None
         return True
@@ -556,7 +556,7 @@ class Ledger:
         work: Work = []
         due = math.inf
         for attachment in self._everyone():
-            work += [Reset(slot) for slot in self.unlock_stale(attachment)]
+            work += [Reset(slot) for slot in attachment.lent if slot.stale]
             for entries in (attachment.idle, attachment.hollow):
                 while entries and entries[0].slot.since + attachment.ttl <= now:
                     work.append(self._close(entries.popleft(), IDLE_TTL))

@@ -51,6 +51,19 @@ def max_size(name: str, value: object) -> int | None:
     return None if number is None else int(number)
 
 
+def flag(name: str, value: object) -> bool:
+    """Return a yes or no; ini files have text for it.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    text = str(value).strip().lower() if isinstance(value, (bool, int, str)) else ""
+    if text in ("true", "yes", "on", "1"):
+        return True
+    if text in ("false", "no", "off", "0"):
+        return False
+    raise _error(name, value, "True or False")
+
+
 def queuepool_max_size(pool_size: object, max_overflow: object) -> int | Unstated | None:
     """Return the ``max_size`` that QueuePool's two parameters amount to: their sum.
 

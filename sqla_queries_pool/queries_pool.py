@@ -13,6 +13,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 from sqlalchemy.pool.base import _AdhocProxiedConnection, _ConnectionRecord
@@ -90,11 +91,15 @@ class QueriesPool(SQLAlchemyPool):
         self._idle_ttl = parameters.seconds("idle_ttl", idle_ttl)
         self._timeout = parameters.seconds("timeout", timeout)
         self._pool_id = _stated_pool_id(pool_id)
-        self._use_lifo = use_lifo
-        self._gc_on_wait = gc_on_wait
+        self._use_lifo = parameters.flag("use_lifo", use_lifo)
+        self._gc_on_wait = parameters.flag("gc_on_wait", gc_on_wait)
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **kw)
+        if self._dialect.is_async:  # SQLAlchemy says so too, but for its oldest 2.0
+            raise exc.ArgumentError(
+                f"Pool class {type(self).__name__} cannot be used with asyncio engine", code="pcls"
+            )
         self._identity = who = self._identify(predecessor)
         if predecessor is not None and predecessor._identity == who:
             quota = predecessor._attachment.quota
@@ -168,7 +173,7 @@ class QueriesPool(SQLAlchemyPool):
             generation = self._attachment.generation
             try:
                 dbapi_connection = create(record)
-            except BaseException as error:
+            except Exception as error:
                 self._shared.connect_failed(error)
                 raise
             if isinstance(record, Record):

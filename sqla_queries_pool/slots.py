@@ -207,7 +207,8 @@ class Close(NamedTuple):
 
 
 class Reset(NamedTuple):
-    """Work: roll back a connection that a session left behind, then :meth:`Ledger.give_lent`."""
+    """Work: if the session that locked it is dead, :meth:`Ledger.unlock` it, roll back, and
+    :meth:`Ledger.give_lent`."""
 
     slot: Slot
 

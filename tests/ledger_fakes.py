@@ -98,6 +98,8 @@ class Books:
         """What died, and has not been told to the ledger: each time the last argument is missing."""
         self.todo: list[Wake | Close | Reset] = []
         """Work that nobody has done yet."""
+        self.unlocked: set[Slot] = set()
+        """What is to be reset and has been unlocked already."""
         self.told = math.inf
         """When the housekeeper will come, by what it was told."""
         self.sockets: dict[Handle, Slot] = {}
@@ -140,7 +142,9 @@ class Books:
         result = operation(*args)
         after = len(self.ledger.slots)
         assert after <= max(before, self.ledger.limit), f"grew from {before} to {after} slots"
-        for item in result if isinstance(result, list) else ():
+        for item in (
+            result if isinstance(result, list) and not (result and isinstance(result[0], Slot)) else ()
+        ):
             if isinstance(item, Due):
                 self.told = min(self.told, item.at)
             else:
@@ -162,7 +166,7 @@ class Books:
         for attachment in [*everyone, ledger.by_hand]:
             for entry in [*attachment.idle, *attachment.hollow]:
                 assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
-            stale = any(slot.stale for slot in attachment.lent)
+            stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.lent)
             assert not stale or self.told <= self.now + GRACE, "nobody was told of a stale lock"
         numbers = ledger.numbers()
         assert numbers.held == sum(slot.state in (HELD, LENT) for slot in ledger.slots)
@@ -306,12 +310,15 @@ class Books:
         """Take a session's lock off; its reset is work to be done."""
         unlocked: bool = self.decide(self.ledger.unlock, slot)
         if unlocked:
+            self.unlocked.add(slot)
             self.todo.append(Reset(slot))
         return unlocked
 
     def unlock_stale(self, attachment: Attachment) -> None:
         """Take the locks off that dead sessions left; the resets are work to be done."""
-        self.decide(lambda: [Reset(slot) for slot in self.ledger.unlock_stale(attachment)])
+        slots = self.decide(self.ledger.unlock_stale, attachment)
+        self.unlocked.update(slots)
+        self.todo += [Reset(slot) for slot in slots]
 
     # -- the hands ---------------------------------------------------------------------------------
 
@@ -328,10 +335,12 @@ class Books:
         elif isinstance(item, Close):
             self.unplug(item.slot)
             self.decide(self.ledger.closed, item.slot, self.now)
-        elif succeeds:
-            self.decide(self.ledger.give_lent, item.slot, self.now)
-        else:
-            self.decide(self.ledger.close_one, item.slot, True)
+        elif item.slot in self.unlocked or self.decide(self.ledger.unlock, item.slot, True):
+            self.unlocked.discard(item.slot)
+            if succeeds:
+                self.decide(self.ledger.give_lent, item.slot, self.now)
+            else:
+                self.decide(self.ledger.close_one, item.slot, True)
 
     def do_all(self) -> None:
         """Do all work, also what comes of it."""

@@ -188,7 +188,7 @@ class Core(Guard):
     def failed(self, permit: Permit, error: BaseException | None) -> None:
         """The caller of :meth:`take` could not open it; the slot goes to the next waiter."""
         slot: Connection = permit.slot  # type: ignore[assignment]
-        if error is not None:
+        if isinstance(error, Exception):
             self.connect_failed(error)
         try:
             self.close_evicted(permit)
@@ -196,7 +196,7 @@ class Core(Guard):
         finally:
             self._post(self._ledger.failed, slot)
 
-    def connect_failed(self, error: BaseException) -> None:
+    def connect_failed(self, error: Exception) -> None:
         """Remember why opening failed, for the error of a checkout that gets nothing."""
         self.last_connect_error = _retold(error)
 
@@ -334,7 +334,7 @@ class Core(Guard):
                     self.housekeeper.schedule(self, item.at - self._clock())
                 elif isinstance(item, Close):
                     self._close(item)
-                else:
+                elif self._decide(self._ledger.unlock, item.slot, True):
                     self._reset(item.slot)
         except BaseException:
             self._do_soon(list(todo))
@@ -353,10 +353,10 @@ def close_quietly(handle: Any, label: str) -> None:
     try:
         handle.close()
     except Exception as error:
-        logger.warning("%s: exception while closing a connection: %r", label, error)
+        logger.debug("%s: exception while closing a connection: %r", label, error)
 
 
-def _retold(error: BaseException) -> BaseException:
+def _retold(error: Exception) -> Exception:
     """The kind and the text of an error, and nothing that it refers to.
 
     Its traceback knows the engine and the password, and drivers hang the failed connection on it (which

@@ -10,7 +10,7 @@ from typing import Any
 from .. import parameters
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
 from ..parameters import Unstated
-from ..slots import CLOSING, HELD, OPENING, Attachment, Numbers, Slot
+from ..slots import CLOSING, HELD, IDLE, OPENING, Attachment, Numbers, Slot
 from .connection import Connection
 from .core import Core, close_quietly
 
@@ -165,6 +165,8 @@ class Pool(Core):
                 record = slot.entry()
                 if record is not None:
                     record.invalidate()
+                if slot.state is IDLE:  # it came home just then
+                    self._do(self._decide(self._ledger.close_one, slot))
         if busy:
             raise ConnectionBusyError(busy[0])
 

@@ -1,0 +1,169 @@
+"""Rules about the code itself: which room may know which, what is never called, and what a checkout costs."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import pytest
+from fakes import FakeDriver
+
+import sqla_queries_pool
+from sqla_queries_pool import QueriesPool
+
+PACKAGE = Path(sqla_queries_pool.__file__).parent
+NAME = PACKAGE.name
+# Which rooms each room may import, of ours; "pool" stands for all that is in pool/.
+MAY_IMPORT: dict[str, set[str]] = {
+    "errors": set(),
+    "parameters": {"errors"},
+    "slots": set(),
+    "gates": {"slots"},  # for the type checker alone, see below
+    "housekeeping": set(),
+    "identity": set(),
+    "ledger": {"slots"},
+    "pool": {"errors", "gates", "housekeeping", "ledger", "parameters", "slots", "pool"},
+    "diagnostics": {"errors", "pool", "slots"},
+    "queries_pool": {"diagnostics", "errors", "identity", "parameters", "pool", "slots"},
+    "__init__": {"errors", "pool", "queries_pool"},
+}
+# What is not the core; it may import what it likes of the core.
+AROUND = {"embedded", "demo", "__main__"}
+PURE = {"ledger", "slots"}
+FRAMES = [
+    "QueriesPool._do_get",
+    "Core.take",
+    "Ledger.take",
+    "QueriesPool._return_conn",
+    "Core.give",
+    "Ledger.give",
+]
+"""Our functions that a checkout and the check-in call, with a connection idle and nobody waiting."""
+
+
+def modules() -> dict[str, Path]:
+    """All modules of the package by their dotted names inside it."""
+    return {
+        ".".join(path.relative_to(PACKAGE).with_suffix("").parts): path
+        for path in PACKAGE.rglob("*.py")
+        if "__pycache__" not in path.parts
+    }
+
+
+def room(module: str) -> str:
+    """The room that a module is in."""
+    return module.split(".")[0]
+
+
+CORE = sorted(module for module in modules() if room(module) not in AROUND)
+
+
+def parsed(module: str) -> ast.Module:
+    """Its syntax tree."""
+    return ast.parse(modules()[module].read_text(encoding="utf-8"))
+
+
+def imports(module: str, typing_too: bool = True) -> set[str]:
+    """The full names of the modules that a module imports, wherever in it."""
+    tree = parsed(module)
+    for_types: set[ast.AST] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            for_types |= {inner for statement in node.body for inner in ast.walk(statement)}
+    package = [NAME, *module.split(".")[:-1]]
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if node in for_types and not typing_too:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            source = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {source} if source != NAME else {f"{NAME}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(module: str, typing_too: bool = True) -> set[str]:
+    """The rooms that a module imports."""
+    return {name.split(".")[1] for name in imports(module, typing_too) if name.startswith(f"{NAME}.")}
+
+
+def test_every_room_has_a_rule() -> None:
+    """A new room says here what it may know."""
+    assert {room(module) for module in CORE} == set(MAY_IMPORT)
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_a_room_imports_what_it_may(module: str) -> None:
+    """The core is a stack: what is below does not know what is above."""
+    assert ours(module) - {"__version__"} <= MAY_IMPORT[room(module)]
+
+
+def test_the_gates_know_the_slots_by_type_alone() -> None:
+    """Another kind of gate needs nothing of the ledger's."""
+    assert ours("gates", typing_too=False) == set()
+
+
+@pytest.mark.parametrize("module", sorted(PURE))
+def test_the_bookkeeping_is_pure(module: str) -> None:
+    """No lock, no thread, no clock, no log, nothing of SQLAlchemy: a test can drive all of it."""
+    allowed = {"__future__", "collections", "collections.abc", "enum", "math", "typing", "weakref"}
+    if module == "slots":
+        allowed.add("os")  # a socket belongs to the process that opened it
+    assert imports(module) - {f"{NAME}.slots"} <= allowed
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_needs_nothing_but_sqlalchemy_and_the_standard_library(module: str) -> None:
+    """psycopg2 is asked to take a DSN apart, where an engine was given one; nothing else is needed."""
+    found = {name.split(".")[0] for name in imports(module)}
+    foreign = found - sys.stdlib_module_names - {NAME, "sqlalchemy"}
+    assert foreign <= ({"psycopg2"} if module == "identity" else set())
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_the_core_does_not_sleep(module: str) -> None:
+    """Whoever waits, waits for something: ``time.sleep`` is nowhere, under no name."""
+    for node in ast.walk(parsed(module)):
+        assert not (isinstance(node, ast.Attribute) and node.attr == "sleep"), f"line {node.lineno}"
+        assert not (isinstance(node, ast.ImportFrom) and any(alias.name == "sleep" for alias in node.names))
+
+
+@pytest.mark.parametrize("module", CORE)
+def test_nothing_of_the_core_prints(module: str) -> None:
+    """What it has to say goes to the log, to errors and to reports."""
+    calls = [node.func for node in ast.walk(parsed(module)) if isinstance(node, ast.Call)]
+    assert not [call for call in calls if isinstance(call, ast.Name) and call.id == "print"]
+
+
+def test_importing_the_package_starts_nothing() -> None:
+    """No thread, and neither a driver nor what is around the core."""
+    code = (
+        f"import sys, threading, {NAME}; assert threading.active_count() == 1;"
+        f"assert not [m for m in sys.modules if m.startswith(('{NAME}.demo', '{NAME}.embedded', 'psycopg2'))]"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
+
+
+def test_a_checkout_makes_no_more_calls_than_it_did() -> None:
+    """A frame costs 15 to 30 ns: one more is a decision, and this number is where it is taken."""
+    pool = QueriesPool(FakeDriver().connect, max_size=1)
+    for _ in range(3):
+        pool.connect().close()
+    frames: list[str] = []
+
+    def profile(frame: FrameType, what: str, argument: Any) -> None:
+        if what == "call" and frame.f_code.co_filename.startswith(str(PACKAGE)):
+            frames.append(frame.f_code.co_name)
+
+    sys.setprofile(profile)
+    try:
+        pool.connect().close()
+    finally:
+        sys.setprofile(None)
+    assert frames == [name.split(".")[-1] for name in FRAMES]
