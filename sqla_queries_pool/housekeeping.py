@@ -24,7 +24,11 @@ logger = logging.getLogger(__name__)
 class Sweepable(Protocol):
     """What the housekeeper looks after: a pool."""
 
-    def sweep(self) -> None: ...
+    def sweep(self) -> None:
+        """Do what is due."""
+
+    def neglected(self) -> None:
+        """Nobody looks after it any more: it is to schedule itself at its next use."""
 
 
 class _PartTimeThread:
@@ -81,13 +85,23 @@ class Housekeeper:
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, weakref.ref[Sweepable]]] = []
         """(when, tie-breaker, pool); touched by the thread alone."""
-        self._thread = _PartTimeThread("sqla_queries_pool housekeeper", self._look_after)
+        self._thread = _PartTimeThread("sqla_queries_pool housekeeper", self._run)
 
     def schedule(self, pool: Sweepable, delay: float) -> None:
         """Have ``pool`` swept in ``delay`` seconds; callable from a finalizer."""
         # A pool that dies is mail, too: the thread need not stay until its time would have come.
         ref = weakref.ref(pool, self._thread.post)
         self._thread.post((time.monotonic() + max(0.0, delay), id(ref), ref))
+
+    def _run(self, mail: SimpleQueue[Any]) -> None:
+        try:
+            self._look_after(mail)
+        except BaseException:
+            # The next checkout of one of them starts the thread again.
+            for pool in [entry[2]() for entry in self._heap]:
+                if pool is not None:
+                    pool.neglected()
+            raise
 
     def _look_after(self, mail: SimpleQueue[Any]) -> None:
         heap = self._heap

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import os
 import time
 import weakref
@@ -319,6 +320,10 @@ class Core(Guard):
         self._do_soon(work)
         if self._ledger.vacant(self._clock()):
             self.on_vacant(self)
+
+    def neglected(self) -> None:
+        """The housekeeper's thread has died; what is due becomes overdue, which a checkout notices."""
+        self._ledger.due = -math.inf
 
     # -- the work that the ledger returns ------------------------------------------------------------
 
