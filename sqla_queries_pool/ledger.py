@@ -293,9 +293,9 @@ class Ledger:
             self.lines.pop(attachment, None)
 
     def _answer(self, waiter: Waiter, entry: Any, now: float) -> Wake:
+        waiter.answer = entry  # first: one that is out of line, but has no answer, would wait for ever
         self._out_of_line(waiter)
         self.mean_wait += (now - waiter.since - self.mean_wait) / 16
-        waiter.answer = entry
         return Wake(waiter)
 
     def _serve(self, now: float) -> Work:
@@ -349,13 +349,14 @@ class Ledger:
             self._enter(slot, self.by_hand)
             self.by_hand.lent[slot] = slot
             return self._serve(now)  # it no longer counts against the ceiling of its engine
-        if slot.state is CLOSING:
-            return []
+        if slot.state is CLOSING and slot.entry is None:
+            return []  # its closing is under way, see below
         evicted, slot.instead_of = slot.instead_of, None
         if slot.state is OPENING and evicted is not None and evicted.handle is not None:
             # The permit died before what gave way was closed: that counts again until it is.
             self._strike(slot)
             evicted.state = CLOSING
+            evicted.entry = None
             evicted.quota = slot.quota
             self.slots.add(evicted)
             self.closing.add(evicted)

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from sqla_queries_pool.ledger import GRACE, Ledger
+from sqla_queries_pool.ledger import GRACE, LOWERED, PATIENCE, Ledger
 from sqla_queries_pool.slots import (
     HELD,
     LENT,
@@ -135,6 +135,10 @@ class Books:
         for waiter in [waiter for line in self.lines.values() for waiter in line]:
             self.insist(waiter)
         self.ledger.check(self.now)
+        idle = any(a.idle for a in self.lines) or self.ledger.by_hand.idle
+        for attachment, line in self.lines.items():
+            patient = bool(line) and self.now - line[0].since >= PATIENCE
+            assert not (patient and idle and not attachment.quota.full), "waits beside what is idle"
 
     def _run(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         self.sound = False
@@ -142,13 +146,14 @@ class Books:
         result = operation(*args)
         after = len(self.ledger.slots)
         assert after <= max(before, self.ledger.limit), f"grew from {before} to {after} slots"
-        for item in (
-            result if isinstance(result, list) and not (result and isinstance(result[0], Slot)) else ()
-        ):
+        for item in result if isinstance(result, list) else ():
             if isinstance(item, Due):
                 self.told = min(self.told, item.at)
-            else:
+            elif isinstance(item, (Wake, Close, Reset)):
                 self.todo.append(item)
+                lowered = isinstance(item, Close) and item.reason == LOWERED
+                in_use = after - len(self.ledger.closing)
+                assert not lowered or in_use >= self.ledger.limit, "closed more than the limit asks for"
         return result
 
     def _entry_died(self, ref: EntryRef) -> None:
@@ -168,6 +173,8 @@ class Books:
                 assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
             stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.lent)
             assert not stale or self.told <= self.now + GRACE, "nobody was told of a stale lock"
+        closes = [item.slot for item in self.todo if isinstance(item, Close)]
+        assert len(closes) == len(set(closes)), "to be closed twice"
         numbers = ledger.numbers()
         assert numbers.held == sum(slot.state in (HELD, LENT) for slot in ledger.slots)
         assert numbers.waiting == sum(map(len, self.lines.values()))

@@ -167,6 +167,15 @@ def test_a_hollow_record_is_handed_over_too(books: Books) -> None:
     assert waiter.answer is record
 
 
+def test_a_slot_that_came_free_meanwhile_needs_no_waiting(books: Books) -> None:
+    """Between the first try and the joining of the line the lock is free: joining tries again."""
+    engine = books.engine(1)
+    (record,) = held(books, engine, 1)
+    assert books.take(engine) is None
+    books.give(engine, record)
+    assert books.wait(engine) is record
+
+
 def test_the_mean_wait_follows_what_the_served_waited(books: Books) -> None:
     """One sixteenth of each new wait; checkouts that do not wait do not count."""
     engine = books.engine(1)
@@ -262,6 +271,19 @@ def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at
     assert waiter.answer.evicts is busy
 
 
+@pytest.mark.parametrize("wanted", [True, False])
+def test_a_hollow_record_goes_to_the_oldest_of_all_at_once(books: Books, wanted: bool) -> None:
+    """Whoever gets it has to open a connection: nothing is lost by moving the slot."""
+    own, other = books.engine(), books.engine()
+    limited(books, 2)
+    keeps, (record,) = held(books, other, 1), held(books, own, 1)
+    waiters = waiting(books, other, own) if wanted else waiting(books, other)
+    books.unplug(record.slot)
+    books.give(own, record)
+    assert waiters[0].answer.evicts is record
+    del keeps
+
+
 def test_who_can_not_wait_may_have_any_idle_connection(books: Books) -> None:
     """The last word of a waiter that is about to give up."""
     own, other = books.engine(), books.engine()
@@ -339,6 +361,18 @@ def test_slots_spread_over_the_engines_in_proportion_to_what_they_want(books: Bo
     assert max(transfers) < 100
 
 
+def test_an_engine_keeps_slots_in_proportion_to_its_line(books: Books) -> None:
+    """One that has more of them than another gives none away when it wants that many more, too."""
+    busy, calm = books.engine(), books.engine()
+    limited(books, 5)
+    out, keeps = held(books, busy, 4), held(books, calm, 1)
+    own, *_ = waiting(books, *[busy] * 12)
+    (other,) = waiting(books, calm)
+    books.give(busy, out.pop())  # 4 of 16 against 1 of 2
+    assert answers(own, other) == [True, False]
+    del keeps
+
+
 def test_an_engine_at_its_own_ceiling_is_passed_over(books: Books) -> None:
     """A waiter whose engine has all that it may have keeps nobody else from the slot."""
     full, own, other = books.engine(1), books.engine(), books.engine()
@@ -346,6 +380,7 @@ def test_an_engine_at_its_own_ceiling_is_passed_over(books: Books) -> None:
     (keeps,) = held(books, full, 1)
     (record,) = held(books, own, 1)
     older, younger = waiting(books, full, other)
+    books.now += 1  # both may have any idle connection by now
     books.give(own, record)
     assert answers(older, younger) == [False, True]
     books.give(full, keeps)
@@ -556,6 +591,21 @@ def test_a_lowered_limit_closes_what_is_idle_and_the_rest_when_it_comes_home(boo
     books.give(engine, out.pop())
     assert answers(waiter) == [True]
     assert len(books.ledger.slots) == 2
+
+
+def test_what_comes_home_above_a_lowered_limit_is_closed_also_where_nobody_waits(books: Books) -> None:
+    """As many as are too many; one that closes already is not one of them."""
+    engine = books.engine()
+    first, second, third = held(books, engine, 3)
+    limited(books, 2)
+    books.give(engine, first)
+    assert books.reasons == [reasons.LOWERED]
+    books.give(engine, second)
+    assert list(engine.idle) == [second]
+    limited(books, 1)
+    assert books.reasons == [reasons.LOWERED] * 2
+    books.give(engine, third)
+    assert list(engine.idle) == [third]
 
 
 def test_a_lowered_limit_leaves_alone_what_fits_it(books: Books) -> None:
@@ -818,6 +868,7 @@ def test_what_gave_way_to_a_lost_permission_counts_until_it_is_closed(books: Boo
     del permit
     books.settle()
     assert (len(books.sockets), len(books.ledger.slots), answers(waiter)) == (1, 1, [False])
+    assert books.reasons == [reasons.ABANDONED]
     books.do_all()
     assert (len(books.sockets), len(books.ledger.slots), answers(waiter)) == (0, 1, [True])
 

@@ -15,9 +15,10 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from ledger_fakes import Books, Gate, Record, Session
+from ledger_fakes import Books, Gate, Handle, Record, Session
 
-from sqla_queries_pool.slots import HELD, IDLE, Attachment, Close, NotHeld, Permit, Slot
+from sqla_queries_pool.ledger import LOWERED
+from sqla_queries_pool.slots import CLOSING, HELD, IDLE, Attachment, Close, NotHeld, Permit, Slot
 
 T = TypeVar("T")
 which = st.integers(0, 23)
@@ -36,9 +37,15 @@ class Engine:
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
-        self.disposed = False
-        self.retired = 0
-        """Sockets of a generation below this one are not to be handed out, by the machine's own books."""
+        self.disposals = 0
+        self.retired: set[Handle] = set()
+        """Sockets that must not be handed out: born before a completed dispose, by the machine's books."""
+        self.born: dict[Handle, int] = {}
+        """How often it had been disposed when the socket was opened."""
+
+    def retire(self) -> None:
+        """A dispose is completed: what was born before it is to close, and nothing else."""
+        self.retired.update(handle for handle, disposals in self.born.items() if disposals < self.disposals)
 
 
 class Opening:
@@ -98,8 +105,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if isinstance(entry, Gate):
             self.waiting.append((engine, entry))
             return
-        # A socket of a retired generation is never handed out; a hollow record is no socket.
-        assert entry.slot.handle is None or entry.slot.generation >= engine.retired
+        assert entry.slot.handle not in engine.retired, "of a generation that has ended"
         self.received(engine, entry, phases)
 
     def received(self, engine: Engine, entry: Any, phases: int) -> None:
@@ -118,18 +124,22 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def go_on_opening(self, opening: Opening) -> None:
         """The next phase of three."""
-        attachment = opening.engine.attachment
         if opening.permit is not None:
-            opening.record = self.books.bind(attachment, opening.permit)
+            opening.record = self.books.bind(opening.engine.attachment, opening.permit)
             opening.permit = None
             return
         assert opening.record is not None
         if opening.slot.handle is None:
-            self.books.plug(attachment, opening.record)
+            self.plug(opening.engine, opening.record)
         else:
             self.opening.remove(opening)
             self.books.decide(self.ledger.opened, opening.slot, self.books.now)
             self.held.append((opening.engine, opening.record))
+
+    def plug(self, engine: Engine, record: Record) -> None:
+        """A socket is opened."""
+        self.books.plug(engine.attachment, record)
+        engine.born[record.slot.handle] = engine.disposals
 
     phases = st.sampled_from([3, 3, 0, 1, 2])
 
@@ -186,7 +196,12 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(n=which)
     def check_in(self, n: int) -> None:
         engine, record = self.held.pop(n % len(self.held))
+        handle = record.slot.handle
         self.books.give(engine.attachment, record)
+        if record.slot.state is CLOSING:
+            assert handle is None or handle in engine.retired or self.books.reasons[-1] == LOWERED
+        else:
+            assert handle not in engine.retired
 
     @precondition(lambda self: self.held)
     @rule()
@@ -210,7 +225,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.books.detach(record)
         else:  # what pre_ping and recycle do
             self.books.unplug(record.slot)
-            self.books.plug(engine.attachment, record)
+            self.plug(engine, record)
 
     def wrongs(self) -> list[tuple[Engine, Record]]:
         """What nobody may give back: what is idle, what a session has locked, another engine's."""
@@ -253,8 +268,8 @@ class LedgerMachine(RuleBasedStateMachine):
     # -- the queries API ---------------------------------------------------------------------------
 
     def slots(self, *states: str) -> list[Slot]:
-        """All slots in one of these states, in an order that is the same in every run."""
-        slots = (slot for slot in self.ledger.slots if slot.state in states)
+        """All slots, or those in one of these states, in an order that is the same in every run."""
+        slots = (slot for slot in self.ledger.slots if not states or slot.state in states)
         return sorted(slots, key=lambda slot: slot.number)  # type: ignore[attr-defined]
 
     @precondition(lambda self: len(self.ledger.by_hand.quota.slots) < 2)
@@ -263,13 +278,13 @@ class LedgerMachine(RuleBasedStateMachine):
         full = len(self.ledger.slots) >= self.ledger.limit
         assert (self.books.add() is None) == full
 
-    @precondition(lambda self: self.slots(IDLE))
-    @rule(n=which)
-    def lock(self, n: int) -> None:
-        slot = chosen(n, self.slots(IDLE))
+    @precondition(lambda self: self.ledger.slots)
+    @rule(n=which, idle=st.booleans())
+    def lock(self, n: int, idle: bool) -> None:
+        slot = chosen(n, (self.slots(IDLE) if idle else []) or self.slots())
         session = Session()
         assert slot.home is not None
-        possible = slot.handle is not None and slot.home() is not None
+        possible = slot.state is IDLE and slot.handle is not None and slot.home() is not None
         assert self.books.lend(slot, session) == possible
         if possible:
             self.locks.append(Lock(slot, session))
@@ -292,12 +307,16 @@ class LedgerMachine(RuleBasedStateMachine):
             assert isinstance(result, Slot) or not out, "it closes what somebody has"
         elif how == "all engines'":
             self.books.decide(self.ledger.retire_all)
-            for engine in self.engines:
-                engine.retired = engine.attachment.generation
+            dropped = [*(o.engine for o in self.opening), *(e for e, _ in [*self.held, *self.waiting])]
+            for engine in {*self.engines, *dropped}:
+                engine.disposals += 1
+                engine.retire()
         elif how == "stale":
             self.books.unlock_stale(chosen(n, [*(e.attachment for e in self.engines), self.ledger.by_hand]))
         else:
-            slot = chosen(n, self.slots("opening", "idle", "held", "locked", "closing"))
+            slot = chosen(n, self.slots())
+            if how == "one":  # not of living sessions, either
+                out += [lock.slot for lock in self.locks]
             work = self.books.decide(self.ledger.close_one, slot, how == "force")
             assert not (work and slot in out), "it closes what somebody has"
 
@@ -308,25 +327,33 @@ class LedgerMachine(RuleBasedStateMachine):
     def attach(self, ceiling: float | None, ttl: float, lifo: bool) -> None:
         self.engines.append(Engine(self.books.engine(ceiling, ttl, lifo)))
 
-    @rule(n=which, disposed=st.booleans(), recreated=st.booleans(), dies=st.booleans(), late=st.booleans())
-    def dispose_recreate_drop(self, n: int, disposed: bool, recreated: bool, dies: bool, late: bool) -> None:
+    @rule(n=which)
+    def dispose(self, n: int) -> None:
+        engine = chosen(n, self.engines)
+        engine.disposals += 1
+        self.books.decide(self.ledger.dispose, engine.attachment)
+        assert not engine.attachment.idle
+        assert not engine.attachment.hollow
+
+    @rule(n=which, dies=st.booleans(), late=st.booleans())
+    def recreate(self, n: int, dies: bool, late: bool) -> None:
         engine = chosen(n, self.engines)
         old = engine.attachment
-        if disposed:
-            engine.disposed = True
-            self.books.decide(self.ledger.dispose, old)
-            assert not old.idle
-            assert not old.hollow
-        if recreated:
-            if engine.disposed:
-                self.books.decide(self.ledger.retire, old)
-                engine.retired = old.generation
-            self.engines.append(Engine(self.books.engine(ttl=old.own_ttl, quota=old.quota)))
-        if (dies and len(self.engines) > 1) or len(self.engines) > 5:
-            self.engines.remove(engine)
-            del engine, old
-            if not late:
-                self.books.settle()
+        if engine.disposals:
+            self.books.decide(self.ledger.retire, old)
+            engine.retire()
+        self.engines.append(Engine(self.books.engine(ttl=old.own_ttl, quota=old.quota)))
+        del engine, old
+        if dies or len(self.engines) > 5:
+            self.drop(n, late)
+
+    @precondition(lambda self: len(self.engines) > 1)
+    @rule(n=which, late=st.booleans())
+    def drop(self, n: int, late: bool) -> None:
+        """An engine is garbage, or will be when the last that it has out is back."""
+        del self.engines[n % len(self.engines)]
+        if not late:
+            self.books.settle()
 
     @rule(limit=st.just("same") | limits, ttl=st.just("same") | st.none() | ttls)
     def reconfigure(self, limit: Any, ttl: Any) -> None:

@@ -15,7 +15,9 @@
 
 from __future__ import annotations
 
+import functools
 import logging
+import operator
 import threading
 import time
 from collections import deque
@@ -38,11 +40,19 @@ class Guard:
         """For people: engines say which database it is, without the password."""
         self._lock = threading.RLock()
         """Guards the ledger, and nothing but the ledger."""
+        self._try_lock = functools.partial(self._lock.acquire, False)
         self._inside = False
         """Is a method of the ledger running?  Written under the lock."""
         self._inbox: deque[tuple[Callable[..., Work | None], tuple[Any, ...]]] = deque()
         """What found the lock taken."""
         self._clock = time_method or time.monotonic
+
+    _locked_now = property(operator.methodcaller("_try_lock"))
+    """Try the lock; is it ours?  For ``if self._locked_now: try: … finally: release``.
+
+    An asynchronous exception (Ctrl-C, ``PyThreadState_SetAsyncExc``) may come after any call, so also
+    between a call of ``acquire`` and the ``try``, and the lock would be taken for ever.  Python checks for
+    them after calls, not after an attribute was loaded; and this property has no frame of its own."""
 
     def _do(self, work: Work) -> None:
         """Do what the ledger decided, outside the lock."""
@@ -80,7 +90,7 @@ class Guard:
 
     def _settle(self) -> None:
         inbox = self._inbox
-        while inbox and self._lock.acquire(False):
+        while inbox and self._locked_now:
             work: Work = []
             failures: list[Exception] = []
             try:

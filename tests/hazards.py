@@ -1,0 +1,139 @@
+"""What the tests of hazards share: a driver without a server, threads with a deadline, a state of rest."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from sqla_queries_pool import CheckoutTimeout, QueriesPool
+from sqla_queries_pool.pool import Pool
+
+DEADLINE = 20.0
+"""Seconds after which a thread that should have ended counts as hanging."""
+_numbers = itertools.count(1)
+
+
+class Handle:
+    """An open connection of a driver that has no server.  It knows who has it."""
+
+    def __init__(self) -> None:
+        self.owner: object = None
+        self.closed = False
+
+    def rollback(self) -> None:
+        """The reset at check-in: nobody has it any more."""
+        self.owner = None
+
+    def close(self) -> None:
+        self.closed = True
+
+
+class Ring:
+    """A reference cycle with something in it: the garbage collector alone ends it."""
+
+    def __init__(self, content: object) -> None:
+        self.content = content
+        self.ring = self
+
+
+class Thread:
+    """A thread whose exception and result are not lost."""
+
+    def __init__(self, function: Callable[..., Any], *args: Any, name: str | None = None) -> None:
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self._function: Any = function
+        self._args: Any = args
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.result = self._function(*self._args)
+        except BaseException as error:
+            self.error = error
+        finally:
+            self._function = self._args = None  # they may be what a test wants to see collected
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def join(self, seconds: float = DEADLINE) -> Any:
+        """Return the function's result or raise its exception; fail if it hangs."""
+        self._thread.join(seconds)
+        assert not self.alive, f"{self._thread.name} hangs"
+        if self.error is not None:
+            raise self.error
+        return self.result
+
+
+class Stop:
+    """Stops one thread at one place until it is told to go on."""
+
+    def __init__(self) -> None:
+        self._reached = threading.Event()
+        self._go = threading.Event()
+
+    def here(self) -> None:
+        """Called by the thread: stop."""
+        self._reached.set()
+        assert self._go.wait(DEADLINE), "nobody let it go"
+
+    def reached(self) -> None:
+        """Wait until the thread is there."""
+        assert self._reached.wait(DEADLINE), "nobody came by"
+
+    def go(self) -> None:
+        self._go.set()
+
+
+def new_pid() -> str:
+    """A pool id that no other test has."""
+    return f"hazard-{next(_numbers)}"
+
+
+def new_pool(pid: str | None = None, creator: Callable[[], Any] = Handle, **kw: Any) -> QueriesPool:
+    """A pool without a server; what waits is left to the test, so the collector is not asked."""
+    settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False}
+    return QueriesPool(creator, pool_id=pid or new_pid(), **(settings | kw))
+
+
+def settled(shared: Pool) -> bool:
+    """Nobody has a connection, opens or closes one, or waits for one; no letter is unread."""
+    n = shared.numbers
+    return not (n.held or n.opening or n.closing or n.waiting or shared._inbox)
+
+
+def assert_whole(pool: QueriesPool, eventually: Callable[..., None], size: int | None = None) -> None:
+    """Everything was given back, and the whole budget can be had again."""
+    shared = pool._shared
+    eventually(lambda: settled(shared), f"everything given back: {shared!r}")
+    shared._decide(shared._ledger.check)
+    timeout, pool._timeout = pool._timeout, 0
+    try:
+        out = [pool.connect() for _ in range(size or pool.size())]
+    except CheckoutTimeout as error:
+        raise AssertionError(f"a slot was lost: {error}") from None
+    finally:
+        pool._timeout = timeout
+    assert len({id(fairy.dbapi_connection) for fairy in out}) == len(out), "one was handed out twice"
+    for fairy in out:
+        fairy.close()
+
+
+@contextmanager
+def sleeping_collector() -> Iterator[None]:
+    """The collector runs when it is called and never by itself, and finds what is made in here alone."""
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.unfreeze()

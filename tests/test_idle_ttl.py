@@ -1,0 +1,318 @@
+"""Idle connections close by themselves, and who sees to it."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fakes import FakeClock
+from hazards import Handle, Thread, assert_whole, new_pid, new_pool
+from sqlalchemy import Engine, create_engine, event, make_url, text
+
+from sqla_queries_pool import PoolManager, QueriesPool
+from sqla_queries_pool.housekeeping import Housekeeper
+
+Eventually = Callable[..., None]
+NEVER = None
+
+
+@pytest.fixture
+def new_engine(pg_url: str) -> Iterator[Callable[..., Engine]]:
+    """Make engines of the test's database, each with an `application_name`."""
+    engines: list[Engine] = []
+
+    def new(name: str = "engine", **kw: Any) -> Engine:
+        arguments = {"application_name": name}
+        engines.append(create_engine(pg_url, poolclass=QueriesPool, connect_args=arguments, **kw))
+        return engines[-1]
+
+    yield new
+    for engine in engines:
+        engine.dispose()
+
+
+def pool_of(engine: Engine) -> QueriesPool:
+    """An engine's pool."""
+    assert isinstance(engine.pool, QueriesPool)
+    return engine.pool
+
+
+def backends(observer: Any, url: str) -> dict[str, int]:
+    """How many client backends the test's database has, by `application_name`."""
+    sql = "SELECT application_name, count(*) FROM pg_stat_activity WHERE datname = %s GROUP BY 1"
+    return dict(observer.query(sql, make_url(url).database))
+
+
+# -- on a server ------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_burst_shrinks_within_a_second_after_the_idle_ttl_although_one_stays_busy(
+    new_engine: Callable[..., Engine], pg_url: str, pg_observer: Any
+) -> None:
+    """9 of 10 connections leave `pg_stat_activity` by themselves: not before their time, not after."""
+    engine = new_engine(max_size=10, idle_ttl=1.0)
+    connections = [engine.connect() for _ in range(10)]
+    checkouts: list[object] = []
+    event.listen(engine, "checkout", lambda *_: checkouts.append(None))
+    busy = connections.pop()
+    working = Thread(busy.execute, text("SELECT pg_sleep(1.5)"))
+    first_closed = time.monotonic()
+    for connection in connections:
+        connection.close()
+    last_closed = time.monotonic()
+    first_gone = math.inf
+    while (left := backends(pg_observer, pg_url)["engine"]) > 1:
+        now = time.monotonic()
+        if left < 10:
+            first_gone = min(first_gone, now)
+        assert now < last_closed + 30.0
+        time.sleep(0.01)
+    all_gone = time.monotonic()
+    assert not checkouts
+    assert first_gone - first_closed >= 1.0
+    assert all_gone - last_closed <= 2.0
+    working.join()
+    assert busy.execute(text("SELECT 1")).scalar() == 1
+    busy.close()
+
+
+@pytest.mark.slow
+def test_a_burst_shrinks_although_the_engine_is_in_use(
+    new_engine: Callable[..., Engine], pg_url: str, pg_observer: Any, eventually: Eventually
+) -> None:
+    """The connection that came home last is used first, so that those not needed age out."""
+    engine = new_engine(max_size=5, idle_ttl=0.5)
+    for connection in [engine.connect() for _ in range(5)]:
+        connection.close()
+    enough = threading.Event()
+
+    def use() -> None:
+        while not enough.is_set():
+            with engine.connect() as connection:
+                connection.execute(text("SELECT pg_sleep(0.02)"))
+
+    using = Thread(use)
+    eventually(lambda: backends(pg_observer, pg_url) == {"engine": 1}, "one connection is left")
+    enough.set()
+    using.join()
+
+
+@pytest.mark.slow
+def test_each_engine_of_a_pool_has_its_own_idle_ttl(
+    new_engine: Callable[..., Engine], pg_url: str, pg_observer: Any, eventually: Eventually
+) -> None:
+    """Their connections follow it, until `set_idle_ttl` overrules it for all; the last is closed, too."""
+    engines = [
+        new_engine("short", max_size=6, idle_ttl=0.3),
+        new_engine("long", max_size=6, idle_ttl=60.0),
+        new_engine("never", max_size=6, idle_ttl=NEVER),
+    ]
+    connections = [engine.connect() for engine in engines for _ in range(2)]
+    for connection in connections:
+        connection.close()
+    assert backends(pg_observer, pg_url) == {"short": 2, "long": 2, "never": 2}
+    eventually(lambda: "short" not in backends(pg_observer, pg_url), "the short-lived ones are gone")
+    assert backends(pg_observer, pg_url) == {"long": 2, "never": 2}
+    assert pool_of(engines[0]).checkedin() == 0
+    pid = pool_of(engines[0]).pid
+    PoolManager.set_idle_ttl(pid, 0.2)
+    eventually(lambda: backends(pg_observer, pg_url) == {}, "all are gone")
+    assert PoolManager.size(pid) == 0
+    for engine in engines:
+        with engine.connect() as connection:
+            assert connection.execute(text("SELECT 1")).scalar() == 1
+
+
+# -- with a clock of one's own ----------------------------------------------------------------------
+
+
+def pool_with_clock(clock: FakeClock, **kw: Any) -> QueriesPool:
+    """A pool whose time is the test's."""
+    pid = new_pid()
+    PoolManager.create(pid, idle_ttl=kw.get("idle_ttl", 60), max_size=8, time_method=clock)
+    PoolManager._pools[pid]._ledger.set_ttl(None, clock())  # each engine has its own
+    return new_pool(pid, max_size=4, **kw)
+
+
+def test_without_an_idle_ttl_nothing_ever_closes(eventually: Eventually) -> None:
+    """`idle_ttl=None` is for ever, and asks nobody to look."""
+    clock = FakeClock()
+    pool = pool_with_clock(clock, idle_ttl=NEVER)
+    shared = pool._shared
+    assert shared._ledger.due == math.inf
+    pool.connect().close()
+    assert shared._ledger.due == math.inf
+    clock.now = 1e9
+    shared.sweep()
+    shared.clean()
+    assert pool.checkedin() == 1
+    assert_whole(pool, eventually)
+
+
+def test_an_idle_connection_is_closed_at_its_idle_ttl_and_not_before(eventually: Eventually) -> None:
+    """To the second, each connection since it came home itself."""
+    clock = FakeClock()
+    pool = pool_with_clock(clock, idle_ttl=60.0)
+    first, second = pool.connect(), pool.connect()
+    first.close()
+    clock.now = 1.0
+    second.close()
+    for now, left in [(59.0, 2), (60.0, 1), (60.5, 1), (61.0, 0)]:
+        clock.now = now
+        pool._shared.sweep()
+        assert pool.checkedin() == left
+    assert_whole(pool, eventually)
+
+
+def test_an_idle_ttl_can_be_set_at_run_time(eventually: Eventually) -> None:
+    """What is over the new one closes at once; `None` keeps the rest; then each engine has its own."""
+    clock = FakeClock()
+    pool = pool_with_clock(clock, idle_ttl=60.0)
+    shared = pool._shared
+    first, second = pool.connect(), pool.connect()
+    first.close()
+    clock.now = 30.0
+    second.close()
+    PoolManager.set_idle_ttl(pool.pid, 20)
+    assert pool.checkedin() == 1
+    PoolManager.set_idle_ttl(pool.pid, None)
+    clock.now = 1e6
+    shared.sweep()
+    assert pool.checkedin() == 1
+    shared.unset()
+    assert pool.checkedin() == 0
+    assert_whole(pool, eventually)
+
+
+def test_what_was_added_by_hand_follows_the_idle_ttl_of_an_engine_that_comes_later(
+    eventually: Eventually,
+) -> None:
+    """Nobody has to call anything after the engine was made."""
+    slow = new_pool(idle_ttl=60.0)
+    handle = Handle()
+    PoolManager.add(slow.pid, handle)
+    fast = new_pool(slow.pid, idle_ttl=0.1)
+    eventually(lambda: handle.closed, "it was closed")
+    assert_whole(fast, eventually)
+
+
+# -- the housekeeper --------------------------------------------------------------------------------
+
+
+def kill(housekeeper: Housekeeper, eventually: Eventually) -> object:
+    """Have the thread die in the middle of its work.  Keep the result: its death would be mail."""
+
+    class Deadly:
+        swept = False
+
+        def sweep(self) -> None:
+            self.swept = True
+            raise SystemExit
+
+    deadly = Deadly()
+    housekeeper.schedule(deadly, 0.0)
+    eventually(lambda: deadly.swept and not housekeeper._thread._running.locked(), "it died")
+    return deadly
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_housekeeper_that_died_is_started_again_by_the_next_checkout(
+    when: str, eventually: Eventually
+) -> None:
+    """Whether the checkout comes before or after something was due: idle connections close in the end."""
+    pool = new_pool(idle_ttl=0.5)
+    housekeeper = pool._shared.housekeeper = Housekeeper()  # which knows of no other test's pools
+    for fairy in [pool.connect(), pool.connect()]:
+        fairy.close()
+    deadly = kill(housekeeper, eventually)
+    if when == "after":
+        eventually(lambda: pool._shared._clock() > pool._shared._ledger.due, "something is overdue")
+    pool.connect().close()
+    eventually(lambda: pool.checkedin() == 0, "all are closed", 3.0)
+    del deadly
+
+
+SCRIPT = """
+import sys, threading, time
+from sqlalchemy import create_engine, text
+from sqla_queries_pool import QueriesPool
+
+def engine(idle_ttl):
+    return create_engine(sys.argv[1], poolclass=QueriesPool, max_size=5, idle_ttl=idle_ttl)
+
+def threads():
+    return [thread.name for thread in threading.enumerate() if thread is not threading.main_thread()]
+
+def eventually(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline, threads()
+        time.sleep(0.005)
+
+"""
+
+
+def run(script: str, url: str, seconds: float) -> None:
+    """Run a program; it ends in time, without an error, and says nothing."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", SCRIPT + script, url],
+        capture_output=True,
+        text=True,
+        timeout=seconds,
+        check=False,
+    )
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "")
+
+
+@pytest.mark.slow
+def test_there_is_a_thread_only_while_something_can_expire(pg_url: str) -> None:
+    """None before the first check-in, none without an `idle_ttl`; it ends with the last connection."""
+    script = """
+never = engine(None)
+never.connect().close()
+short = engine(0.3)
+assert threads() == [], threads()
+connection = short.connect()
+connection.execute(text("SELECT 1"))
+assert threads() == [], threads()
+for _ in range(2):
+    connection.close()
+    eventually(lambda: threads() == ["sqla_queries_pool housekeeper"])
+    eventually(lambda: threads() == [])
+    assert short.pool.checkedin() == 0
+    assert never.pool.checkedin() == 1
+    connection = short.connect()
+"""
+    run(script, pg_url, 60.0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param("connection.close(); eventually(threads)", id="idle"),
+        pytest.param("other.close(); eventually(threads)", id="one is out"),
+        pytest.param(
+            "connection.close(); other.close(); one.dispose(); one.connect().close()", id="disposed"
+        ),
+        pytest.param("connection.close(); one.pool._shared.set_idle_ttl(0.001)", id="expiring"),
+        pytest.param(
+            "for _ in range(3): one.connect().detach()\n"
+            "threading.Thread(target=one.connect, daemon=True).start()\n"
+            "connections = [one.connect() for _ in range(3)]",
+            id="all are out",
+        ),
+    ],
+)
+def test_the_exit_of_the_interpreter_is_not_delayed(script: str, pg_url: str) -> None:
+    """A program that has connections with an `idle_ttl` of a minute exits at once, and silently."""
+    before = "one = engine(60)\nconnection, other = one.connect(), one.connect()\n"
+    run(before + script, pg_url, 20.0)

@@ -1,0 +1,827 @@
+"""The lock of a pool, and what may come upon it: finalizers, listeners, interrupts (design 7, 8, 9).
+
+All with a driver that has no server: what counts here is who is inside the pool, and when.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from types import FunctionType
+from typing import Any
+
+import pytest
+from hazards import Handle, Ring, Stop, Thread, assert_whole, new_pid, new_pool, sleeping_collector
+from sqlalchemy import event
+
+from sqla_queries_pool import (
+    CheckoutReentered,
+    CheckoutTimeout,
+    ConnectionBusyError,
+    PoolManager,
+    QueriesPool,
+)
+from sqla_queries_pool.diagnostics import holders
+from sqla_queries_pool.gates import ThreadGate
+from sqla_queries_pool.housekeeping import Housekeeper
+from sqla_queries_pool.ledger import Ledger
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.slots import Attachment, NotHeld, Quota
+
+Eventually = Callable[..., None]
+
+
+class Interrupt(BaseException):
+    """What no `except Exception` catches."""
+
+
+class Session:
+    """Who locks connections through the queries API."""
+
+
+@pytest.fixture
+def collector() -> Iterator[None]:
+    """See sleeping_collector."""
+    with sleeping_collector():
+        yield
+
+
+def call_inside(monkeypatch: pytest.MonkeyPatch, method: str, call: Callable[[], object]) -> None:
+    """Have `call` called once, inside the ledger and hence inside the lock, before `method` begins."""
+    real = getattr(Ledger, method)
+    calls = [call]
+
+    def patched(self: Ledger, *args: Any, **kw: Any) -> Any:
+        if calls:
+            calls.pop()()
+        return real(self, *args, **kw)
+
+    monkeypatch.setattr(Ledger, method, patched)
+
+
+class WatchedLock:
+    """Stands in for a pool's lock."""
+
+    def __init__(self, shared: Pool) -> None:
+        self.real = shared._lock
+        self.misses = 0
+        """How many of the next tries fail, as if another thread had let go of the lock right after."""
+        self.at_release: list[Callable[[], object]] = []
+        """Each is called once, one at each release, right before it."""
+        shared._lock = self  # type: ignore[assignment]
+
+    def acquire(self, blocking: bool = True) -> bool:
+        if not blocking and self.misses:
+            self.misses -= 1
+            return False
+        return self.real.acquire(blocking)
+
+    def release(self) -> None:
+        if self.at_release:
+            self.at_release.pop()()
+        self.real.release()
+
+    def __enter__(self) -> bool:
+        return self.real.acquire()
+
+    def __exit__(self, *args: object) -> None:
+        self.release()
+
+
+# -- a check-in while the lock is taken -------------------------------------------------------------
+
+
+def test_a_check_in_does_not_wait_for_the_lock(
+    monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """While another thread is inside the pool a check-in returns at once; it counts when that one leaves."""
+    pool = new_pool()
+    fairy = pool.connect()
+    stop = Stop()
+    call_inside(monkeypatch, "take", stop.here)
+    other = Thread(pool.connect)
+    stop.reached()
+    Thread(fairy.close).join(5.0)
+    assert pool.checkedout() == 1, "the ledger was touched while somebody was inside"
+    stop.go()
+    held = other.join()
+    assert not pool._shared._inbox
+    assert pool.checkedin() + pool.checkedout() == 2
+    held.close()
+    assert_whole(pool, eventually)
+
+
+def test_a_stranger_is_refused_also_while_the_lock_is_taken(
+    monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """Giving back twice raises at once, not later in whichever thread reads the letters."""
+    pool = new_pool()
+    fairy = pool.connect()
+    record = fairy._connection_record
+    fairy.close()
+    stop = Stop()
+    call_inside(monkeypatch, "dispose", stop.here)
+    other = Thread(pool.dispose)
+    stop.reached()
+    with pytest.raises(NotHeld):
+        pool._return_conn(record)
+    stop.go()
+    other.join()
+    assert_whole(pool, eventually)
+
+
+def test_a_check_in_tries_the_lock_again_after_its_letter(eventually: Eventually) -> None:
+    """The lock was let go of between the first try and the letter: the letter is read all the same.
+
+    Without the second try it would lie there until somebody else comes, and those who wait don't.
+    """
+    pool = new_pool(max_size=1)
+    fairy = pool.connect()
+    waiting = Thread(pool.connect)
+    eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
+    WatchedLock(pool._shared).misses = 1
+    fairy.close()
+    assert not pool._shared._inbox
+    waiting.join().close()
+    assert_whole(pool, eventually)
+
+
+def take(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
+    """A checkout of what is idle."""
+    fairy.close()
+    kept: list[object] = []
+    return lambda: kept.append(pool.connect())
+
+
+def decide(pool: QueriesPool, _: Any) -> Callable[[], object]:
+    """Something that waits for the lock."""
+    return lambda: pool._shared.set_idle_ttl(50)
+
+
+def post(pool: QueriesPool, _: Any) -> Callable[[], object]:
+    """Something that does not."""
+    return lambda: pool._shared._post(lambda now: None)
+
+
+def give(_: QueriesPool, fairy: Any) -> Callable[[], object]:
+    """A check-in."""
+    return fairy.close  # type: ignore[no-any-return]
+
+
+def give_a_stranger(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
+    """A check-in that is refused."""
+    record = fairy._connection_record
+    fairy.close()
+
+    def again() -> None:
+        with pytest.raises(NotHeld):
+            pool._return_conn(record)
+
+    return again
+
+
+def give_and_close(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
+    """A check-in of what is to be closed."""
+    pool.dispose()
+    pool.recreate()
+
+    def close() -> None:
+        assert not pool._shared._inbox, "the letter has to wait until the connection is closed"
+
+    fairy.dbapi_connection.close = close
+    return fairy.close  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    "prepare",
+    [take, decide, post, give, give_a_stranger, give_and_close],
+)
+def test_whoever_lets_go_of_the_lock_reads_what_came_meanwhile(
+    prepare: Callable[[QueriesPool, Any], Callable[[], object]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """A letter that came while a thread was inside is read by that thread, before it does anything slow."""
+    pool = new_pool(max_size=4)
+    visit = prepare(pool, pool.connect())
+    letters: list[float] = []
+    lock = WatchedLock(pool._shared)
+    lock.at_release.append(lambda: pool._shared._inbox.append((letters.append, ())))
+    visit()
+    assert not lock.at_release, "it was never inside"
+    assert letters, "the letter was not read"
+    assert not caplog.records
+
+
+def test_letters_are_read_although_one_of_them_is_bad(
+    monkeypatch: pytest.MonkeyPatch, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    """An operation that fails in the inbox is logged; those behind it are carried out."""
+    pool = new_pool()
+    first, second = pool.connect(), pool.connect()
+    record = first._connection_record
+    stop = Stop()
+    call_inside(monkeypatch, "dispose", stop.here)
+    other = Thread(pool.dispose)
+    stop.reached()
+    first.close()
+    pool._return_conn(record)  # still held as far as the books go, so this becomes a letter, too
+    second.close()
+    stop.go()
+    other.join()
+    assert "was given back, but it is idle" in caplog.text
+    assert_whole(pool, eventually)
+
+
+def test_reading_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever only looks is served while somebody else is inside the pool, for however long."""
+    pool = new_pool()
+    fairy = pool.connect()
+    stop = Stop()
+    call_inside(monkeypatch, "take", stop.here)
+    other = Thread(pool.connect)
+    stop.reached()
+    shared = pool._shared
+
+    def look() -> None:
+        assert "held 1" in repr(pool)
+        assert "held 1" in repr(shared)
+        assert pool.status()
+        assert (pool.size(), pool.checkedin(), pool.checkedout(), pool.overflow()) == (2, 0, 1, -1)
+        assert shared.report()["connections"]["held"] == 1
+        assert PoolManager.report()["pools"][pool.pid]["connections"]["open"] == 1
+        assert len(holders(shared)) == 1
+        assert PoolManager.size(pool.pid) == 1
+        assert not PoolManager.is_full(pool.pid)
+        assert not PoolManager.has_idle_connection(pool.pid)
+        assert PoolManager.has_connection(pool.pid, fairy.dbapi_connection)
+
+    Thread(look).join(5.0)
+    stop.go()
+    other.join()
+
+
+# -- the collector, inside the lock -----------------------------------------------------------------
+
+
+class Abandoning:
+    """Keeps one connection of a pool abandoned in a cycle, until the collector finds it."""
+
+    def __init__(self, pool: QueriesPool) -> None:
+        self.pool = pool
+        self.shared = pool._shared
+        self.returned_inside = 0
+        """How often the collector gave it back while its thread was inside the ledger."""
+        self._pending = 0
+        event.listen(pool, "checkin", self._returned)
+
+    def again(self) -> None:
+        n = self.shared.numbers
+        if not self._pending and n.held + n.opening + n.closing + n.waiting < 3:
+            self._pending = 1
+            fairy = self.pool.connect()
+            fairy._connection_record.info["abandoned"] = True
+            Ring(fairy)
+
+    def _returned(self, handle: Any, record: Any) -> None:
+        if record.info.pop("abandoned", False):
+            self._pending = 0
+            self.returned_inside += self.shared._inside
+
+    def collect(self) -> None:
+        if self._pending and self.shared._inside:
+            gc.collect()
+
+
+def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: Eventually) -> None:
+    """Two engines of one pool, of three connections, one of which is abandoned again and again."""
+    shared = a._shared
+    step()
+    shared.retire(a._attachment)
+    held = [a.connect(), b.connect()]
+    waiting = [Thread(a.connect), Thread(b.connect)]
+    eventually(lambda: shared.numbers.waiting + sum(not t.alive for t in waiting) == 2, "both wait")
+    for fairy in held:
+        step()
+        fairy.close()
+    for thread in waiting:
+        thread.join().close()
+    step()
+    others = [b.connect(), b.connect()]  # a's idle ones give way
+    step()
+    others[0].invalidate()
+    step()
+    others[0] = b.connect()
+    others[0].detach()
+    others[0].dbapi_connection.close()
+    others[1].close()
+    step()
+    raw, session = Handle(), Session()
+    PoolManager.clean(a.pid)
+    eventually(lambda: not shared.numbers.closing)
+    a.dispose()
+    b.dispose()
+    step()
+    PoolManager.add(a.pid, raw)
+    PoolManager.lock(a.pid, raw, session)
+    step()
+    PoolManager.free(a.pid, raw)
+    assert PoolManager.get(a.pid, session) is raw
+    step()
+    del session
+    a.connect().close()
+    step()
+    PoolManager.set_max_size(a.pid, 1)
+    PoolManager.set_idle_ttl(a.pid, 0)
+    step()
+    PoolManager.set_idle_ttl(a.pid, 60)
+    PoolManager.set_max_size(a.pid, 3)
+    fail_to_open(a, step)
+    shared.sweep()
+    shared.clean()
+    with contextlib.suppress(ConnectionBusyError):
+        step()
+        shared.close()
+    fail_to_wait(a, step)
+    PoolManager.attach(a.pid, "an engine that is dropped at once", Attachment(Quota(None), 60.0))
+    step()
+    shared.shutdown()
+    step()
+    a.connect().close()
+
+
+def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
+    """Opening a connection fails."""
+    pool.dispose()
+    step()
+
+    def fail(_: Any) -> None:
+        raise Interrupt
+
+    invoke, pool._invoke_creator = pool._invoke_creator, fail
+    out = []
+    with pytest.raises(Interrupt):  # noqa: PT012
+        while True:  # some may be idle
+            out.append(pool.connect())
+    pool._invoke_creator = invoke
+
+
+def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
+    """A checkout finds the pool full, and times out unless the collector helps."""
+    step()
+    out = []
+    timeout, pool._timeout = pool._timeout, 0.001
+    with pytest.raises(CheckoutTimeout):  # noqa: PT012
+        while True:
+            out.append(pool.connect())
+            step()
+    pool._timeout = timeout
+
+
+READERS = {"__init__", "check", "_could_be_served", "numbers", "vacant"}
+METHODS = sorted(
+    name for name, value in vars(Ledger).items() if isinstance(value, FunctionType) and name not in READERS
+)
+
+
+@pytest.mark.parametrize("moment", ["before", "after"])
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.usefixtures("collector")
+def test_a_check_in_by_the_collector_inside_the_ledger_lands(
+    method: str, moment: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """Wherever in the ledger the collector runs a check-in, it is carried out right afterwards.
+
+    In the middle of another operation it would see half a truth: a waiter would be answered twice, or
+    a slot counted twice.  So nothing may change while it runs, and nothing may be left to do later.
+    """
+    pid = new_pid()
+    a, b = new_pool(pid, max_size=3), new_pool(pid, max_size=3)
+    shared = a._shared
+    abandoning = Abandoning(a)
+    real = getattr(Ledger, method)
+
+    def collecting(self: Ledger, *args: Any, **kw: Any) -> Any:
+        if self is shared._ledger and moment == "before":
+            abandoning.collect()
+        result = real(self, *args, **kw)
+        if self is shared._ledger and moment == "after":
+            abandoning.collect()
+        return result
+
+    monkeypatch.setattr(Ledger, method, collecting)
+
+    def step() -> None:
+        assert not shared._inbox, "a letter was not read"
+        shared._decide(shared._ledger.check)
+        abandoning.again()
+
+    a_day(a, b, step, eventually)
+    gc.collect()
+    assert abandoning.returned_inside, "the collector was never inside"
+    assert_whole(a, eventually)
+    assert_whole(b, eventually)
+
+
+def test_a_connection_that_comes_home_in_the_middle_of_an_engines_dispose_is_closed(
+    eventually: Eventually,
+) -> None:
+    """Between `dispose()` and `recreate()`, which together are one `Engine.dispose()`, it is not too late.
+
+    It is of the old generation: it must not stay idle, to be handed out or to age out.
+    """
+    pool = new_pool()
+    fairy = pool.connect()
+    handle = fairy.dbapi_connection
+    pool.dispose()
+    fairy.close()
+    pool.recreate()
+    pool._shared._decide(pool._shared._ledger.check)
+    assert handle.closed
+    assert_whole(pool, eventually)
+
+
+@pytest.mark.usefixtures("collector")
+def test_a_waiter_is_woken_by_what_the_collector_finds_inside_the_ledger(
+    monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """The letter serves who waits, and its gate is opened, not only its answer written."""
+    pool = new_pool(max_size=1)
+    opened: list[ThreadGate] = []
+    real = ThreadGate.open
+    monkeypatch.setattr(ThreadGate, "open", lambda gate: (opened.append(gate), real(gate)))
+    Ring(pool.connect())
+    waiting = Thread(pool.connect)
+    eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
+    call_inside(monkeypatch, "take", gc.collect)
+    other = Thread(pool.connect)  # finds nothing, and collects
+    eventually(lambda: len(opened) == 1, "the gate is open")
+    waiting.join().close()
+    other.join().close()
+    assert_whole(pool, eventually)
+
+
+@pytest.mark.parametrize("ask", ["connect", "dispose", "recreate", "set_max_size"])
+@pytest.mark.usefixtures("collector")
+def test_what_would_wait_for_its_own_thread_raises(
+    ask: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """A `checkin` listener that uses its own pool, run by the collector inside that pool, gets an error.
+
+    It says what to do about it; and the check-in that the listener listens to is carried out.
+    """
+    pool = new_pool()
+    errors: list[BaseException] = []
+    asks = {
+        "connect": pool.connect,
+        "dispose": pool.dispose,
+        "recreate": pool.recreate,
+        "set_max_size": lambda: PoolManager.set_max_size(pool.pid, 2),
+    }
+
+    @event.listens_for(pool, "checkin")
+    def ask_again(*_: Any) -> None:
+        if not errors:
+            try:
+                asks[ask]()
+            except CheckoutReentered as error:
+                errors.append(error)
+
+    Ring(pool.connect())
+    call_inside(monkeypatch, "take", gc.collect)
+    Thread(lambda: pool.connect().close()).join()
+    assert "do not use an engine in a finalizer" in str(errors[0])
+    gc.collect()
+    assert_whole(pool, eventually)
+
+
+def test_a_listener_may_use_its_own_pool_outside_the_lock(eventually: Eventually) -> None:
+    """A check-in that is nobody's finalizer lets its listeners check out, as QueuePool does."""
+    pool = new_pool()
+    nested: list[Any] = []
+
+    @event.listens_for(pool, "checkin")
+    def ask_again(*_: Any) -> None:
+        if not nested:
+            nested.append(None)
+            nested.append(pool.connect())
+
+    pool.connect().close()
+    nested[1].close()
+    assert_whole(pool, eventually)
+
+
+# -- two pools --------------------------------------------------------------------------------------
+
+
+def inside_both(monkeypatch: pytest.MonkeyPatch, first: Any, second: Any) -> tuple[Thread, Thread]:
+    """Two threads, each inside its own pool at the same time, then each drops what the other's pool owns."""
+    barrier = threading.Barrier(2, timeout=10.0)
+    real = Ledger.take
+    todo = {first[0]._shared._ledger: first[1], second[0]._shared._ledger: second[1]}
+
+    def take(self: Ledger, *args: Any) -> Any:
+        drop = todo.pop(self, None)
+        if drop is not None:
+            barrier.wait()
+            drop()
+        return real(self, *args)
+
+    monkeypatch.setattr(Ledger, "take", take)
+    return Thread(lambda: first[0].connect().close()), Thread(lambda: second[0].connect().close())
+
+
+def test_finalizers_of_two_pools_that_cross_do_not_deadlock(
+    monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """Two threads, each inside one pool, each runs a check-in to the other's: both go on, both land."""
+    a, b = new_pool(), new_pool()
+    of_a, of_b = [a.connect()], [b.connect()]
+    for thread in inside_both(monkeypatch, (a, of_b.clear), (b, of_a.clear)):
+        thread.join()
+    assert_whole(a, eventually)
+    assert_whole(b, eventually)
+
+
+@pytest.fixture
+def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A registry and a housekeeper of the test's own: a deadlock that it finds stops no other test."""
+    monkeypatch.setattr(PoolManager, "_lock", threading.RLock())
+    monkeypatch.setattr(PoolManager, "_pools", {})
+    monkeypatch.setattr(Pool, "housekeeper", Housekeeper())
+
+
+class Database:
+    """What people write: an object that disposes of its engine when it dies."""
+
+    def __init__(self, pool: QueriesPool) -> None:
+        self.pool = pool
+
+    def __del__(self) -> None:
+        with contextlib.suppress(CheckoutReentered):
+            self.pool.dispose()
+            self.pool.recreate()
+
+
+# -- interrupts and listeners -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("answered", [False, True])
+def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_line(
+    answered: bool, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """Who is interrupted leaves the line; what it was given meanwhile goes to the next in line."""
+    pool = new_pool(max_size=1)
+    fairy = pool.connect()
+    stop = Stop()
+    real = ThreadGate.wait
+    calls = [True]
+
+    def interrupted(gate: ThreadGate, seconds: float) -> None:
+        if calls:
+            calls.pop()
+            stop.here()
+            raise Interrupt
+        real(gate, seconds)
+
+    monkeypatch.setattr(ThreadGate, "wait", interrupted)
+    order: list[int] = []
+
+    def work(number: int) -> None:
+        with contextlib.closing(pool.connect()):
+            order.append(number)
+
+    threads = []
+    for number in range(3):
+        threads.append(Thread(work, number))
+        eventually(lambda: pool._shared.numbers.waiting == len(threads), "all wait")
+    stop.reached()
+    if answered:
+        fairy.close()
+        assert pool._shared.numbers.waiting == 2
+        stop.go()
+    else:
+        stop.go()
+        eventually(lambda: pool._shared.numbers.waiting == 2, "it has left the line")
+        assert order == []
+        fairy.close()
+    threads[1].join()
+    threads[2].join()
+    assert order == [1, 2]
+    with pytest.raises(Interrupt):
+        threads[0].join()
+    assert_whole(pool, eventually)
+
+
+def test_a_signal_interrupts_a_waiting_checkout(eventually: Eventually) -> None:
+    """What a signal handler raises leaves a checkout at once, and the slot goes to the next in line."""
+    pool = new_pool(max_size=1, timeout=None)
+    fairy = pool.connect()
+    main = threading.get_ident()
+
+    def handler(*_: object) -> None:
+        raise Interrupt
+
+    def send() -> Thread:
+        eventually(lambda: pool._shared.numbers.waiting == 1, "the main thread waits")
+        behind = Thread(pool.connect)
+        eventually(lambda: pool._shared.numbers.waiting == 2, "another one behind it")
+        signal.pthread_kill(main, signal.SIGUSR1)
+        return behind
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        sender = Thread(send)
+        with pytest.raises(Interrupt):
+            pool.connect()
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    behind = sender.join()
+    assert pool._shared.numbers.waiting == 1
+    fairy.close()
+    behind.join().close()
+    assert_whole(pool, eventually)
+
+
+EVENTS = [
+    "connect",
+    "first_connect",
+    "checkout",
+    "checkin",
+    "reset",
+    "close",
+    "invalidate",
+    "soft_invalidate",
+    "detach",
+    "close_detached",
+]
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Interrupt])
+@pytest.mark.parametrize("name", EVENTS)
+@pytest.mark.usefixtures("collector")
+def test_a_listener_that_raises_loses_no_slot(
+    name: str, kind: type[BaseException], eventually: Eventually
+) -> None:
+    """Whatever event it listens to, whatever it raises, the first time or the third: the budget is whole."""
+    for when in range(1, 4):
+        pool = new_pool()
+        calls = 0
+
+        def listen(*_: Any) -> None:
+            nonlocal calls
+            calls += 1
+            if calls == when:  # noqa: B023
+                raise kind
+
+        event.listen(pool, name, listen)
+        for what in ("close", "invalidate", "soft", "detach", "close", "abandon", "close"):
+            # The error ends with its `with` block, and with it what its traceback refers to.
+            with contextlib.suppress(kind):
+                use(pool, what)
+        assert calls, "it was never called"
+        event.remove(pool, name, listen)
+        gc.collect()
+        assert_whole(pool, eventually)
+
+
+def use(pool: QueriesPool, what: str) -> None:
+    """Check out, and end it in one of the ways that there are."""
+    fairy = pool.connect()
+    if what == "invalidate":
+        fairy.invalidate()
+    elif what == "soft":
+        fairy.invalidate(soft=True)
+        fairy.close()
+    elif what == "detach":
+        fairy.detach()
+        fairy.close()
+    elif what == "close":
+        fairy.close()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Interrupt])
+@pytest.mark.parametrize("name", ["creator", "connect", "first_connect", "checkout"])
+@pytest.mark.usefixtures("collector")
+def test_a_checkout_that_fails_gives_its_slot_back_at_once(
+    name: str, kind: type[BaseException], eventually: Eventually
+) -> None:
+    """While somebody still looks at the error, whose traceback refers to all that took part."""
+    handles: list[Handle] = []
+    failing = [True]
+
+    def creator() -> Handle:
+        fail("creator")
+        handles.append(Handle())
+        return handles[-1]
+
+    def fail(where: str) -> None:
+        if failing and name == where:
+            raise kind
+
+    pool = new_pool(max_size=1, creator=creator)
+    if name != "creator":
+        event.listen(pool, name, lambda *_: fail(name))
+    with pytest.raises(kind) as caught:
+        pool.connect()
+    failing.clear()
+    assert pool._shared.numbers.held == pool._shared.numbers.opening == 0
+    assert_whole(pool, eventually)
+    assert len(handles) == 1 or handles[0].closed
+    assert caught.value.__traceback__ is not None
+
+
+def disposed(pool: QueriesPool) -> None:
+    """By `dispose()`."""
+    pool.dispose()
+
+
+def lowered(pool: QueriesPool) -> None:
+    """By a lower limit."""
+    PoolManager.set_max_size(pool.pid, 1)
+
+
+def expired(pool: QueriesPool) -> None:
+    """By age."""
+    PoolManager.set_idle_ttl(pool.pid, 0)
+
+
+def invalidated(pool: QueriesPool) -> None:
+    """By `invalidate()`."""
+    fairy = pool.connect()
+    handle = fairy.dbapi_connection
+    try:
+        fairy.invalidate()
+    finally:
+        assert PoolManager.has_connection(pool.pid, handle) is not handle.closed
+        pool.connect().close()
+
+
+def evicted(pool: QueriesPool) -> None:
+    """For another engine."""
+    sibling = new_pool(pool.pid, max_size=3)
+    for fairy in [sibling.connect() for _ in range(3)]:
+        fairy.close()
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Interrupt])
+@pytest.mark.parametrize("culprit", ["listener", "driver"])
+@pytest.mark.parametrize("how", [disposed, lowered, expired, evicted, invalidated])
+def test_a_close_that_fails_loses_no_slot(
+    how: Callable[[QueriesPool], None], culprit: str, kind: type[BaseException], eventually: Eventually
+) -> None:
+    """The listener or the driver raises: the connection counts as closed, and those behind it are closed."""
+    failing = [True]
+    handles: list[Handle] = []
+
+    class Failing(Handle):
+        def close(self) -> None:
+            super().close()
+            fail("driver")
+
+    def fail(who: str) -> None:
+        if who == culprit and failing:
+            failing.pop()
+            raise kind
+
+    def creator() -> Handle:
+        handles.append(Failing())
+        return handles[-1]
+
+    pool = new_pool(max_size=3, creator=creator)
+    event.listen(pool, "close", lambda *_: fail("listener"))
+    for fairy in [pool.connect() for _ in range(3)]:
+        fairy.close()
+    with contextlib.suppress(kind):
+        how(pool)
+    assert not failing, "nothing was closed"
+    left = len(pool._attachment.idle)
+    eventually(lambda: sum(not handle.closed for handle in handles) == left, "the sockets are closed")
+    eventually(lambda: not pool._shared.numbers.closing, "the slots are free")
+    for handle in handles:
+        assert PoolManager.has_connection(pool.pid, handle) is not handle.closed
+    PoolManager.set_max_size(pool.pid, 3)
+    assert_whole(pool, eventually)
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, Interrupt])
+def test_a_waiter_is_served_although_the_listener_of_who_had_it_raises(
+    kind: type[BaseException], eventually: Eventually
+) -> None:
+    """A `checkin` listener that raises keeps SQLAlchemy from returning the connection: its slot passes on."""
+    pool = new_pool(max_size=1)
+    fairy = pool.connect()
+    waiting = Thread(pool.connect)
+    eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
+
+    @event.listens_for(pool, "checkin")
+    def fail(*_: Any) -> None:
+        raise kind
+
+    with contextlib.suppress(kind):
+        fairy.close()
+    del fairy
+    event.remove(pool, "checkin", fail)
+    waiting.join().close()
+    assert_whole(pool, eventually)
