@@ -16,6 +16,8 @@ from sqla_queries_pool.demo.run import KINDS, QUERIES, QUEUE, Parameters
 from sqla_queries_pool.demo.server import DemoError, read_url
 from sqla_queries_pool.embedded import ENV, EmbeddedPostgres
 
+pytestmark = pytest.mark.slow  # they start programs
+
 COMMAND = (sys.executable, "-m", "sqla_queries_pool")
 
 

@@ -25,6 +25,8 @@ from sqlalchemy.pool import NullPool
 from sqla_queries_pool import embedded
 from sqla_queries_pool.embedded import ENV, EmbeddedPostgres, EmbeddedPostgresError
 
+pytestmark = pytest.mark.slow  # they start servers
+
 Eventually = Callable[..., None]
 AWKWARD = 'it\'s 100% \\ "quoted"'
 needs_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another account")
