@@ -1235,3 +1235,15 @@ def test_the_numbers_count_every_state(books: Books) -> None:
     }
     assert numbers.open == 5
     del session, out, permit
+
+
+def test_only_the_locks_of_the_dead_are_taken_off_unasked(books: Books) -> None:
+    """By a clean-up, and by a reset that comes late: what a living session has locked is its own."""
+    slot = books.add()
+    assert slot is not None
+    session = locked(books, slot)
+    books.unlock_stale(books.ledger.by_hand)
+    assert books.todo == []
+    assert not books.decide(books.ledger.unlock, slot, True)
+    assert slot.session is not None
+    assert slot.session() is session
