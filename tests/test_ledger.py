@@ -21,6 +21,7 @@ from sqla_queries_pool.slots import (
     NotHeld,
     Permit,
     Quota,
+    Reset,
     Slot,
 )
 
@@ -427,6 +428,7 @@ def test_a_slot_that_is_transferred_counts_once_all_the_time(books: Books) -> No
     assert count() == (1, 0, 0, 1)
     books.plug(other, opened)
     books.decide(books.ledger.opened, opened.slot, books.now)
+    assert opened.slot.instead_of is None  # else a slot would keep all its predecessors
     assert count() == (1, 1, 0, 1)
     assert (books.ledger.numbers().opening, books.ledger.numbers().held) == (0, 1)
 
@@ -1114,6 +1116,7 @@ def test_what_a_dead_session_left_is_reset_by_the_next_sweep(books: Books) -> No
     assert books.told == books.now + reasons.GRACE
     assert first.slot.stale
     books.sweep()
+    assert books.todo == [Reset(first.slot)]
     books.do_all()
     assert list(engine.idle) == [first]
     assert second.slot.session is not None
@@ -1121,21 +1124,40 @@ def test_what_a_dead_session_left_is_reset_by_the_next_sweep(books: Books) -> No
 
 
 def test_the_death_of_a_session_that_has_no_lock_any_more_is_no_news(books: Books) -> None:
-    """The next session's lock is not taken for stale."""
+    """The letter may come late: the next session's lock is not taken for stale."""
     engine = books.engine()
     (record,) = idle(books, engine)
     old = locked(books, record.slot)
-    books.unlock(record.slot)
-    ref = record.slot.session
-    assert ref is None
+    late = record.slot.session
+    assert books.unlock(record.slot)
     books.do_all()
     new = locked(books, record.slot)
-    told = books.told
     del old
-    books.settle()
+    told = books.told
+    books.decide(books.ledger.session_died, record.slot, late, books.now)
     assert books.told == told
-    assert not record.slot.stale
-    del new
+    assert record.slot.session is not None
+    assert record.slot.session() is new
+
+
+def test_only_what_dead_sessions_left_is_unlocked(books: Books) -> None:
+    """Living ones keep their locks; what gave way, or is closing, has none."""
+    engine, other = books.engine(), books.engine()
+    first, second, third = idle(books, engine, 3)
+    living = locked(books, first.slot)
+    locked(books, second.slot)
+    locked(books, third.slot)
+    books.settle()
+    limited(books, 3)
+    permit = books.take(other)
+    assert permit.evicts is second
+    assert not books.unlock(second.slot)
+    books.unlock_stale(engine)
+    assert books.todo[0] == Reset(third.slot)
+    assert first.slot.session is not None
+    assert first.slot.session() is living
+    assert not books.decide(books.ledger.unlock, first.slot, True)
+    assert books.decide(books.ledger.unlock, first.slot)
 
 
 def test_one_connection_is_closed_unless_somebody_has_it(books: Books) -> None:

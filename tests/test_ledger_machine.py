@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from ledger_fakes import Books, Gate, Handle, Record, Session
 
 from sqla_queries_pool.ledger import LOWERED
-from sqla_queries_pool.slots import CLOSING, HELD, IDLE, Attachment, Close, NotHeld, Permit, Slot
+from sqla_queries_pool.slots import CLOSING, HELD, IDLE, LENT, Attachment, Close, NotHeld, Permit, Slot
 
 T = TypeVar("T")
 which = st.integers(0, 23)
@@ -249,13 +249,13 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def mortals(self) -> list[tuple[list[Any], Any]]:
         """What may be lost; a blocked checkout may not, its thread leaves the line first."""
-        lists: list[list[Any]] = [self.held, self.opening, self.answered, self.locks]
+        lists: list[list[Any]] = [self.held, self.opening, self.answered]
         return [(things, thing) for things in lists for thing in things]
 
     @precondition(lambda self: self.mortals())
     @rule(n=which, late=st.booleans())
     def something_dies(self, n: int, late: bool) -> None:
-        """Nobody refers any more to a connection, a permit, an answer or a session.
+        """Nobody refers any more to a connection, a permit or an answer.
 
         The ledger is told at once, or late: another operation goes first.
         """
@@ -279,7 +279,7 @@ class LedgerMachine(RuleBasedStateMachine):
         assert (self.books.add() is None) == full
 
     @precondition(lambda self: self.ledger.slots)
-    @rule(n=which, idle=st.booleans())
+    @rule(n=which, idle=st.sampled_from([True, True, True, False]))
     def lock(self, n: int, idle: bool) -> None:
         slot = chosen(n, (self.slots(IDLE) if idle else []) or self.slots())
         session = Session()
@@ -292,10 +292,22 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.locks)
     @rule(n=which)
     def unlock(self, n: int) -> None:
-        lock = self.locks.pop(n % len(self.locks))
-        # Not if it was closed meanwhile, by force.
-        locked = lock.slot.session is not None
-        assert self.books.unlock(lock.slot) == locked
+        assert self.books.unlock(self.locks.pop(n % len(self.locks)).slot)
+
+    @precondition(lambda self: self.locks)
+    @rule(n=which, late=st.booleans())
+    def session_dies(self, n: int, late: bool) -> None:
+        del self.locks[n % len(self.locks)]
+        if not late:
+            self.books.settle()
+
+    @invariant()
+    def locks_stay(self) -> None:
+        """Nothing takes a living session's lock but itself, and force."""
+        for lock in self.locks:
+            assert lock.slot.state is LENT
+            assert lock.slot.session is not None
+            assert lock.slot.session() is lock.session
 
     @precondition(lambda self: self.ledger.slots)
     @rule(n=which, how=st.sampled_from(["one", "force", "all", "all engines'", "stale"]))
@@ -319,6 +331,7 @@ class LedgerMachine(RuleBasedStateMachine):
                 out += [lock.slot for lock in self.locks]
             work = self.books.decide(self.ledger.close_one, slot, how == "force")
             assert not (work and slot in out), "it closes what somebody has"
+            self.locks = [lock for lock in self.locks if lock.slot is not slot or not work]
 
     # -- engines, limits and time ------------------------------------------------------------------
 

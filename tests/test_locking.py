@@ -72,12 +72,13 @@ class WatchedLock:
         self.at_release: list[Callable[[], object]] = []
         """Each is called once, one at each release, right before it."""
         shared._lock = self  # type: ignore[assignment]
+        shared._try_lock = self.try_lock  # type: ignore[assignment]
 
-    def acquire(self, blocking: bool = True) -> bool:
-        if not blocking and self.misses:
+    def try_lock(self) -> bool:
+        if self.misses:
             self.misses -= 1
             return False
-        return self.real.acquire(blocking)
+        return self.real.acquire(False)
 
     def release(self) -> None:
         if self.at_release:
@@ -142,8 +143,10 @@ def test_a_check_in_tries_the_lock_again_after_its_letter(eventually: Eventually
     fairy = pool.connect()
     waiting = Thread(pool.connect)
     eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
-    WatchedLock(pool._shared).misses = 1
+    lock = WatchedLock(pool._shared)
+    lock.misses = 1
     fairy.close()
+    assert not lock.misses, "it never tried"
     assert not pool._shared._inbox
     waiting.join().close()
     assert_whole(pool, eventually)
