@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import _thread
 import heapq
-import logging
 import threading
 import time
 import weakref
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-logger = logging.getLogger(__name__)
+from .logs import logger
 
 
 class Sweepable(Protocol):

@@ -1,8 +1,7 @@
 """Which database is it?  The pool id of an engine, and what people call it.
 
-A pool never sees the URL: ``create_engine`` hands it a creator.  For the engine's own creator the
-connect arguments can be had through the public ``do_connect`` event of the dialect, without
-connecting: see :func:`of_creator`.
+A pool never sees the URL: ``create_engine`` hands it a creator.  Of the engine's own creator the
+connect arguments can be had without connecting: see :func:`~sqla_queries_pool.seams.connect_arguments`.
 
 The id is a digest of what the database *is*: backend, hosts and ports, database, user.  The password
 is not in it, so rotating one keeps the pool, and the id gives nobody anything to guess it with;
@@ -12,20 +11,17 @@ neither is the driver, so that two drivers share one budget.
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import os
 import sys
 import uuid
 import warnings
-from collections.abc import Callable, Mapping, Sequence
-from threading import get_ident
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import event, exc
+from sqlalchemy import exc
 
-_ENGINE_CREATORS = "sqlalchemy.engine.create"
-"""The module of the creator that ``create_engine`` makes where the user gives none."""
+from . import seams
 
 
 class Identity(NamedTuple):
@@ -41,37 +37,37 @@ class Identity(NamedTuple):
     """A database that lives and dies with its one connection."""
 
 
-def stated(pool_id: str) -> Identity:
-    """The identity that the user states."""
-    return Identity(pool_id, pool_id, private=False)
-
-
 def private(label: str, in_memory: bool = False) -> Identity:
     """An identity that is shared with nobody."""
     return Identity(f"private-{uuid.uuid4().hex}", label, private=True, in_memory=in_memory)
 
 
-def of_creator(creator: Any, dialect: Any) -> Identity:
-    """Find out what an engine's creator connects to, without connecting.
+def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identity:
+    """Find out what an engine connects to, without connecting.
 
-    A creator of the user's own is never called for this: the identity is private.
-
-    :param creator: what ``create_engine`` hands to a pool class.
-    :param dialect: the engine's dialect.
+    :param creator: what ``create_engine`` hands to a pool class; one of the user's own makes the identity
+        private.
+    :param dialect: the engine's dialect, None for a pool without an engine.
+    :param pool_id: the id that the user states.  It wins, unless the database is the one connection: in
+        a pool with others, that would give way one day, and the database with it.
     """
-    if getattr(creator, "__module__", None) != _ENGINE_CREATORS or dialect is None:
-        return private("custom creator")
-    arguments = _arguments(creator, dialect)
+    arguments = seams.connect_arguments(creator, dialect)
     found = None if arguments is None else of_arguments(dialect.name, *arguments)
-    if found is None:
-        warnings.warn(
-            f"QueriesPool can't tell which {dialect.name} database this engine connects to, so it "
-            "shares no limit with other engines; state pool_id='…' to have it share one",
-            exc.SAWarning,
-            stacklevel=_callers_level(),
-        )
-        return private(dialect.name)
-    return found
+    if found is not None and found.in_memory:
+        return found
+    if pool_id is not None:
+        return Identity(pool_id, pool_id, private=False)
+    if found is not None:
+        return found
+    if dialect is None or not seams.made_by_engine(creator):
+        return private("custom creator")
+    warnings.warn(
+        f"QueriesPool can't tell which {dialect.name} database this engine connects to, so it "
+        "shares no limit with other engines; state pool_id='…' to have it share one",
+        exc.SAWarning,
+        stacklevel=_callers_level(),
+    )
+    return private(dialect.name)
 
 
 def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity | None:
@@ -92,34 +88,6 @@ def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, A
     user = _first(options, "user", "username")
     port = _first(options, "port")
     return _identity(backend, [(_text(host).lower(), _text(port))], _text(database), _text(user))
-
-
-def _arguments(creator: Callable[..., Any], dialect: Any) -> tuple[Any, Any] | None:
-    """Return the connect arguments that the creator of an engine uses, None if it does not tell."""
-    seen: list[tuple[Any, Any]] = []
-    me = get_ident()
-
-    def listen(dialect: Any, record: Any, arguments: Any, options: Any) -> None:
-        if get_ident() == me:
-            seen.append((list(arguments), dict(options)))
-            raise _Seen
-
-    event.listen(dialect, "do_connect", listen, insert=True)
-    try:
-        # A listener on the dialect's class runs before ours, and may connect for real.
-        if next(iter(dialect.dispatch.do_connect), None) is listen:
-            creator()
-    except _Seen:
-        return seen.pop()
-    finally:
-        event.remove(dialect, "do_connect", listen)
-    closure = inspect.getclosurevars(creator).nonlocals
-    arguments = closure.get("cargs_tup", closure.get("cargs"))  # the latter in SQLAlchemy 2.0.0
-    return None if arguments is None or "cparams" not in closure else (arguments, closure["cparams"])
-
-
-class _Seen(Exception):
-    """Raised out of the listener, so that nothing connects."""
 
 
 def _of_sqlite(arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity:

@@ -1,4 +1,4 @@
-"""What the numbers that people write mean: ``max_size``, ``idle_ttl``, ``timeout``.
+"""What the values that people write mean: ``max_size``, ``idle_ttl``, ``timeout`` and the like.
 
 Text that is a number is taken, because ini files and URLs have nothing else, and so is ``none``.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Final
+from typing import Final, Literal
 
 from .errors import ParameterError
 
@@ -62,6 +62,32 @@ def flag(name: str, value: object) -> bool:
     if text in ("false", "no", "off", "0"):
         return False
     raise _error(name, value, "True or False")
+
+
+def recycle(name: str, value: object) -> float:
+    """Return SQLAlchemy's ``recycle``: seconds after which a connection is replaced, -1 for never.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    number = _number(value)
+    if number is not None and not (number >= 0 or number == -1):
+        raise _error(name, value, "a number of seconds, zero or more, or -1 for never")
+    return -1 if number is None else number
+
+
+def echo(name: str, value: object) -> bool | Literal["debug"]:
+    """Return SQLAlchemy's ``echo``: may it log, and how much?
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    if value is None:
+        return False
+    if isinstance(value, str) and value.strip().lower() == "debug":
+        return "debug"
+    try:
+        return flag(name, value)
+    except ParameterError:
+        raise _error(name, value, "True, False or 'debug'") from None
 
 
 def queuepool_max_size(pool_size: object, max_overflow: object) -> int | Unstated | None:

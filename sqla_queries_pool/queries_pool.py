@@ -8,7 +8,6 @@ SQLAlchemy does by itself for ``recycle``, ``pre_ping`` and invalidation.
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable
 from typing import Any
@@ -16,19 +15,17 @@ from typing import Any
 from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
-from sqlalchemy.pool.base import _AdhocProxiedConnection, _ConnectionRecord
 
-from . import identity, parameters
+from . import identity, logs, parameters
 from .diagnostics import checkout_timeout
 from .errors import ParameterError
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
+from .seams import AdhocProxiedConnection, ConnectionRecord
 from .slots import HELD, LENT, OPENING, Attachment, Permit, Quota
 
-logger = logging.getLogger(__name__)
 
-
-class Record(_ConnectionRecord):
+class Record(ConnectionRecord):
     """SQLAlchemy's record of a connection, which knows its slot."""
 
     __slots__ = ("owner", "slot")
@@ -42,12 +39,39 @@ class Record(_ConnectionRecord):
         self.slot = slot
         """Its slot, for life."""
 
+    @property
+    def logger(self) -> Any:
+        """Where its engine logs, at the level of its ``echo_pool``."""
+        return self.owner.logger
+
     def reset(self) -> None:
         """Roll back, through the dialect."""
         dbapi_connection = self.dbapi_connection
         if dbapi_connection is not None:
-            proxied = _AdhocProxiedConnection(dbapi_connection, self)
+            proxied = AdhocProxiedConnection(dbapi_connection, self)
             self.owner._dialect.do_rollback(proxied)
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        """Come home, also where a finalize callback (it resets the isolation level) or a ``checkin``
+        listener fails: SQLAlchemy does not give a record back then, and has lost sight of it.
+        """
+        slot = self.slot
+        uses = slot.uses
+        out = self.fairy_ref is not None or not _fairy_was_created  # else it is a second check-in
+        try:
+            super().checkin(_fairy_was_created)
+        except BaseException as error:
+            if out and slot.uses == uses and slot.state is HELD:  # it was not given back
+                self._come_home_hollow(error)
+            raise
+
+    def _come_home_hollow(self, error: BaseException) -> None:
+        """In which state the connection is nobody knows: close it, then give the slot back."""
+        try:
+            self.invalidate(error)
+        finally:
+            self.dbapi_connection = None  # a listener may have kept invalidate() from closing it
+            self.owner._shared.give_hollow(self.owner._attachment, self)
 
 
 class QueriesPool(SQLAlchemyPool):
@@ -71,6 +95,7 @@ class QueriesPool(SQLAlchemyPool):
     """
 
     _is_asyncio = False
+    _sqla_logger_namespace = logs.NAME
 
     def __init__(
         self,
@@ -95,7 +120,7 @@ class QueriesPool(SQLAlchemyPool):
         self._gc_on_wait = parameters.flag("gc_on_wait", gc_on_wait)
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
-        super().__init__(creator, **kw)
+        super().__init__(creator, **_understood(kw))
         if self._dialect.is_async:  # SQLAlchemy says so too, but for its oldest 2.0
             raise exc.ArgumentError(
                 f"Pool class {type(self).__name__} cannot be used with asyncio engine", code="pcls"
@@ -108,6 +133,8 @@ class QueriesPool(SQLAlchemyPool):
         ttl = math.inf if self._idle_ttl is None or who.in_memory else self._idle_ttl
         self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo)
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
+        if quota.stated == math.inf:
+            self._shared.warn_of_no_limit()
 
     def _identify(self, predecessor: QueriesPool | None) -> identity.Identity:
         if predecessor is not None:
@@ -115,19 +142,14 @@ class QueriesPool(SQLAlchemyPool):
             if who.private and not predecessor._disposed:
                 return identity.private(who.label, who.in_memory)
             return who
-        if self._pool_id is not None:
-            return identity.stated(self._pool_id)
-        return identity.of_creator(self._creator, self.__dict__.get("_dialect"))
+        return identity.of_engine(self._creator, self.__dict__.get("_dialect"), self._pool_id)
 
     def _make_quota(self, who: identity.Identity) -> Quota:
         if who.in_memory:  # a second connection would be a second, empty database
             return Quota(1.0)
         if isinstance(self._max_size, Unstated):
             return Quota(None)
-        if self._max_size is None:
-            logger.warning("%s: max_size=None lifts the limit for all engines", who.label)
-            return Quota(math.inf)
-        return Quota(self._max_size)
+        return Quota(math.inf if self._max_size is None else self._max_size)
 
     @property
     def pid(self) -> str:
@@ -282,6 +304,12 @@ def _stated_max_size(
             "sum of pool_size and max_overflow, write it alone"
         )
     return parameters.max_size("max_size", max_size)
+
+
+def _understood(kw: dict[str, Any]) -> dict[str, Any]:
+    """What is SQLAlchemy's, with text understood: create_engine converts none, engine_from_config some."""
+    convert = {"recycle": parameters.recycle, "pre_ping": parameters.flag, "echo": parameters.echo}
+    return {name: convert[name](name, kw[name]) if name in convert else kw[name] for name in kw}
 
 
 def _stated_pool_id(pool_id: object) -> str | None:

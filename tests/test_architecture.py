@@ -20,15 +20,18 @@ NAME = PACKAGE.name
 # Which rooms each room may import, of ours; "pool" stands for all that is in pool/.
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "logs": set(),
+    "seams": set(),
     "parameters": {"errors"},
     "slots": set(),
     "gates": {"slots"},  # for the type checker alone, see below
-    "housekeeping": set(),
-    "identity": set(),
+    "housekeeping": {"logs"},
+    "identity": {"seams"},
     "ledger": {"slots"},
-    "pool": {"errors", "gates", "housekeeping", "ledger", "parameters", "slots", "pool"},
+    "pool": {"errors", "gates", "housekeeping", "ledger", "logs", "parameters", "slots", "pool"},
     "diagnostics": {"errors", "pool", "slots"},
-    "queries_pool": {"diagnostics", "errors", "identity", "parameters", "pool", "slots"},
+    "queries_pool": {"diagnostics", "errors", "identity", "logs", "parameters", "pool", "seams", "slots"},
+    "plugin": {"errors", "logs", "parameters", "queries_pool"},
     "__init__": {"errors", "pool", "queries_pool"},
 }
 # What is not the core; it may import what it likes of the core.
@@ -38,6 +41,7 @@ FRAMES = [
     "QueriesPool._do_get",
     "Core.take",
     "Ledger.take",
+    "Record.checkin",
     "QueriesPool._return_conn",
     "Core.give",
     "Ledger.give",

@@ -164,15 +164,21 @@ def test_an_engine_without_a_statement_has_the_limit_that_was_set(
     assert make_pool().size() == 2
 
 
-def test_a_limit_lifted_by_an_engine_is_logged(
-    make_pool: Callable[..., QueriesPool], caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("spelling", [{"max_size": None}, {"pool_size": 0}, {"max_overflow": -1}])
+def test_a_limit_lifted_by_an_engine_is_warned_of_once(
+    make_pool: Callable[..., QueriesPool], caplog: pytest.LogCaptureFixture, spelling: dict[str, Any]
 ) -> None:
-    """``max_size=None`` concerns every engine of the database: whoever reads the log can see who did it."""
-    with caplog.at_level(logging.WARNING, "sqla_queries_pool"):
-        pool = make_pool(max_size=None)
-    assert [record.message for record in caplog.records] == [
-        f"{pool.pid}: max_size=None lifts the limit for all engines"
-    ]
+    """It concerns every engine of the database; the log says so, and what a limit is good for.
+
+    Once: neither the next engine nor a dispose repeats it.
+    """
+    with caplog.at_level(logging.WARNING, "sqlalchemy.pool"):
+        pools = [make_pool(**spelling), make_pool(**spelling), make_pool(max_size=None)]
+        pools[0].dispose()
+        pools[0].recreate()
+    (record,) = caplog.records
+    assert record.message.startswith(f"{pools[0].pid}: an engine states no limit, which lifts it for all")
+    assert "max_size=… those above it wait their turn" in record.message
 
 
 def test_raised_under_load_waiters_are_served_at_once(

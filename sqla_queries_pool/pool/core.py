@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import math
 import os
 import time
@@ -16,7 +15,8 @@ from typing import Any, ClassVar
 from ..errors import QueriesException
 from ..gates import ThreadGate
 from ..housekeeping import Housekeeper, Worker
-from ..ledger import PATIENCE, SPARE, Ledger
+from ..ledger import GAVE_WAY, PATIENCE, SPARE, Ledger
+from ..logs import logger
 from ..slots import (
     HELD,
     Attachment,
@@ -32,8 +32,6 @@ from ..slots import (
 from .connection import Connection
 from .garbage import GC_AFTER, collect_garbage
 from .guard import Guard
-
-logger = logging.getLogger(__name__)
 
 
 class Core(Guard):
@@ -57,6 +55,7 @@ class Core(Guard):
         self.on_vacant: Callable[[Core], None] = _nothing
         """Called by the housekeeper when there were no slots and no engines for the idle TTL; the
         PoolManager's, for the pools that it knows."""
+        self._warned_of_no_limit = False
         self._worker = Worker()
         self._ledger = Ledger(self._entry_died, self._new_connection)
         self._by_handle: dict[int, Connection] = {}
@@ -171,6 +170,16 @@ class Core(Guard):
         if work:
             self._do(work)
 
+    def give_hollow(self, attachment: Attachment, entry: Any) -> None:
+        """Take an entry back whose connection is not to be used again, and is closed if it is open.
+
+        :raises NotHeld: nobody has it.
+        """
+        try:
+            self._drop_handle(entry.slot)
+        finally:
+            self.give(attachment, entry)
+
     def _give_later(self, attachment: Attachment, entry: Any) -> None:
         # Its holder alone may give it back, so its state can be read without the lock.
         if entry.slot.state is not HELD:
@@ -205,6 +214,7 @@ class Core(Guard):
         """Close what gave way, before the permit is used: at no time are there two sockets."""
         entry, permit.evicts = permit.evicts, None
         if entry is not None:
+            self._say_closing(entry.slot, entry, GAVE_WAY)
             self._close_entry(entry.slot, entry)
 
     def let_go(self, slot: Connection) -> None:
@@ -243,6 +253,17 @@ class Core(Guard):
 
     # -- engines -----------------------------------------------------------------------------------
 
+    def warn_of_no_limit(self) -> None:
+        """Say once what a limit is good for: an engine has lifted it."""
+        if not self._warned_of_no_limit:
+            self._warned_of_no_limit = True
+            logger.warning(
+                "%s: an engine states no limit, which lifts it for all engines of this database. A peak "
+                "then opens as many connections as are asked for, until the server refuses everybody's "
+                "(max_connections); with max_size=… those above it wait their turn instead.",
+                self.label,
+            )
+
     def attach(self, attachment: Attachment) -> Work:
         """An engine begins to use the pool; the work is the caller's to have done."""
         return self._decide(self._ledger.attach, attachment, self._engine_died, self._clock())
@@ -267,11 +288,14 @@ class Core(Guard):
     # -- closing and resetting ---------------------------------------------------------------------
 
     def _close(self, item: Close) -> None:
-        logger.debug("%s: closing %r: %s", self.label, item.slot, item.reason)
+        self._say_closing(item.slot, item.entry, item.reason)
         try:
             self._close_entry(item.slot, item.entry)
         finally:
             self._post(self._ledger.closed, item.slot)
+
+    def _say_closing(self, slot: Slot, entry: Any, reason: str) -> None:
+        _logger_of(entry).info("%s: closing %r: %s", self.label, slot, reason)
 
     def _close_entry(self, slot: Slot, entry: Any) -> None:
         """Close as SQLAlchemy does where there is a record, and in any case."""
@@ -279,7 +303,7 @@ class Core(Guard):
             if entry is not None and entry is not slot:
                 entry.close()
         except Exception:
-            logger.exception("%s: exception while closing %r", self.label, slot)
+            _logger_of(entry).exception("%s: exception while closing %r", self.label, slot)
         finally:
             self._drop_handle(slot)
 
@@ -351,6 +375,11 @@ class Core(Guard):
         slow: Work = [item for item in work if not isinstance(item, Wake | Due)]
         if slow:
             self._worker.submit(lambda: self._do(slow))
+
+
+def _logger_of(entry: Any) -> Any:
+    """An engine's own, which its ``echo_pool`` may have lowered, where it is an engine's."""
+    return getattr(entry, "logger", logger)
 
 
 def close_quietly(handle: Any, label: str) -> None:

@@ -16,7 +16,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 import operator
 import threading
 import time
@@ -25,9 +24,8 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from ..errors import CheckoutReentered
+from ..logs import logger
 from ..slots import Work
-
-logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 

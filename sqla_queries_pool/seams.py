@@ -1,0 +1,89 @@
+"""What is used of SQLAlchemy and does not stand in its documentation: all of it, with the reasons.
+
+``tests/test_seams.py`` fails when SQLAlchemy changes any of it, and when another room uses something
+private that :data:`PRIVATE` does not name.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from threading import get_ident
+from typing import Any, Final
+
+from sqlalchemy import event
+from sqlalchemy.pool.base import _AdhocProxiedConnection as AdhocProxiedConnection
+from sqlalchemy.pool.base import _ConnectionRecord as ConnectionRecord
+
+__all__ = ["PRIVATE", "AdhocProxiedConnection", "ConnectionRecord", "connect_arguments", "made_by_engine"]
+
+PRIVATE: Final[Mapping[str, str]] = {
+    # Overridden: the points at which SQLAlchemy lets a pool see what it does.
+    "_do_get": "a checkout asks for a record",
+    "_return_conn": "a record comes home",
+    "_do_return_conn": "a record is let go: called directly by detach(), and by nobody else but _return_conn",
+    "_close_connection": "every socket that SQLAlchemy closes goes through it",
+    "_should_wrap_creator": "every socket that SQLAlchemy opens goes through what it returns",
+    "_is_asyncio": "create_engine refuses an asynchronous dialect by it",
+    "_sqla_logger_namespace": "the logger's name, which is the module's otherwise",
+    # Read, to make a successor with the same parameters; SQLAlchemy's own pools do the same.
+    "_creator": "what opens a connection",
+    "_dialect": "resets and closes; an instance has one only if it was passed",
+    "_recycle": "pool_recycle",
+    "_pre_ping": "pool_pre_ping",
+    "_reset_on_return": "pool_reset_on_return",
+    "_orig_logging_name": "pool_logging_name, None where none was stated",
+    "_dispatch": "a parameter of Pool: the listeners",
+    # Of a record.
+    "_ConnectionRecord": "the one class whose objects a pool hands to SQLAlchemy; made without a "
+    "connection, it opens one in get_connection()",
+    "_fairy_was_created": "a parameter of checkin(): False where a checkout failed before it had a fairy",
+    "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
+    # Of an engine: see connect_arguments.
+    "sqlalchemy.engine.create": "the module of the creator that create_engine makes",
+    "cargs_tup": "a variable of that creator: the positional connect arguments",
+    "cargs": "the same in SQLAlchemy 2.0.0",
+    "cparams": "another: the connect arguments by name",
+}
+"""What -> why."""
+
+
+def made_by_engine(creator: object) -> bool:
+    """Is it the creator that ``create_engine`` makes where the user gives none?"""
+    return getattr(creator, "__module__", None) == "sqlalchemy.engine.create"
+
+
+def connect_arguments(creator: Callable[..., Any], dialect: Any) -> tuple[Any, Any] | None:
+    """Return what an engine's own creator passes to the DBAPI's ``connect``, without connecting.
+
+    A ``do_connect`` listener that raises sees it.  One on the dialect's *class* runs before ours, and may
+    connect for real: then the creator's variables tell.
+
+    :return: the arguments by position and by name; None if the creator is a user's own, which is never
+        called for this, or does not tell.
+    """
+    if dialect is None or not made_by_engine(creator):
+        return None
+    seen: list[tuple[Any, Any]] = []
+    me = get_ident()
+
+    def listen(dialect: Any, record: Any, arguments: Any, options: Any) -> None:
+        if get_ident() == me:
+            seen.append((list(arguments), dict(options)))
+            raise _Seen
+
+    event.listen(dialect, "do_connect", listen, insert=True)
+    try:
+        if next(iter(dialect.dispatch.do_connect), None) is listen:
+            creator()
+    except _Seen:
+        return seen.pop()
+    finally:
+        event.remove(dialect, "do_connect", listen)
+    variables = inspect.getclosurevars(creator).nonlocals
+    arguments = variables.get("cargs_tup", variables.get("cargs"))
+    return None if arguments is None or "cparams" not in variables else (arguments, variables["cparams"])
+
+
+class _Seen(Exception):
+    """Raised out of the listener, so that nothing connects."""
