@@ -20,8 +20,7 @@ __all__ = ["PRIVATE", "AdhocProxiedConnection", "ConnectionRecord", "connect_arg
 PRIVATE: Final[Mapping[str, str]] = {
     # Overridden: the points at which SQLAlchemy lets a pool see what it does.
     "_do_get": "a checkout asks for a record",
-    "_return_conn": "a record comes home",
-    "_do_return_conn": "a record is let go: called directly by detach(), and by nobody else but _return_conn",
+    "_do_return_conn": "a record is let go: by detach(), and by SQLAlchemy's own checkin()",
     "_close_connection": "every socket that SQLAlchemy closes goes through it",
     "_should_wrap_creator": "every socket that SQLAlchemy opens goes through what it returns",
     "_is_asyncio": "create_engine refuses an asynchronous dialect by it",
@@ -37,7 +36,9 @@ PRIVATE: Final[Mapping[str, str]] = {
     # Of a record.
     "_ConnectionRecord": "the one class whose objects a pool hands to SQLAlchemy; made without a "
     "connection, it opens one in get_connection()",
+    "checkin": "of a record: what it does is done again in Record.checkin, so that a failure loses no slot",
     "_fairy_was_created": "a parameter of checkin(): False where a checkout failed before it had a fairy",
+    "finalize_callback": "of a record: what dialects want called when it comes home, or is closed",
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
     # Of an engine: see connect_arguments.
     "sqlalchemy.engine.create": "the module of the creator that create_engine makes",

@@ -42,7 +42,6 @@ FRAMES = [
     "Core.take",
     "Ledger.take",
     "Record.checkin",
-    "QueriesPool._return_conn",
     "Core.give",
     "Ledger.give",
 ]

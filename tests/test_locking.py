@@ -128,7 +128,7 @@ def test_a_stranger_is_refused_also_while_the_lock_is_taken(
     other = Thread(pool.dispose)
     stop.reached()
     with pytest.raises(NotHeld):
-        pool._return_conn(record)
+        pool._shared.give(pool._attachment, record)
     stop.go()
     other.join()
     assert_whole(pool, eventually)
@@ -181,7 +181,7 @@ def give_a_stranger(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
 
     def again() -> None:
         with pytest.raises(NotHeld):
-            pool._return_conn(record)
+            pool._shared.give(pool._attachment, record)
 
     return again
 
@@ -229,7 +229,7 @@ def test_letters_are_read_although_one_of_them_is_bad(
     other = Thread(pool.dispose)
     stop.reached()
     first.close()
-    pool._return_conn(record)  # still held as far as the books go, so this becomes a letter, too
+    pool._shared.give(pool._attachment, record)  # still held as far as the books go, so this becomes a letter, too
     second.close()
     stop.go()
     other.join()
