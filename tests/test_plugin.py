@@ -108,8 +108,9 @@ def test_nothing_of_ours_reaches_the_driver(make: Any) -> None:
 
 def test_engines_of_one_url_share_a_pool_however_they_were_configured(make: Any) -> None:
     """What the URL says of the pool is no part of which database it is."""
-    plain = make("postgresql+psycopg2://scott@db.example.net/shop", poolclass=QueriesPool, max_size=3)
-    assert pool_of(make(f"{URL}&max_size=4")).pid == pool_of(plain).pid
+    url = "postgresql+psycopg2://scott@db.example.net/for-two"
+    plain = make(url, poolclass=QueriesPool, max_size=3)
+    assert pool_of(make(f"{url}?plugin=queries&max_size=4")).pid == pool_of(plain).pid
     assert PoolManager._pools[pool_of(plain).pid].max_size == 4
 
 
