@@ -229,7 +229,8 @@ def test_letters_are_read_although_one_of_them_is_bad(
     other = Thread(pool.dispose)
     stop.reached()
     first.close()
-    pool._shared.give(pool._attachment, record)  # still held as far as the books go, so this becomes a letter, too
+    # It is still held as far as the books go, so this becomes a letter, too.
+    pool._shared.give(pool._attachment, record)
     second.close()
     stop.go()
     other.join()

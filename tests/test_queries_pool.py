@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy.pool
 from fakes import FakeClock, FakeConnection, FakeDriver, Task
-from sqlalchemy import create_engine, engine_from_config, event, exc
+from sqlalchemy import create_engine, event, exc
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.pool import garbage
@@ -723,22 +723,6 @@ def test_create_engine_passes_queuepools_parameters(driver: FakeDriver) -> None:
         "fake://host/queuepool", module=driver, poolclass=QueriesPool, pool_size=3, max_overflow=4
     )
     assert engine.pool.size() == 7  # type: ignore[attr-defined]
-
-
-def test_engine_from_config_passes_text(driver: FakeDriver) -> None:
-    """Ini files have nothing but text."""
-    engine = engine_from_config(
-        {
-            "sqlalchemy.url": "fake://host/config",
-            "sqlalchemy.max_size": "6",
-            "sqlalchemy.idle_ttl": "none",
-            "sqlalchemy.pool_timeout": "2",
-        },
-        module=driver,
-        poolclass=QueriesPool,
-    )
-    pool: Any = engine.pool
-    assert (pool.size(), pool._idle_ttl, pool.timeout()) == (6, None, 2)
 
 
 def test_an_asynchronous_engine_refuses_the_pool() -> None:
