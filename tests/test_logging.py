@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,9 +26,12 @@ class Kept(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: Lines = []
+        self.of_this_thread = False
+        """Drop what other threads say?  They close what other tests left."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append((record.name, record.levelno, record.getMessage()))
+        if not self.of_this_thread or record.thread == threading.get_ident():
+            self.lines.append((record.name, record.levelno, record.getMessage()))
 
 
 @pytest.fixture
@@ -93,6 +97,7 @@ def test_who_configures_sqlalchemy_pool_gets_what_sqlalchemys_pools_say(
     kept: Kept, engine: Callable[..., Engine], level: int
 ) -> None:
     """The same lines in the same order at the same levels, for the same use."""
+    kept.of_this_thread = True
     logging.getLogger("sqlalchemy.pool").setLevel(level)
     yardstick, ours = engine(QueuePool), engine()
     use(yardstick)

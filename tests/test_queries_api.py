@@ -14,6 +14,7 @@ from typing import Any
 import psycopg2
 import pytest
 from fakes import FakeClock, FakeDriver, Task
+from hazards import Stop, assert_whole
 from psycopg2.extras import wait_select
 from sqlalchemy import create_engine, exc, make_url, text
 from sqlalchemy.engine import Engine
@@ -771,6 +772,42 @@ def test_shutdown_closes_what_is_being_opened_when_it_comes_home(
     driver.gate.set()
     task.result().close()
     assert driver.numbers() == []
+
+
+def test_a_shutdown_takes_no_connection_away_that_its_holder_has_just_opened(
+    driver: FakeDriver, pid: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """It closes the socket that it saw; the record is its holder's, who is about to reopen it."""
+    engine_pool = QueriesPool(driver.connect, pool_id=pid, max_size=1)
+    fairy = engine_pool.connect()
+    fairy.invalidate(soft=True)
+    fairy.close()
+    taken, closing = Stop(), Stop()
+    take, close = engine_pool._do_get, driver.connections[0].close
+
+    def take_and_stop() -> Any:
+        record = take()
+        taken.here()
+        return record
+
+    def stop_and_close() -> None:
+        monkeypatch.undo()
+        closing.here()
+        close()
+
+    monkeypatch.setattr(engine_pool, "_do_get", take_and_stop)
+    monkeypatch.setattr(driver.connections[0], "close", stop_and_close)
+    holder = Task(engine_pool.connect)
+    taken.reached()
+    shutdown = Task(PoolManager.shutdown)
+    closing.reached()
+    taken.go()
+    fairy = holder.result()
+    closing.go()
+    shutdown.result()
+    assert fairy.dbapi_connection is fairy._connection_record.dbapi_connection is driver.connections[1]
+    fairy.close()
+    assert_whole(engine_pool, eventually)
 
 
 def test_who_has_locked_an_engines_connection_keeps_it_when_the_engine_dies(

@@ -162,13 +162,23 @@ class Pool(Core):
             if work:
                 self._do(work)
             elif slot.state is HELD and slot.entry is not None:
-                record = slot.entry()
-                if record is not None:
-                    record.invalidate()
-                if slot.state is IDLE:  # it came home just then
-                    self._do(self._decide(self._ledger.close_one, slot))
+                self._close_under(slot, slot.entry())
         if busy:
             raise ConnectionBusyError(busy[0])
+
+    def _close_under(self, slot: Connection, record: Any) -> None:
+        """Close a connection that an engine has out.
+
+        The socket alone: the record is its holder's, who may be reopening it.  Marked as it is, it is
+        reopened at its next checkout at the latest.
+        """
+        handle = slot.handle
+        if record is None or handle is None:
+            return
+        record.invalidate(soft=True)
+        close_quietly(handle, self.label)
+        if slot.state is IDLE:  # it came home just then
+            self._do(self._decide(self._ledger.close_one, slot))
 
     def set_idle_ttl(self, ttl: float | None) -> None:
         """Set after how many seconds an idle connection is closed, for all; None for never.
