@@ -17,6 +17,8 @@ MOST_HOLDERS = 10
 class Holder(NamedTuple):
     """Who has one connection."""
 
+    thread: int | None
+    """The identifier of the thread; None for a session's."""
     name: str
     """The thread's name, or the kind of the session that locked it."""
     seconds: float
@@ -45,7 +47,7 @@ def holders(pool: Pool) -> list[Holder]:
             name = "the pool itself"
         else:
             name = names.get(ident, f"thread {ident}, which has ended")
-        found.append(Holder(name, max(0.0, now - slot.since), state))
+        found.append(Holder(None if session is not None else ident, name, max(0.0, now - slot.since), state))
     return sorted(found, key=lambda holder: -holder.seconds)
 
 
@@ -61,11 +63,16 @@ def checkout_timeout(pool: Pool, attachment: Attachment, timeout: float) -> Chec
         if ceiling is None or ceiling >= (pool.max_size or math.inf)
         else f" ({ceiling:.0f} for this engine)"
     )
+    mine = sum(holder.thread == threading.get_ident() for holder in who)
+    nested = (
+        f"This thread holds {mine} of them itself: what is checked out inside another checkout counts "
+        "as well, in all threads that do so at once. "
+    )
     error = CheckoutTimeout(
         f"QueriesPool {pool.label} (pid {pool.id}) had no connection within {timeout:g} s: "
         f"open {n.open}, held {n.held}, opening {n.opening}, waiting {n.waiting + bool(timeout)}, "
         f"limit {pool.max_size}{own}. "
-        f"Held by, longest first: {shown or 'nobody any more'}{rest}. "
+        f"Held by, longest first: {shown or 'nobody any more'}{rest}. {nested if mine else ''}"
         "Either some of them keep a connection for too long: close it (or the session) as soon as "
         "the work with it is done, and never ask for a second one while holding the first. Or the "
         "limit, which all engines of this database share, is too small: raise max_size.",
