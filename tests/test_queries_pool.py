@@ -325,15 +325,14 @@ def test_the_timeout_names_threads_that_still_run(driver: FakeDriver) -> None:
 def test_the_timeout_says_when_the_thread_that_asks_holds_some_itself(driver: FakeDriver) -> None:
     """Checkouts inside checkouts are what an application needs more connections for than it has threads."""
     pool = QueriesPool(driver.connect, max_size=2, timeout=0)
-    other = Task(pool.connect).result()
-    mine = pool.connect()
-    with pytest.raises(CheckoutTimeout, match=r"This thread holds 1 of them itself: what is checked out ins"):
+    mine = [pool.connect(), pool.connect()]
+    with pytest.raises(CheckoutTimeout, match=r"This thread holds 2 of them itself: what is checked out ins"):
         pool.connect()
     with pytest.raises(CheckoutTimeout) as raised:
         Task(pool.connect).result()
     assert "itself" not in str(raised.value)
-    mine.close()
-    other.close()
+    for connection in mine:
+        connection.close()
 
 
 def test_the_timeout_tells_who_is_still_opening(driver: FakeDriver, eventually: Eventually) -> None:
