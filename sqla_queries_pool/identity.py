@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import sys
 import uuid
 import warnings
@@ -22,6 +23,9 @@ from typing import Any, NamedTuple
 from sqlalchemy import exc
 
 from . import seams
+
+_IN_MEMORY = re.compile(r"^file:.*\?(.*&)?(mode=memory|vfs=memdb)(&|$)")
+"""A file name of SQLite's that means no file: https://www.sqlite.org/inmemorydb.html"""
 
 
 class Identity(NamedTuple):
@@ -92,7 +96,7 @@ def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, A
 
 def _of_sqlite(arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity:
     file = _text(arguments[0] if arguments else options.get("database"))
-    if file in ("", ":memory:") or file.startswith("file::memory:") or "mode=memory" in file:
+    if file in ("", ":memory:") or file.startswith("file::memory:") or _IN_MEMORY.search(file):
         return private("sqlite://", in_memory=True)
     path = file if file.startswith("file:") else os.path.abspath(file)
     return _identity("sqlite", [], path, "")

@@ -435,11 +435,16 @@ def test_engines_of_one_sqlite_file_share_its_limit(tmp_path: Path, monkeypatch:
         "sqlite:///:memory:",
         "sqlite:///file::memory:?uri=true",
         "sqlite:///file:shared?mode=memory&uri=true",
+        "sqlite:///file:/shared?vfs=memdb&uri=true",
     ],
 )
 def test_an_sqlite_database_in_memory_is_one_connection_for_ever(url: str) -> None:
-    """Private, one connection, no idle TTL: a second connection would be a second, empty database."""
-    one, two = sqlite(url, max_size=5, idle_ttl=0.001), sqlite(url)
+    """Private, one connection, no idle TTL: a second connection would be a second, empty database.
+
+    A ``pool_id`` makes no difference: engines of one pool make room for each other.
+    """
+    one = sqlite(url, max_size=5, idle_ttl=0.001, pool_id="shared")
+    two = sqlite(url, pool_id="shared")
     pool: Any = one.pool
     assert pool.pid != two.pool.pid  # type: ignore[attr-defined]
     assert pool.size() == 1
