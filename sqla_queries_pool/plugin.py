@@ -54,10 +54,12 @@ class QueriesPlugin(CreateEnginePlugin):
         said = {name: _values(url.query, name) for name in url.query}
         if [*said.get("plugin", ()), *kwargs.get("plugins", ())].count("queries") > 1:
             raise ParameterError("plugin=queries stands twice: leave one of them out")
+        # Flask-SQLAlchemy states echo_pool=False where its user states nothing.
+        in_code = {name for name in kwargs if name != "echo_pool" or kwargs[name]}
         for name, values in said.items():
             if name not in PARAMETERS:
                 _refuse_misspelt(name)
-            elif len(values) > 1 or name in kwargs:
+            elif len(values) > 1 or name in in_code:
                 where = "in the URL" if len(values) > 1 else "in the URL and in the code"
                 raise ParameterError(f"{name} stands twice, {where}: leave one of them out")
         stated = kwargs.get("poolclass")

@@ -18,9 +18,11 @@ from ..errors import (
 )
 from .connection import Connection
 from .manager import PoolManager
-from .pool import Pool
+from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool
 
 __all__ = [
+    "DEFAULT_IDLE_TTL",
+    "DEFAULT_MAX_SIZE",
     "ActivePoolError",
     "Connection",
     "ConnectionBusyError",

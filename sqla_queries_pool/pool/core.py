@@ -300,7 +300,7 @@ class Core(Guard):
     def _close_entry(self, slot: Slot, entry: Any) -> None:
         """Close as SQLAlchemy does where there is a record, and in any case."""
         try:
-            if entry is not None and entry is not slot:
+            if entry is not None and entry is not slot and slot.process == os.getpid():
                 entry.close()
         except Exception:
             _logger_of(entry).exception("%s: exception while closing %r", self.label, slot)

@@ -1,0 +1,67 @@
+"""A Celery application: tasks that use the database, in the children of the prefork pool.
+
+DATABASE_URL=postgresql+psycopg2://… celery -A celery_app worker --concurrency 3
+
+It needs no broker: messages and results are files below the folder CELERY_FOLDER.  Yours has a broker of
+its own; nothing else here depends on that.
+"""
+
+import os
+from pathlib import Path
+
+from celery import Celery
+from celery.signals import worker_init, worker_process_init
+from sqlalchemy import create_engine, func, select
+from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
+
+from sqla_queries_pool import QueriesPool
+
+folder = Path(os.environ.get("CELERY_FOLDER", "celery-messages")).resolve()
+for name in ("queue", "control", "results"):
+    (folder / name).mkdir(parents=True, exist_ok=True)
+
+app = Celery("celery_app", broker="filesystem://", backend=f"file://{folder}/results")
+app.conf.broker_transport_options = {
+    "data_folder_in": folder / "queue",
+    "data_folder_out": folder / "queue",
+    "control_folder": folder / "control",
+}
+
+# A child of the prefork pool does one task at a time: it needs one connection, and a second one only if a
+# task asks for it while it holds the first.
+engine = create_engine(os.environ["DATABASE_URL"], poolclass=QueriesPool, max_size=2, idle_ttl=60)
+
+
+class Base(DeclarativeBase):
+    """The tables."""
+
+
+class Order(Base):
+    """An order that was taken."""
+
+    __tablename__ = "celery_order"
+    id: Mapped[int] = mapped_column(primary_key=True)
+    article: Mapped[str]
+
+
+@worker_init.connect
+def make_tables(**_: object) -> None:
+    """In the parent, before it forks.  It keeps the connection that this took."""
+    Base.metadata.create_all(engine)
+
+
+@worker_process_init.connect
+def forget_the_parents_connections(**_: object) -> None:
+    """In each child, before its first task: the sockets that it has inherited are its parent's."""
+    engine.dispose(close=False)
+
+
+@app.task
+def take_order(article: str) -> tuple[int, int, int]:
+    """Write an order.  Return its number, which process wrote it, and on which server connection."""
+    with Session(engine) as session, session.begin():
+        order = Order(article=article)
+        session.add(order)
+        session.flush()
+        backend = session.scalars(select(func.pg_backend_pid())).one()
+        return order.id, os.getpid(), backend

@@ -1,0 +1,347 @@
+"""The examples, started by the commands that the recipes show, under load, as the server counts."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Observer
+from sqlalchemy import make_url
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parent.parent
+EXAMPLES = ROOT / "examples"
+RECIPES = ROOT / "docs" / "recipes"
+CLIENTS = 60
+"""Threads that ask at once: more than the 40 that Starlette has, and than the examples' `max_size`."""
+REQUESTS = 5
+"""What each of them asks."""
+
+ROUNDS = 20
+"""How often a test puts up the load at most, until all processes have had their share."""
+
+Run = Callable[..., "Program"]
+
+
+class Program:
+    """A program that runs in a folder and a process group of its own; what it says goes to a file."""
+
+    def __init__(self, command: Sequence[str], environment: dict[str, str], log: Path) -> None:
+        self._log = log
+        with log.open("wb") as output:
+            self._process = subprocess.Popen(
+                command,
+                cwd=EXAMPLES,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+        self.pid = self._process.pid
+
+    def said(self) -> str:
+        return self._log.read_text(errors="replace")
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def stop(self) -> None:
+        """Ask it to stop as an operator does; insist, and fail, if it does not."""
+        self._process.terminate()
+        try:
+            self._process.wait(30)
+        except subprocess.TimeoutExpired:
+            os.killpg(self.pid, signal.SIGKILL)
+            self._process.wait()
+            raise AssertionError(f"it did not stop:\n{self.said()}") from None
+
+
+@pytest.fixture
+def environment(pg_url: str, tmp_path: Path) -> dict[str, str]:
+    """What the examples are told: where the database is, and where to listen or to leave files."""
+    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    return {
+        **os.environ,
+        "PATH": path,
+        "PYTHONPATH": os.pathsep.join((str(ROOT), str(tmp_path))),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONWARNINGS": "default",
+        "DATABASE_URL": pg_url,
+        "CELERY_FOLDER": str(tmp_path / "celery"),
+    }
+
+
+@pytest.fixture
+def run(environment: dict[str, str], tmp_path: Path) -> Iterator[Run]:
+    """Start programs in the folder of the examples; they are stopped at the end of the test."""
+    with ExitStack() as stack:
+
+        def start(command: Sequence[str], **more: str) -> Program:
+            program = Program(command, environment | more, tmp_path / "said.txt")
+            stack.callback(program.stop)
+            return program
+
+        yield start
+
+
+def documented(page: str, beginning: str) -> list[str]:
+    """The command that a recipe shows, as a shell takes it apart; there is one that begins so."""
+    lines = [line.strip() for line in (RECIPES / f"{page}.rst").read_text().splitlines()]
+    [command] = [line for line in lines if line.startswith(beginning)]
+    return shlex.split(command)
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def ask(url: str, data: bytes | None = None) -> Any:
+    """What a server answers.  One that refuses, or answers with an error, is an exception with its text."""
+    try:
+        with urllib.request.urlopen(url, data, timeout=60) as response:
+            return json.loads(response.read())
+    except urllib.error.HTTPError as error:
+        raise AssertionError(f"{error.code}: {error.read().decode()}") from None
+
+
+def wait_for(url: str, program: Program, eventually: Callable[..., None]) -> None:
+    """Wait until a server answers, with whatever."""
+
+    def answers() -> bool:
+        assert not program.ended(), program.said()
+        try:
+            urllib.request.urlopen(url, timeout=60).close()
+        except urllib.error.HTTPError as error:
+            error.close()
+        except OSError:
+            return False
+        return True
+
+    eventually(answers, "the server answers", seconds=60)
+
+
+def load(call: Callable[[], Any]) -> list[Any]:
+    """Call from many threads at once, each several times; all results."""
+    barrier = threading.Barrier(CLIENTS)
+
+    def client(_: int) -> list[Any]:
+        barrier.wait(60)
+        return [call() for _ in range(REQUESTS)]
+
+    with ThreadPoolExecutor(CLIENTS) as clients:
+        return [result for results in clients.map(client, range(CLIENTS)) for result in results]
+
+
+@contextmanager
+def highest(count: Callable[[], int]) -> Iterator[list[int]]:
+    """Look again and again meanwhile; the list has what was seen, one number per look."""
+    seen: list[int] = []
+    stop = threading.Event()
+
+    def look() -> None:
+        last = False
+        while not last:
+            last = stop.is_set()  # one more look, which begins after the end
+            seen.append(count())
+
+    with ThreadPoolExecutor(1) as observer:
+        looking = observer.submit(look)
+        try:
+            yield seen
+        finally:
+            stop.set()
+            looking.result()
+
+
+def backends(observer: Observer, url: str) -> set[int]:
+    """The server processes of a database's clients."""
+    sql = "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = %s"
+    return {pid for (pid,) in observer.query(sql, make_url(url).database)}
+
+
+def by_process(found: Sequence[tuple[int, int]]) -> dict[int, set[int]]:
+    """Who has seen which backends, from pairs of a process and a backend."""
+    return {process: {backend for its, backend in found if its == process} for process, _ in found}
+
+
+# -- FastAPI
+
+
+def test_fastapi_serves_more_clients_than_connections_without_an_error(
+    run: Run, pg_url: str, pg_observer: Observer, eventually: Callable[..., None]
+) -> None:
+    """60 clients write and read at once: no error, nothing is lost, never more backends than max_size; and
+    when it stops, none is left."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    url = f"http://127.0.0.1:{(port := free_port())}/visits/home"
+    program = run(documented("fastapi", "uvicorn"), UVICORN_PORT=str(port), UVICORN_LOG_LEVEL="warning")
+    wait_for(url, program, eventually)
+
+    with highest(lambda: len(backends(pg_observer, pg_url))) as seen:
+        load(lambda: ask(url, b""))  # an answer that is an error is an exception
+
+    assert ask(url) == {"page": "home", "visits": CLIENTS * REQUESTS}
+    assert max(seen) == 5  # max_size: it was busy, and kept to it
+    program.stop()
+    assert program.said() == ""
+    eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
+
+
+# -- Celery
+
+TASKS = """
+import json
+from celery_app import take_order
+results = [take_order.delay(f"article {n}") for n in range(30)]
+print(json.dumps([result.get(timeout=60) for result in results]))
+"""
+
+
+def test_the_children_of_a_celery_worker_have_connections_of_their_own(
+    run: Run,
+    environment: dict[str, str],
+    pg_url: str,
+    pg_observer: Observer,
+    eventually: Callable[..., None],
+) -> None:
+    """Every child has its own backend, none the one that its parent had before it forked; and the parent
+    still has that one."""
+    pytest.importorskip("celery")
+    worker = run(documented("celery", "celery"))
+    eventually(lambda: worker.ended() or len(backends(pg_observer, pg_url)) == 1, "the parent's", seconds=60)
+    [parents] = backends(pg_observer, pg_url)
+
+    found: list[list[int]] = [json.loads(run_to_its_end(documented("celery", "python"), environment))]
+    assert found[0][0] == 1  # the number of the order
+    for _ in range(ROUNDS):  # who gets how many tasks is Celery's choice
+        found += json.loads(run_to_its_end([sys.executable, "-c", TASKS], environment))
+        of = by_process([(child, backend) for _, child, backend in found])
+        if len(of) == 3:  # as many as the command says
+            break
+
+    assert sorted(number for number, _, _ in found) == list(range(1, len(found) + 1))
+    assert worker.pid not in of
+    assert [len(own) for own in of.values()] == [1, 1, 1]  # each uses its connection again
+    assert len(set.union(*of.values())) == 3
+    assert backends(pg_observer, pg_url) == {parents}.union(*of.values())
+    worker.stop()
+    assert "Traceback" not in worker.said()
+    eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
+
+
+def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> str:
+    """What a command prints that ends by itself."""
+    ended = subprocess.run(
+        command, cwd=EXAMPLES, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    assert ended.returncode == 0, ended.stderr
+    return ended.stdout
+
+
+# -- gunicorn
+
+WSGI = """
+import os
+from flask_app import Note, create_app, db
+from sqlalchemy import func, select
+
+app = create_app(SQLALCHEMY_ENGINE_OPTIONS={"max_size": 3, "idle_ttl": None, "pool_timeout": 30})
+
+@app.post("/busy")
+def busy():
+    "Have a connection for a while."
+    db.session.execute(select(func.pg_sleep(0.02)))
+    return [os.getpid(), db.session.scalars(select(func.pg_backend_pid())).one()]
+
+with app.app_context():  # where it is preloaded, the parent does this, and keeps the connection
+    db.session.scalars(select(1)).one()
+    db.session.remove()
+"""
+WORKERS, MAX_SIZE = 2, 3
+
+
+@pytest.mark.parametrize(
+    "command", ["gunicorn -c gunicorn_conf.py --preload", "gunicorn -c gunicorn_conf.py"]
+)
+def test_gunicorn_has_at_most_workers_times_max_size_connections(
+    command: str,
+    run: Run,
+    tmp_path: Path,
+    pg_url: str,
+    pg_observer: Observer,
+    eventually: Callable[..., None],
+) -> None:
+    """Each worker gets all of its max_size, on backends of its own; a parent that has preloaded has one
+    besides, and keeps it."""
+    pytest.importorskip("gunicorn")
+    pytest.importorskip("flask_sqlalchemy")
+    (tmp_path / "loaded_app.py").write_text(WSGI)
+    address = f"127.0.0.1:{free_port()}"
+    program = run([*shlex.split(command), "loaded_app:app"], GUNICORN_CMD_ARGS=arguments(address))
+    wait_for(f"http://{address}/none", program, eventually)
+    of_parent = 1 if "--preload" in command else 0
+    parents = backends(pg_observer, pg_url) if of_parent else set()
+    assert len(parents) == of_parent
+
+    found: list[tuple[int, int]] = []
+    with highest(lambda: len(backends(pg_observer, pg_url))) as seen:
+        for _ in range(ROUNDS):  # who gets how many requests is the kernel's choice
+            found += load(lambda: tuple(ask(f"http://{address}/busy", b"")))
+            of = by_process(found)
+            if len(of) == WORKERS and min(map(len, of.values())) >= MAX_SIZE:
+                break
+
+    assert program.pid not in of
+    assert [len(own) for own in of.values()] == [MAX_SIZE] * WORKERS
+    assert len(set.union(*of.values())) == WORKERS * MAX_SIZE
+    assert max(seen) == WORKERS * MAX_SIZE + of_parent
+    assert backends(pg_observer, pg_url) == parents.union(*of.values())
+    program.stop()
+    assert "Traceback" not in program.said()
+    eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
+
+
+@pytest.mark.parametrize(
+    "beginning", ["gunicorn -c gunicorn_conf.py --preload", 'gunicorn -c gunicorn_conf.py "']
+)
+def test_the_commands_of_the_gunicorn_recipe_serve_the_flask_example(
+    beginning: str, run: Run, environment: dict[str, str], pg_url: str, eventually: Callable[..., None]
+) -> None:
+    """As they stand: notes that many clients add at once are all there."""
+    pytest.importorskip("gunicorn")
+    pytest.importorskip("flask_sqlalchemy")
+    run_to_its_end(documented("gunicorn", "python"), environment)
+    address = f"127.0.0.1:{free_port()}"
+    program = run(documented("gunicorn", beginning), GUNICORN_CMD_ARGS=arguments(address))
+    wait_for(f"http://{address}/notes", program, eventually)
+
+    ids = load(lambda: ask(f"http://{address}/notes", b"text=tea")["id"])
+
+    assert sorted(ids) == list(range(1, CLIENTS * REQUESTS + 1))
+    assert [note["id"] for note in ask(f"http://{address}/notes")] == sorted(ids)[:-21:-1]
+
+
+def arguments(address: str) -> str:
+    """Where to listen.  The control socket would be a file below the user's home."""
+    return f"--bind {address} --no-control-socket"
