@@ -105,7 +105,8 @@ class EmbeddedPostgres:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        if os.getpid() == self._owner:  # a forked child that leaves the block leaves its parent's server
+            self.stop()
 
     @property
     def running(self) -> bool:

@@ -504,6 +504,25 @@ class Ledger:
         """Take the locks from sessions that have died."""
         return [slot for slot in attachment.lent if slot.stale and self.unlock(slot)]
 
+    def start_anew(self) -> None:
+        """In a forked child: engines and limits stay, slots and waiters are the parent's.
+
+        Another thread may have been inside a method when the process forked.  That thread is not here, and
+        what it left half done goes with the rest.
+        """
+        for slot in self.slots:
+            slot.state = GONE
+        for attachment in self._everyone():
+            for things in (attachment.idle, attachment.hollow, attachment.lent, attachment.line):
+                things.clear()
+        for quota in (*self.attachments.values(), self.by_hand.quota):
+            quota.slots.clear()
+        for slots in (self.slots, self.opening, self.closing):
+            slots.clear()
+        self.lines.clear()
+        self.due = math.inf
+        self.mean_wait = 0.0
+
     # -- limits, ages, engines ---------------------------------------------------------------------
 
     def attach(

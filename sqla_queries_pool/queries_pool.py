@@ -87,6 +87,26 @@ class Record(ConnectionRecord):
             self.dbapi_connection = None  # a listener may have kept invalidate() from closing it
             self.owner._shared.give_hollow(self.owner._attachment, self)
 
+    def cut_off(self) -> None:
+        """In a forked child: the connection is the parent's.
+
+        Who has it out finds it invalidated, as after a lost connection, and gets another one.
+        """
+        fairy = None if self.fairy_ref is None else self.fairy_ref()
+        if fairy is not None:
+            fairy.dbapi_connection = None  # type: ignore[assignment]
+        self.dbapi_connection = None
+        self.__class__ = ForeignRecord
+
+
+class ForeignRecord(Record):
+    """A record that was out when the process forked.  It has no slot here."""
+
+    __slots__ = ()
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        self.fairy_ref = None
+
 
 class QueriesPool(SQLAlchemyPool):
     """A pool whose limit belongs to the database: all engines of one URL in a process share it.

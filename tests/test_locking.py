@@ -383,9 +383,10 @@ def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
     pool._timeout = timeout
 
 
-READERS = {"__init__", "check", "_could_be_served", "numbers", "vacant"}
+OTHERS = {"__init__", "check", "_could_be_served", "numbers", "vacant", "start_anew"}
+"""Those that only read, and those that nobody else can be inside of."""
 METHODS = sorted(
-    name for name, value in vars(Ledger).items() if isinstance(value, FunctionType) and name not in READERS
+    name for name, value in vars(Ledger).items() if isinstance(value, FunctionType) and name not in OTHERS
 )
 
 

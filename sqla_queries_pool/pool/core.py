@@ -33,6 +33,9 @@ from .connection import Connection
 from .garbage import GC_AFTER, collect_garbage
 from .guard import Guard
 
+every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
+"""All that there are in the process, also those that no PoolManager knows."""
+
 
 class Core(Guard):
     """The shell around a :class:`~sqla_queries_pool.ledger.Ledger`: it has the clock and the hands.
@@ -57,6 +60,7 @@ class Core(Guard):
         PoolManager's, for the pools that it knows."""
         self._warned_of_no_limit = False
         self._worker = Worker()
+        every_pool.add(self)
         self._ledger = Ledger(self._entry_died, self._new_connection)
         self._by_handle: dict[int, Connection] = {}
         """id(handle) -> connection, for as long as the connection refers to the handle."""
@@ -348,6 +352,22 @@ class Core(Guard):
     def neglected(self) -> None:
         """The housekeeper's thread has died; what is due becomes overdue, which a checkout notices."""
         self._ledger.due = -math.inf
+
+    def start_anew(self) -> list[Any]:
+        """In a forked child: forget the parent's connections, and have locks and threads of its own.
+
+        :return: all that knew the connections, none of which may be finalized in this process.
+        """
+        slots = {*self._ledger.slots, *self._by_handle.values()}
+        slots |= {slot.instead_of for slot in slots if slot.instead_of is not None}
+        entries = [slot.entry() for slot in slots if slot.entry is not None]
+        self._make_lock()
+        self._worker = Worker()
+        self._by_handle = {}
+        self._detached = {}
+        self.last_connect_error = None
+        self._ledger.start_anew()
+        return [*slots, *entries]
 
     # -- the work that the ledger returns ------------------------------------------------------------
 

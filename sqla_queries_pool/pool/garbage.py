@@ -30,3 +30,9 @@ def collect_garbage() -> None:
         _next_collection = start + max(1.0, took / _GC_SHARE)
     finally:
         _collecting.release()
+
+
+def start_anew() -> None:
+    """In a forked child: a thread of the parent's may have been collecting."""
+    global _collecting
+    _collecting = threading.Lock()

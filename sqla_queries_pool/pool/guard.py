@@ -36,6 +36,12 @@ class Guard:
     def __init__(self, label: str, time_method: Callable[[], float] | None) -> None:
         self.label = label
         """For people: engines say which database it is, without the password."""
+        self._clock = time_method or time.monotonic
+        self._make_lock()
+
+    def _make_lock(self) -> None:
+        """Make the lock and the inbox: at first, and again in a forked child, where another thread of
+        the parent's may have had the lock for ever."""
         self._lock = threading.RLock()
         """Guards the ledger, and nothing but the ledger."""
         self._try_lock = functools.partial(self._lock.acquire, False)
@@ -43,7 +49,6 @@ class Guard:
         """Is a method of the ledger running?  Written under the lock."""
         self._inbox: deque[tuple[Callable[..., Work | None], tuple[Any, ...]]] = deque()
         """What found the lock taken."""
-        self._clock = time_method or time.monotonic
 
     _locked_now = property(operator.methodcaller("_try_lock"))
     """Try the lock; is it ours?  For ``if self._locked_now: try: … finally: release``.

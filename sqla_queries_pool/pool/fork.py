@@ -1,0 +1,58 @@
+"""After a fork the child starts empty, and the parent notices nothing (design 13).
+
+A forked child has a copy of everything, sockets included.  What it sent on one of them, be it a rollback or
+the Terminate message of a polite close, would arrive in the parent's session; and of the parent's threads
+only the one that forked is here, so a lock that another one had is taken for ever.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import threading
+from typing import Any, Final
+
+from ..housekeeping import Housekeeper
+from . import garbage
+from .core import Core, every_pool
+from .manager import PoolManager
+
+_inherited: Final[list[Any]] = []
+"""What the parents of this process had.  Kept: drivers close, or complain, when a connection is finalized."""
+
+
+def start_anew() -> None:
+    """In the child: forget all connections, and have locks and threads of its own."""
+    PoolManager._lock = threading.RLock()
+    Core.housekeeper = Housekeeper()
+    garbage.start_anew()
+    for pool in list(every_pool):
+        found = pool.start_anew()
+        _inherited.extend(found)
+        for thing in found:
+            _cut_off(getattr(thing, "handle", None))
+            if hasattr(thing, "cut_off"):
+                thing.cut_off()
+
+
+def _cut_off(handle: Any) -> None:
+    """Let the descriptor of a connection lead nowhere: nothing can be sent to the parent's server any more.
+
+    Whoever still has the connection here finds it broken.  Closing the descriptor would be worse, since its
+    number would soon be that of something else.
+    """
+    try:
+        fd = handle.fileno()
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.dup2(nowhere, fd, inheritable=False)
+        finally:
+            os.close(nowhere)
+    except Exception:  # closed already, or of a driver that has no descriptor to tell
+        return
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork either
+    os.register_at_fork(after_in_child=start_anew)
