@@ -154,7 +154,7 @@ class Worker:
                 return
             try:
                 job()
-            except Exception:
+            except BaseException:  # a listener's, and there is nobody else to tell
                 logger.exception("Exception while closing connections")
             # Not before the next job: nothing of this one may stay alive in a local variable.
             del job

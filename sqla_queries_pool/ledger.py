@@ -70,6 +70,10 @@ PATIENCE_FACTOR = 4.0
 engine go first although it came first itself."""
 
 
+SUSPECTED_FOR = 1.0
+"""Seconds for which one connection that was found dead makes only those suspect that are idle then."""
+
+
 class Ledger:
     """The bookkeeping of one pool.
 
@@ -104,6 +108,17 @@ class Ledger:
         """When :meth:`expire` is to be called next, as far as anybody was told."""
         self.mean_wait = 0.0
         """Moving mean of how long the served waited, in seconds."""
+        self.suspected_at = -math.inf
+        """When all idle connections were last suspected together."""
+        self.refusals = 0
+        """How many pauses there were, one after the other, since the server has refused a connection; 0 while
+        it lets us in."""
+        self.probing = False
+        """Does somebody try to connect after the last pause?"""
+        self.retry_after = 0.0
+        """Seconds between attempts to connect, while there are refusals."""
+        self.retry_at = -math.inf
+        """While there are refusals: nobody tries to connect before that time."""
         self.vacant_since: float | None = None
         """Since when there is neither a slot nor an engine; None while there is."""
 
@@ -114,12 +129,14 @@ class Ledger:
         if attachment.idle:
             entry = attachment.pop()
             slot = entry.slot
+            if now - slot.since >= attachment.ping_after:
+                slot.suspect = True
             slot.state = HELD
             slot.holder = holder
             slot.since = now
             slot.uses += 1
             return entry
-        if attachment.hollow:
+        if attachment.hollow and not attachment.line and self._may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
         if attachment.line:
             return None  # time may have changed what the first of them may have: nobody overtakes
@@ -164,7 +181,11 @@ class Ledger:
             return [self._close(entry, LOWERED)]
         if slot.generation < attachment.retired:
             return [self._close(entry, DISPOSED)]
-        waiter = self._next_for(attachment, slot.handle is None, now)
+        hollow = slot.handle is None
+        waiter = self._next_for(attachment, hollow, now)
+        connects = waiter is not None and (hollow or waiter.attachment is not attachment)
+        if connects and not self._may_connect(now):
+            waiter = None if hollow else next(iter(attachment.line), None)
         if waiter is None:
             slot.state = IDLE
             (attachment.idle if slot.handle is not None else attachment.hollow).append(entry)
@@ -212,14 +233,27 @@ class Ledger:
         :param insist: have somebody give way who does not like to.
         """
         quota = attachment.quota
-        if not quota.full and len(self.slots) < self.limit:
-            return self._permit(attachment, holder, now, None)
-        before = now if insist or not quota.slots else now - SPARE
-        evicts = self._pick(quota, quota.full, before)
-        if evicts is None:
+        if self.refusals and now < self.retry_at:
             return None
-        self._strike(evicts.slot)
+        evicts = None
+        if quota.full or len(self.slots) >= self.limit:
+            before = now if insist or not quota.slots else now - SPARE
+            evicts = self._pick(quota, quota.full, before)
+            if evicts is None:
+                return None
+            self._strike(evicts.slot)
+        self._may_connect(now)
         return self._permit(attachment, holder, now, evicts)
+
+    def _may_connect(self, now: float) -> bool:
+        """May somebody try to connect, who then does?  While the server refuses, one in each pause."""
+        if not self.refusals:
+            return True
+        if now < self.retry_at:
+            return False
+        self.probing = True
+        self.retry_at = now + self.retry_after
+        return True
 
     def _permit(self, attachment: Attachment, holder: int, now: float, evicts: Any) -> Permit:
         slot = self._new_slot()
@@ -258,13 +292,19 @@ class Ledger:
 
     # -- waiting -----------------------------------------------------------------------------------
 
-    def join(self, waiter: Waiter, now: float) -> Any:
-        """Return an entry if there is one by now, else put the waiter in line and return None."""
+    def join(self, waiter: Waiter, now: float, since: float | None = None) -> Any:
+        """Return an entry if there is one by now, else put the waiter in line and return None.
+
+        :param since: it was in line before and since then, and what it got it could not use.
+        """
         attachment = waiter.attachment
         entry = self.take(attachment, waiter.holder, now)
         if entry is None:
-            waiter.since = now
-            attachment.line[waiter] = None
+            waiter.since = now if since is None else since
+            line = attachment.line
+            line[waiter] = None
+            for other in [w for w in line if w.since > waiter.since]:
+                line.move_to_end(other)
             self.lines[attachment] = None
         return entry
 
@@ -319,12 +359,36 @@ class Ledger:
         """Say what the holder of a slot has in hand from now on."""
         slot.entry = EntryRef(entry, self._on_lost, slot)
 
-    def opened(self, slot: Slot, now: float) -> None:
-        """A connection was opened: its opener holds it."""
+    def opened(self, slot: Slot, now: float) -> Work:
+        """A connection was opened, or reopened: its opener holds it."""
         self.opening.discard(slot)
         slot.instead_of = None
         slot.state = HELD
         slot.since = now
+        if not self.refusals:
+            return []
+        self.refusals = 0
+        return self._serve(now)  # those who waited for the server to let us in
+
+    def refused(self, pauses: Callable[[int], float], now: float) -> None:
+        """The server has refused a connection, and it is worth trying again: after a pause.
+
+        :param pauses: how long a pause is, in seconds, after so many refusals.
+        """
+        if self.refusals and not self.probing:
+            return  # it was connecting already when the pause began
+        self.probing = False
+        self.refusals += 1
+        self.retry_after = pauses(self.refusals)
+        self.retry_at = now + self.retry_after
+
+    def suspect(self, now: float) -> None:
+        """One was found dead: suspect all that are idle, once per second at most."""
+        if now - self.suspected_at >= SUSPECTED_FOR:
+            self.suspected_at = now
+            for attachment in self._everyone():
+                for entry in attachment.idle:
+                    entry.slot.suspect = True
 
     def failed(self, slot: Slot, now: float) -> Work:
         """A connection could not be opened: the next waiter may try for itself."""
@@ -522,6 +586,7 @@ class Ledger:
         self.lines.clear()
         self.due = math.inf
         self.mean_wait = 0.0
+        self.refusals = 0
 
     # -- limits, ages, engines ---------------------------------------------------------------------
 
@@ -658,6 +723,10 @@ class Ledger:
         assert self.slots == set().union(*(s.quota.slots for s in self.slots if s.quota)), "7"
 
     def _could_be_served(self, now: float) -> bool:
+        if any(attachment.idle for attachment in self.lines):
+            return True
+        if self.refusals and now < self.retry_at:
+            return False
         for attachment in self.lines:
             quota = attachment.quota
             if not quota.full and len(self.slots) < self.limit:

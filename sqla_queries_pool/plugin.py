@@ -22,6 +22,8 @@ PARAMETERS: Final = (
     "idle_ttl",
     "pool_id",
     "gc_on_wait",
+    "ping_after",
+    "ping_timeout",
     "pool_size",
     "max_overflow",
     "pool_timeout",

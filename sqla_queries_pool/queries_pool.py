@@ -9,6 +9,8 @@ itself for ``recycle``, ``pre_ping`` and invalidation.
 from __future__ import annotations
 
 import math
+import time
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +18,16 @@ from sqlalchemy import exc
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
-from . import identity, logs, parameters
+from . import identity, liveness, logs, parameters
 from .diagnostics import checkout_timeout
 from .errors import ParameterError
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
 from .seams import AdhocProxiedConnection, ConnectionRecord
 from .slots import HELD, LENT, OPENING, Attachment, Permit, Quota
+
+LEAST_PING = 0.5
+"""Seconds that a server has for the answer to a ping, however little is left of a checkout's timeout."""
 
 
 class Record(ConnectionRecord):
@@ -61,13 +66,13 @@ class Record(ConnectionRecord):
         if self.fairy_ref is None and _fairy_was_created:
             super().checkin()  # for the second time: it warns, and that is all
             return
-        self.fairy_ref = None
+        fairy_ref, self.fairy_ref = self.fairy_ref, None
         owner = self.owner
         if self.finalize_callback or owner.dispatch.checkin:
-            self._tell_listeners()
+            self._tell_listeners(fairy_ref)
         owner._shared.give(owner._attachment, self)
 
-    def _tell_listeners(self) -> None:
+    def _tell_listeners(self, fairy_ref: weakref.ref[Any] | None) -> None:
         connection = self.dbapi_connection
         try:
             while self.finalize_callback:  # the dialect's: they reset the isolation level
@@ -76,10 +81,13 @@ class Record(ConnectionRecord):
                     callback(connection)
             self.owner.dispatch.checkin(connection, self)
         except BaseException as error:
-            self._come_home_hollow(error)
+            # The holder's proxy would go on to act on the record, which may be another's soon.
+            if fairy_ref is not None and (fairy := fairy_ref()) is not None:
+                fairy.dbapi_connection = fairy._connection_record = None
+            self.come_home_hollow(error)
             raise
 
-    def _come_home_hollow(self, error: BaseException) -> None:
+    def come_home_hollow(self, error: BaseException) -> None:
         """In which state the connection is nobody knows: close it, then give the slot back."""
         try:
             self.invalidate(error)
@@ -97,6 +105,13 @@ class Record(ConnectionRecord):
             fairy.dbapi_connection = None  # type: ignore[assignment]
         self.dbapi_connection = None
         self.__class__ = ForeignRecord
+
+
+class _Refused(Exception):
+    """The server has refused a connection, and it is worth trying again."""
+
+    def __init__(self, refusal: Any) -> None:
+        self.refusal: Exception = refusal
 
 
 class ForeignRecord(Record):
@@ -123,6 +138,10 @@ class QueriesPool(SQLAlchemyPool):
     :param pool_size: QueuePool's; with ``max_overflow`` it is read as ``max_size``, their sum.
     :param max_overflow: QueuePool's, see ``pool_size``.
     :param gc_on_wait: ask the garbage collector for abandoned connections while waiting.
+    :param ping_after: seconds for which a connection may be idle and is still used without asking the
+        server whether it is there; ``None`` never asks, 0 always.  Whether the server has hung up is looked
+        at in any case, without a round trip.
+    :param ping_timeout: seconds that the server has for its answer, ``None`` for as long as it takes.
     :param kw: what :class:`sqlalchemy.pool.Pool` takes.
     :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a value means nothing.
     :raises TypeError: for a parameter that nobody knows.
@@ -142,6 +161,8 @@ class QueriesPool(SQLAlchemyPool):
         pool_size: int | Unstated = UNSTATED,
         max_overflow: int | Unstated = UNSTATED,
         gc_on_wait: bool = True,
+        ping_after: float | None = 30.0,
+        ping_timeout: float | None = 5.0,
         **kw: Any,
     ) -> None:
         # Not a parameter, because create_engine would take it for one.
@@ -152,6 +173,8 @@ class QueriesPool(SQLAlchemyPool):
         self._pool_id = _stated_pool_id(pool_id)
         self._use_lifo = parameters.flag("use_lifo", use_lifo)
         self._gc_on_wait = parameters.flag("gc_on_wait", gc_on_wait)
+        self._ping_after = parameters.seconds("ping_after", ping_after)
+        self._ping_timeout = parameters.seconds("ping_timeout", ping_timeout)
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **_understood(kw))
@@ -165,7 +188,8 @@ class QueriesPool(SQLAlchemyPool):
         else:
             quota = self._make_quota(who)
         ttl = math.inf if self._idle_ttl is None or who.in_memory else self._idle_ttl
-        self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo)
+        ping_after = math.inf if self._ping_after is None or who.in_memory else self._ping_after
+        self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo, ping_after)
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
         if quota.stated == math.inf:
             self._shared.warn_of_no_limit()
@@ -186,6 +210,10 @@ class QueriesPool(SQLAlchemyPool):
         return Quota(math.inf if self._max_size is None else self._max_size)
 
     @property
+    def _is_postgresql(self) -> bool:
+        return getattr(self._dialect, "name", None) == "postgresql"
+
+    @property
     def pid(self) -> str:
         """The id of the pool in the :class:`~sqla_queries_pool.pool.PoolManager`."""
         return self._shared.id
@@ -195,18 +223,34 @@ class QueriesPool(SQLAlchemyPool):
     def _do_get(self) -> ConnectionPoolEntry:
         record = self._shared.take(self._attachment)
         if record.__class__ is Record:
-            # Whether it must be reopened (invalidated, too old) SQLAlchemy asks next, in
-            # get_connection(), and sends it home if that fails.  The slot is held all the time, so
-            # it is bounded, and the seams see it; asking here too costs 0.3 microseconds.
-            return record
-        return self._open(record) if record is not None else self._wait()
+            slot = record.slot
+            if not slot.suspect and not slot.poll(0):
+                # Whether it must be reopened (soft invalidation, recycle) SQLAlchemy asks next, in
+                # get_connection(), and sends it home if that fails.  The slot is held all the time, so it
+                # is bounded, and the seams see it; asking here too costs 0.3 microseconds.
+                return record
+        return self._get(record)
 
-    def _wait(self) -> ConnectionPoolEntry:
+    def _get(self, entry: Any) -> ConnectionPoolEntry:
+        """The long way: wait for a slot, open a connection, or look whether the one at hand is alive."""
+        shared = self._shared
         timeout = math.inf if self._timeout is None else self._timeout
-        entry = self._shared.wait(self._attachment, timeout, self._gc_on_wait)
-        if entry is None:
-            raise checkout_timeout(self._shared, self._attachment, timeout)
-        return entry if isinstance(entry, Record) else self._open(entry)
+        begin, since = time.monotonic(), shared.now()
+        refusal: Exception | None = None
+        while True:
+            left = begin + timeout - time.monotonic() if timeout else 0.0
+            if entry is None:
+                again = None if refusal is None else since
+                entry = shared.wait(self._attachment, max(0.0, left), self._gc_on_wait, again)
+            if entry is None:
+                try:
+                    raise refusal or checkout_timeout(shared, self._attachment, timeout)
+                finally:
+                    refusal = None  # its traceback refers to this frame
+            try:
+                return self._open(entry) if isinstance(entry, Permit) else self._examine(entry, left)
+            except _Refused as error:
+                refusal, entry = error.refusal, None
 
     def _open(self, permit: Permit) -> Record:
         shared = self._shared
@@ -216,10 +260,60 @@ class QueriesPool(SQLAlchemyPool):
             shared.bind(record.slot, record)
             record.get_connection()
         except BaseException as error:
+            refused = shared.refused(error)
             shared.failed(permit, error)
+            if refused:
+                raise _Refused(error) from error
             raise
         shared.opened(record.slot)
         return record
+
+    def _examine(self, record: Record, left: float) -> Record:
+        """Return a record that can be used: whose connection is alive, or else was replaced."""
+        shared = self._shared
+        try:
+            if record.dbapi_connection is not None and not self._alive(record, left):
+                shared.found_dead(record.slot)
+                record.invalidate(exc.DisconnectionError("found dead before it was used"))
+            if record.dbapi_connection is None:
+                record.get_connection()
+                shared.opened(record.slot)
+        except BaseException as error:
+            refused = shared.refused(error)
+            record.come_home_hollow(error)
+            if refused:
+                raise _Refused(error) from error
+            raise
+        return record
+
+    def _alive(self, record: Record, left: float) -> bool:
+        slot = record.slot
+        if not slot.suspect:
+            if not slot.poll(0):
+                return True
+            verdict = liveness.look(slot.handle, slot.poll)
+            # What another database's server has sent may mean anything.
+            if verdict is liveness.DEAD or (verdict is liveness.ALIVE and self._is_postgresql):
+                return verdict is liveness.ALIVE
+        return self._answers(record, left)
+
+    def _answers(self, record: Record, left: float) -> bool:
+        """Ask the server, for as long as a ping may take."""
+        slot = record.slot
+        fuse = liveness.Fuse(slot.handle)
+        longest = math.inf if self._ping_timeout is None else self._ping_timeout
+        if longest < math.inf:
+            self._shared.housekeeper.schedule(fuse, min(longest, max(left, LEAST_PING)))
+        try:
+            # A pool without an engine has no dialect to ask with.
+            answers = not hasattr(self._dialect, "do_ping") or self._dialect.do_ping(slot.handle)
+        except Exception as error:
+            self.logger.info("%s: %r does not answer: %r", self._shared.label, slot, error)
+            answers = False
+        finally:
+            fuse.remove()
+        slot.suspect = not answers
+        return answers
 
     def _should_wrap_creator(self, creator: Any) -> Callable[[ConnectionPoolEntry], Any]:
         create = super()._should_wrap_creator(creator)
@@ -275,6 +369,8 @@ class QueriesPool(SQLAlchemyPool):
             pool_id=self._pool_id,
             use_lifo=self._use_lifo,
             gc_on_wait=self._gc_on_wait,
+            ping_after=self._ping_after,
+            ping_timeout=self._ping_timeout,
             recycle=self._recycle,
             echo=self.echo,
             logging_name=self._orig_logging_name,

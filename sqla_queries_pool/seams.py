@@ -39,6 +39,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "checkin": "of a record: what it does is done again in Record.checkin, so that a failure loses no slot",
     "_fairy_was_created": "a parameter of checkin(): False where a checkout failed before it had a fairy",
     "finalize_callback": "of a record: what dialects want called when it comes home, or is closed",
+    "_connection_record": "of a connection's proxy: its record, None once it came home",
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
     # Of an engine: see connect_arguments.
     "sqlalchemy.engine.create": "the module of the creator that create_engine makes",

@@ -7,6 +7,7 @@ connection that was added by hand, the slot itself.  ledger.py has the verbs.
 
 from __future__ import annotations
 
+import math
 import os
 import weakref
 from collections import OrderedDict, deque
@@ -53,11 +54,13 @@ class Slot:
         "holder",
         "home",
         "instead_of",
+        "poll",
         "process",
         "quota",
         "session",
         "since",
         "state",
+        "suspect",
         "uses",
     )
 
@@ -67,6 +70,11 @@ class Slot:
         self.handle = handle
         """The DBAPI connection, None while there is none (opening, hollow, closed); written by
         whoever has the slot, when it opens or closes the socket."""
+        self.poll: Any = None
+        """Called with 0: is there news on the socket?  See liveness.py; written with :attr:`handle`."""
+        self.suspect = handle is None
+        """Does it take more than :attr:`poll` to know that the connection can be used?  There is none, or it
+        was idle for long, or an older one was found dead.  Written by its holder, and by the ledger."""
         self.process = os.getpid()
         """Which process opened the socket.  A forked child has the object too, and must not close it:
         the Terminate message would end the parent's session."""
@@ -160,6 +168,7 @@ class Attachment:
         "lent",
         "line",
         "own_ttl",
+        "ping_after",
         "pop",
         "quota",
         "ref",
@@ -167,8 +176,10 @@ class Attachment:
         "ttl",
     )
 
-    def __init__(self, quota: Quota, ttl: float, lifo: bool = True) -> None:
+    def __init__(self, quota: Quota, ttl: float, lifo: bool = True, ping_after: float = math.inf) -> None:
         self.quota = quota
+        self.ping_after = ping_after
+        """Seconds; a connection that was idle for as long is suspect."""
         self.own_ttl = ttl
         """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
         self.ttl = ttl

@@ -21,6 +21,9 @@ NAME = PACKAGE.name
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
+    "liveness": set(),
+    "retirement": set(),
+    "connect_errors": set(),
     "seams": set(),
     "parameters": {"errors"},
     "slots": set(),
@@ -28,9 +31,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "housekeeping": {"logs"},
     "identity": {"seams"},
     "ledger": {"slots"},
-    "pool": {"errors", "gates", "housekeeping", "ledger", "logs", "parameters", "slots", "pool"},
+    "pool": {
+        *("connect_errors", "errors", "gates", "housekeeping", "ledger", "liveness", "logs", "parameters"),
+        *("retirement", "slots", "pool"),
+    },
     "diagnostics": {"errors", "pool", "slots"},
-    "queries_pool": {"diagnostics", "errors", "identity", "logs", "parameters", "pool", "seams", "slots"},
+    "queries_pool": {
+        *("diagnostics", "errors", "identity", "liveness", "logs", "parameters", "pool", "seams", "slots"),
+    },
     "plugin": {"errors", "logs", "parameters", "queries_pool"},
     "__init__": {"errors", "pool", "queries_pool"},
 }

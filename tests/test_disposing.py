@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeConnection, FakeDriver, Task
-from sqlalchemy import create_engine, event
+from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -96,34 +96,6 @@ def test_disposing_twice_is_harmless(driver: FakeDriver, make_engine: Callable[.
 
 
 # -- Engine.dispose() --------------------------------------------------------------------------------
-
-
-def test_engine_dispose_closes_what_is_out_when_it_comes_home(
-    driver: FakeDriver, make_engine: Callable[..., Engine]
-) -> None:
-    """What was out goes on working, and is closed instead of being handed out again."""
-    engine = make_engine(max_size=2)
-    out = engine.connect()
-    engine.dispose()
-    assert driver.numbers() == [1]
-    out.close()
-    assert driver.numbers() == []
-    engine.connect().close()
-    assert driver.numbers() == [2]
-
-
-def test_what_is_out_over_a_dispose_counts_until_it_is_closed(
-    driver: FakeDriver, make_engine: Callable[..., Engine]
-) -> None:
-    """The new pool of a disposed engine gets what the old one leaves: never more than max_size in all."""
-    engine = make_engine(max_size=1)
-    out = engine.connect()
-    engine.dispose()
-    with pytest.raises(CheckoutTimeout, match="open 1, held 1"):
-        engine.connect()
-    out.close()
-    engine.connect().close()
-    assert driver.peak == 1
 
 
 def test_a_limit_of_the_engine_alone_counts_over_a_dispose(
@@ -369,18 +341,6 @@ def test_recreate_carries_over_a_limit_however_it_was_stated(
     old = QueriesPool(driver.connect, **stated)
     old.dispose()
     assert old.recreate().size() == old.size() == size
-
-
-def test_recreate_carries_over_listeners(driver: FakeDriver, make_engine: Callable[..., Engine]) -> None:
-    """What listened to the pool listens to the recreated one, and what is added to that only to that."""
-    engine = make_engine()
-    seen: list[str] = []
-    event.listen(engine, "connect", lambda *_: seen.append("connect"))
-    event.listen(engine, "checkout", lambda *_: seen.append("checkout"))
-    engine.connect().close()
-    engine.dispose()
-    engine.connect().close()
-    assert seen == ["connect", "checkout"] * 2
 
 
 def test_limits_set_at_run_time_survive_a_dispose(

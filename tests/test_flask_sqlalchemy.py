@@ -829,7 +829,8 @@ def test_the_example_is_a_program(
         process = subprocess.Popen(command, env=environment, stderr=file)
     try:
         running = re.compile(r"Running on http://127\.0\.0\.1:(\d+)")
-        eventually(lambda: running.search(log.read_text()), "it serves", seconds=60)
+        eventually(lambda: running.search(log.read_text()) or process.poll() is not None, "it serves", 60)
+        assert process.returncode is None, log.read_text()
         site = Site(int(running.findall(log.read_text())[0]))
         assert site.ask("/notes", text="hello")[0] == 201
         assert "limit 10; this engine: size 10" in site.ask("/pool")[1]

@@ -14,6 +14,7 @@ from types import FunctionType
 from typing import Any
 
 import pytest
+import sqlalchemy
 from hazards import Handle, Ring, Stop, Thread, assert_whole, new_pid, new_pool, sleeping_collector
 from sqlalchemy import event
 
@@ -32,6 +33,12 @@ from sqla_queries_pool.pool import Pool
 from sqla_queries_pool.slots import Attachment, NotHeld, Quota
 
 Eventually = Callable[..., None]
+VERSION = tuple(map(int, sqlalchemy.__version__.split(".")))
+INTERRUPTS_ARE_KEPT = (
+    "before 2.0.56 SQLAlchemy keeps a record until the BaseException that its reset has raised is forgotten"
+    if VERSION < (2, 0, 56)
+    else ""
+)
 
 
 class Interrupt(BaseException):
@@ -342,6 +349,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     PoolManager.set_idle_ttl(a.pid, 60)
     PoolManager.set_max_size(a.pid, 3)
     fail_to_open(a, step)
+    be_refused(a, step)
     shared.sweep()
     shared.clean()
     with contextlib.suppress(ConnectionBusyError):
@@ -369,6 +377,23 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
         while True:  # some may be idle
             out.append(pool.connect())
     pool._invoke_creator = invoke
+
+
+def be_refused(pool: QueriesPool, step: Callable[[], None]) -> None:
+    """The server refuses a connection, and the next time lets us in; one is found dead before it is used."""
+    pool.connect().invalidate()
+    invoke = pool._invoke_creator
+
+    def refuse(_: Any) -> None:
+        pool._invoke_creator = invoke
+        raise ConnectionRefusedError("Connection refused")
+
+    pool._invoke_creator = refuse
+    pool.connect().close()
+    step()
+    with contextlib.closing(pool.connect()) as fairy:
+        pool._shared.found_dead(fairy._connection_record.slot)
+    step()
 
 
 def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
@@ -418,7 +443,7 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
     monkeypatch.setattr(Ledger, method, collecting)
 
     def step() -> None:
-        assert not shared._inbox, "a letter was not read"
+        eventually(lambda: not shared._inbox, "letters are read")  # the housekeeper may have the lock
         shared._decide(shared._ledger.check)
         abandoning.again()
 
@@ -670,6 +695,8 @@ def test_a_listener_that_raises_loses_no_slot(
     name: str, kind: type[BaseException], eventually: Eventually
 ) -> None:
     """Whatever event it listens to, whatever it raises, the first time or the third: the budget is whole."""
+    if name == "reset" and kind is Interrupt and INTERRUPTS_ARE_KEPT:
+        pytest.skip(INTERRUPTS_ARE_KEPT)
     for when in range(1, 4):
         pool = new_pool()
         calls = 0
@@ -774,9 +801,14 @@ def evicted(pool: QueriesPool) -> None:
 @pytest.mark.parametrize("culprit", ["listener", "driver"])
 @pytest.mark.parametrize("how", [disposed, lowered, expired, evicted, invalidated])
 def test_a_close_that_fails_loses_no_slot(
-    how: Callable[[QueriesPool], None], culprit: str, kind: type[BaseException], eventually: Eventually
+    how: Callable[[QueriesPool], None],
+    culprit: str,
+    kind: type[BaseException],
+    eventually: Eventually,
 ) -> None:
     """The listener or the driver raises: the connection counts as closed, and those behind it are closed."""
+    if how is invalidated and culprit == "driver" and kind is Interrupt and INTERRUPTS_ARE_KEPT:
+        pytest.skip(INTERRUPTS_ARE_KEPT)
     failing = [True]
     handles: list[Handle] = []
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import sqlalchemy.pool
 from fakes import FakeClock, FakeConnection, FakeDriver, Task
-from sqlalchemy import create_engine, event, exc
+from sqlalchemy import create_engine, exc
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.pool import garbage
@@ -61,24 +61,6 @@ def queue_up(
 
 
 # -- what tools read ---------------------------------------------------------------------------------
-
-
-def test_the_numbers_follow_the_connections(driver: FakeDriver) -> None:
-    """size, checkedin, checkedout and overflow tell how many connections the engine has, and has out."""
-    pool = QueriesPool(driver.connect, max_size=3)
-
-    def numbers() -> tuple[int, ...]:
-        return pool.size(), pool.checkedin(), pool.checkedout(), pool.overflow()
-
-    assert numbers() == (3, 0, 0, -3)
-    first, second = pool.connect(), pool.connect()
-    assert numbers() == (3, 0, 2, -1)
-    first.close()
-    assert numbers() == (3, 1, 1, -1)
-    second.close()
-    assert numbers() == (3, 2, 0, -1)
-    pool.dispose()
-    assert numbers() == (3, 0, 0, -3)
 
 
 def test_without_a_limit_the_size_is_zero_and_nothing_overflows(driver: FakeDriver) -> None:
@@ -130,50 +112,6 @@ def test_the_pid_is_public(driver: FakeDriver, pid: str) -> None:
 
 
 # -- checkout and check-in ---------------------------------------------------------------------------
-
-
-def test_the_connection_that_came_home_last_is_used_first(driver: FakeDriver) -> None:
-    """Last-in first-out, so that the connections that are not needed age out."""
-    pool = QueriesPool(driver.connect, max_size=3)
-    for connection in [pool.connect() for _ in range(3)]:
-        connection.close()
-    assert pool.connect().dbapi_connection is driver.connections[2]
-
-
-def test_without_use_lifo_the_one_idle_for_longest_is_used_first(driver: FakeDriver) -> None:
-    """``use_lifo=False`` is first-in first-out."""
-    pool = QueriesPool(driver.connect, max_size=3, use_lifo=False)
-    for connection in [pool.connect() for _ in range(3)]:
-        connection.close()
-    assert pool.connect().dbapi_connection is driver.connections[0]
-
-
-def test_a_connection_is_rolled_back_when_it_comes_home(driver: FakeDriver) -> None:
-    """SQLAlchemy's reset on return goes on as with every pool."""
-    pool = QueriesPool(driver.connect, max_size=1)
-    pool.connect().close()
-    assert driver.connections[0].calls["rollback"] == 1
-
-
-def test_closing_twice_gives_back_once(driver: FakeDriver) -> None:
-    """A second close() of what was checked out changes nothing, though somebody else has it by now."""
-    pool = QueriesPool(driver.connect, max_size=1)
-    first = pool.connect()
-    first.close()
-    second = pool.connect()
-    first.close()
-    assert (pool.checkedout(), pool.checkedin()) == (1, 0)
-    second.close()
-    assert (pool.checkedout(), pool.checkedin()) == (0, 1)
-
-
-def test_a_connection_that_nobody_refers_to_comes_home(driver: FakeDriver) -> None:
-    """SQLAlchemy's finalizer gives it back, rolled back."""
-    pool = QueriesPool(driver.connect, max_size=1, timeout=0)
-    pool.connect()
-    gc.collect()
-    assert pool.checkedin() == 1
-    assert driver.connections[0].calls["rollback"] == 1
 
 
 # -- waiting -----------------------------------------------------------------------------------------
@@ -499,40 +437,6 @@ def test_no_exception_while_connecting_loses_the_slot(error: type[BaseException]
     pool.connect().close()
 
 
-def test_a_connect_listener_that_fails_leaves_no_socket(driver: FakeDriver) -> None:
-    """What a ``connect`` event could not configure is closed, and its slot is free."""
-    pool = QueriesPool(driver.connect, max_size=1, timeout=0)
-    refuse = [True]
-
-    @event.listens_for(pool, "connect")
-    def configure(dbapi_connection: Any, record: Any) -> None:
-        if refuse:
-            raise RuntimeError("no such search_path")
-
-    with pytest.raises(RuntimeError, match="search_path"):
-        pool.connect()
-    assert driver.numbers() == []
-    assert pool.checkedout() == 0
-    refuse.clear()
-    pool.connect().close()
-    assert driver.peak == 1
-
-
-def test_a_checkout_listener_that_fails_gives_the_connection_back(driver: FakeDriver) -> None:
-    """An error in a ``checkout`` event loses no slot."""
-    pool = QueriesPool(driver.connect, max_size=1, timeout=0)
-
-    @event.listens_for(pool, "checkout")
-    def refuse(dbapi_connection: Any, record: Any, proxy: Any) -> None:
-        raise RuntimeError("not today")
-
-    for _ in range(3):
-        with pytest.raises(RuntimeError, match="not today"):
-            pool.connect()
-    assert pool.checkedout() == 0
-    assert len(driver.live) <= 1
-
-
 # -- what SQLAlchemy closes and opens by itself ------------------------------------------------------
 
 
@@ -598,59 +502,6 @@ def test_a_reconnect_that_fails_serves_the_next_waiter(driver: FakeDriver, event
         first.result()
     waiters[0].result()
     assert driver.peak == 1
-
-
-def test_a_soft_invalidation_reopens_in_its_slot(driver: FakeDriver) -> None:
-    """The connection stays open until its next checkout, and is closed before the new one opens."""
-    pool = QueriesPool(driver.connect, max_size=1, timeout=0)
-    connection = pool.connect()
-    connection.invalidate(soft=True)
-    connection.close()
-    assert driver.numbers() == [1]
-    connection = pool.connect()
-    assert driver.events == ["open 1", "close 1", "open 2"]
-    connection.close()
-
-
-def test_recycle_reopens_in_its_slot(driver: FakeDriver) -> None:
-    """``recycle`` replaces what is too old at its checkout: never two sockets for one slot."""
-    pool = QueriesPool(driver.connect, max_size=1, timeout=0, recycle=60)
-    connection = pool.connect()
-    record: Any = connection._connection_record  # type: ignore[attr-defined]
-    connection.close()
-    pool.connect().close()
-    assert driver.numbers() == [1]
-    record.starttime -= 61
-    connection = pool.connect()
-    assert driver.events == ["open 1", "close 1", "open 2"]
-    assert report(pool)["connections"]["open"] == 1
-    connection.close()
-
-
-def test_pre_ping_reopens_in_its_slot(driver: FakeDriver) -> None:
-    """A connection that does not answer is replaced before anybody gets it, within its slot."""
-    engine = create_engine(
-        "fake://host/pre_ping",
-        module=driver,
-        poolclass=QueriesPool,
-        max_size=1,
-        pool_timeout=0,
-        pool_pre_ping=True,
-    )
-
-    def dead(connection: FakeConnection) -> None:
-        if connection.number == 1:
-            raise FakeDriver.OperationalError("server closed the connection unexpectedly")
-
-    engine.connect().close()
-    driver.on_ping = dead
-    connection = engine.connect()
-    assert driver.numbers() == [2]
-    assert driver.peak == 1
-    assert engine.pool.checkedout() == 1  # type: ignore[attr-defined]
-    connection.close()
-    assert engine.pool.checkedin() == 1  # type: ignore[attr-defined]
-    engine.dispose()
 
 
 def test_what_is_detached_frees_its_slot_and_is_shown_until_it_is_closed(driver: FakeDriver) -> None:
@@ -768,5 +619,7 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "pool_size",
         "max_overflow",
         "gc_on_wait",
+        "ping_after",
+        "ping_timeout",
     }
     assert issubclass(QueriesPool, sqlalchemy.pool.Pool)

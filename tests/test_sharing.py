@@ -459,15 +459,3 @@ def test_an_sqlite_database_in_memory_is_one_connection_for_ever(url: str) -> No
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 0
     for engine in (one, two):
         engine.dispose()
-
-
-def test_an_sqlite_connection_wanders_through_threads(tmp_path: Path) -> None:
-    """As with QueuePool: SQLAlchemy tells pysqlite that the threads take turns."""
-    engine = sqlite(f"sqlite:///{tmp_path}/threads.db")
-
-    def ask() -> Any:
-        with engine.connect() as connection:
-            return connection.execute(text("SELECT 1")).scalar()
-
-    assert [Task(ask).result() for _ in range(3)] == [1, 1, 1]
-    engine.dispose()

@@ -12,11 +12,14 @@ from collections.abc import Callable
 from threading import get_ident
 from typing import Any, ClassVar
 
+from .. import liveness
+from ..connect_errors import passes
 from ..errors import QueriesException
 from ..gates import ThreadGate
 from ..housekeeping import Housekeeper, Worker
 from ..ledger import GAVE_WAY, PATIENCE, SPARE, Ledger
 from ..logs import logger
+from ..retirement import pause as pause_after
 from ..slots import (
     HELD,
     Attachment,
@@ -33,6 +36,8 @@ from .connection import Connection
 from .garbage import GC_AFTER, collect_garbage
 from .guard import Guard
 
+REMEMBERED = 30.0
+"""Seconds for which a database that was there counts as one that will be there again."""
 every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
 """All that there are in the process, also those that no PoolManager knows."""
 
@@ -59,6 +64,8 @@ class Core(Guard):
         """Called by the housekeeper when there were no slots and no engines for the idle TTL; the
         PoolManager's, for the pools that it knows."""
         self._warned_of_no_limit = False
+        self._last_open = -math.inf
+        """When a connection was closed last: until then, at least, the database was there."""
         self._worker = Worker()
         every_pool.add(self)
         self._ledger = Ledger(self._entry_died, self._new_connection)
@@ -99,12 +106,16 @@ class Core(Guard):
         self._ledger.due = self._clock() + 1.0  # unlocked: at worst it is reminded twice
         self.housekeeper.schedule(self, 0.0)
 
-    def wait(self, attachment: Attachment, timeout: float, gc_on_wait: bool) -> Any:
+    def wait(
+        self, attachment: Attachment, timeout: float, gc_on_wait: bool, since: float | None = None
+    ) -> Any:
         """Wait in line for what :meth:`take` returns.
 
         :param timeout: seconds, ``inf`` for as long as it takes; with 0 it may still have a slot that
             somebody can give up.
         :param gc_on_wait: ask the collector for abandoned connections meanwhile.
+        :param since: since when it waits, by the pool's clock, if it was in line before: it has its place
+            again.
         :return: None if ``timeout`` was over first.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
@@ -114,12 +125,15 @@ class Core(Guard):
         waiter = ThreadGate(attachment, get_ident())
         entry = None
         try:
-            entry = self._decide(self._ledger.join, waiter, self._clock())
+            entry = self._decide(self._ledger.join, waiter, self._clock(), since)
             # It looks again when time has changed what it may have, and every second, so that
             # nothing depends on one wake-up.
             pauses = itertools.chain((SPARE, PATIENCE - SPARE, GC_AFTER - PATIENCE), itertools.repeat(1.0))
             while entry is None:
-                waiter.wait(max(0.0, min(next(pauses), deadline - time.monotonic())))
+                pause = next(pauses)
+                if self._ledger.refusals:
+                    pause = min(pause, max(0.01, self._ledger.retry_at - self._clock()))
+                waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
                 now = time.monotonic()
                 if waiter.answer is None:
                     self._do(self._decide(self._ledger.insist, waiter, self._clock(), now >= deadline))
@@ -197,13 +211,23 @@ class Core(Guard):
     def opened(self, slot: Connection) -> None:
         """The caller of :meth:`take` has opened the connection, and holds it now."""
         self.listed = True
-        self._decide(self._ledger.opened, slot, self._clock())
+        self._do(self._decide(self._ledger.opened, slot, self._clock()))
+
+    def refused(self, error: BaseException) -> bool:
+        """Is it worth trying again?  Then there is a pause now, in which nobody of this pool connects.
+
+        It is, where the error passes by itself, and the database was there a moment ago; one that is not
+        there when the application starts is the application's affair.
+        """
+        known = self._by_handle or self._clock() - self._last_open <= REMEMBERED
+        if not known or not isinstance(error, Exception) or not passes(error):
+            return False
+        self._decide(self._ledger.refused, pause_after, self._clock())
+        return True
 
     def failed(self, permit: Permit, error: BaseException | None) -> None:
         """The caller of :meth:`take` could not open it; the slot goes to the next waiter."""
         slot: Connection = permit.slot  # type: ignore[assignment]
-        if isinstance(error, Exception):
-            self.connect_failed(error)
         try:
             self.close_evicted(permit)
             self._drop_handle(slot)
@@ -240,6 +264,8 @@ class Core(Guard):
     def socket_opened(self, slot: Connection, handle: Any, generation: int) -> None:
         """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
         self.last_connect_error = None
+        slot.poll = liveness.poll_of(handle)
+        slot.suspect = False
         slot.generation = generation
         slot.process = os.getpid()
         self._detached.pop(id(handle), None)  # the id of one that died unseen
@@ -250,10 +276,17 @@ class Core(Guard):
         """A socket was closed, by the holder of its slot or by who detached it."""
         slot = self._by_handle.get(id(handle))
         if slot is not None and slot.handle is handle:
+            self._last_open = self._clock()
             del self._by_handle[id(handle)]
-            slot.handle = None
+            slot.handle = slot.poll = None
+            slot.suspect = True
         else:
             self._detached.pop(id(handle), None)
+
+    def found_dead(self, slot: Connection) -> None:
+        """A connection was found dead before it was used: older ones are suspect."""
+        liveness.hang_up(slot.handle)
+        self._decide(self._ledger.suspect, self._clock())
 
     # -- engines -----------------------------------------------------------------------------------
 

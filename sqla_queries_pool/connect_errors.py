@@ -1,0 +1,39 @@
+"""Which errors of connecting pass by themselves.
+
+PostgreSQL says why it refuses by an SQLSTATE, but libpq hands the text alone to the drivers when a
+connection could not be made, so it is the text that is read: the server's messages in English
+(``lc_messages``), libpq's own in the language of the drivers' wheels, which is English.
+https://www.postgresql.org/docs/current/errcodes-appendix.html
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+_TEXTS: Final = (
+    # 53300, of the server, a role, a database; and what is kept back for superusers.
+    r"too many (clients already|connections for (role|database))",
+    r"remaining connection slots are reserved",
+    # 57P03 and 57P01: it is about to be there, or about to go.
+    r"the database system is (starting up|shutting down|in recovery mode|not (yet )?accepting connections)",
+    r"terminating connection due to (administrator command|crash)",
+    # Nobody listens, or not any more: a restart. A unix socket is not there meanwhile.
+    r"Connection (refused|reset by peer|timed out)",
+    r"server closed the connection unexpectedly",
+    r"connection to server on socket .* failed: No such file or directory",
+    r"timeout expired",
+    r"connection timeout",
+    # PgBouncer.
+    r"no more connections allowed",
+    r"server login has been failing",
+    r"pgbouncer cannot connect to server|query_wait_timeout",
+)
+_PASSES: Final = re.compile("|".join(_TEXTS), re.IGNORECASE)
+_STATES: Final = ("53300", "57P01", "57P02", "57P03")
+
+
+def passes(error: BaseException) -> bool:
+    """Is it worth trying again a moment later?  Not where it is the password, or the name of the database."""
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return state in _STATES if state else _PASSES.search(str(error)) is not None

@@ -1,0 +1,134 @@
+"""Is this socket alive?  Asked without a round trip (design 12).
+
+A connection that nobody uses has nothing to say: its socket is readable only if the server has hung up,
+or has sent something unasked.  Which of these it is, a look at the bytes tells; they stay where they are,
+for the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections.abc import Callable
+from typing import Any, Final
+
+AVAILABLE: Final = hasattr(select, "poll") and hasattr(socket, "MSG_DONTWAIT")
+"""Has the platform the calls?  Windows has no ``poll``; ``select`` knows no descriptor above 1023."""
+
+Poll = Callable[[int], Any]
+"""Called with 0, returns something true if there may be news: then :func:`look`."""
+
+ALIVE, DEAD, DOUBT = "alive", "dead", "in doubt"
+
+_HUNG_UP = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
+_UNASKED: Final = b"ANS"
+"""Types of messages that a healthy server sends unasked: notification, notice, parameter status.
+https://www.postgresql.org/docs/current/protocol-message-formats.html"""
+_PEEKED: Final = 8192
+_nothing: Final[Poll] = dict[int, Any]().get  # without a frame of Python's; what it returns, None, is no news
+
+
+def poll_of(handle: Any) -> Poll:
+    """Return what tells at once whether there is news on the socket of a DBAPI connection.
+
+    Where the driver does not tell its descriptor, or the platform can't look, there never is any.
+    """
+    fd = _socket_of(handle)
+    if fd is None:
+        return _nothing
+    poll = select.poll()
+    poll.register(fd, select.POLLIN | getattr(select, "POLLRDHUP", 0))
+    return poll.poll
+
+
+def look(handle: Any, poll: Poll) -> str:
+    """Return whether a connection with news is alive, dead or in doubt, which takes a ping to tell.
+
+    Dead is one that the server has hung up on, or said an error to: it says why before it hangs up.
+    In doubt is what can't be read: under TLS everything is encrypted.
+    """
+    news = poll(0)
+    if not news:
+        return ALIVE
+    if any(events & _HUNG_UP for _, events in news):
+        return DEAD
+    try:
+        copy = socket.socket(fileno=os.dup(handle.fileno()))
+    except OSError:
+        return DEAD
+    try:
+        return _read(copy.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+    except BlockingIOError:
+        return ALIVE  # it was read meanwhile
+    except OSError:
+        return DEAD
+    finally:
+        copy.close()
+
+
+def hang_up(handle: Any) -> None:
+    """Shut the socket down, without a word to the server and without closing the descriptor.
+
+    Whoever reads from it or writes to it, in the driver or in TLS, finds its end at once; so what follows
+    on a connection that is half dead, its close for one, can't block.
+    """
+    with contextlib.suppress(Exception), socket.socket(fileno=os.dup(handle.fileno())) as copy:
+        copy.shutdown(socket.SHUT_RDWR)
+
+
+class Fuse:
+    """Hangs a connection up that takes too long to answer; the housekeeper lights it.
+
+    A driver that waits for an answer can't be told to stop waiting, least of all by another thread; but its
+    socket can be ended under it.
+    """
+
+    def __init__(self, handle: Any) -> None:
+        self._handle: Any = handle
+        self._lock = threading.Lock()
+        self.blown = False
+        """Has it hung up?"""
+
+    def sweep(self) -> None:
+        """It took too long."""
+        with self._lock:
+            if self._handle is not None:
+                self.blown = True
+                hang_up(self._handle)
+
+    def neglected(self) -> None:
+        """The housekeeper's thread has died."""
+
+    def remove(self) -> None:
+        """There was an answer."""
+        with self._lock:
+            self._handle = None
+
+
+def _read(peeked: bytes) -> str:
+    """Judge by the messages that are waiting: a byte of type, then the length, which counts itself."""
+    if not peeked:
+        return DEAD  # the end of the stream
+    position = 0
+    while position < len(peeked):
+        kind = peeked[position : position + 1]
+        if kind == b"E":
+            return DEAD
+        length = int.from_bytes(peeked[position + 1 : position + 5], "big")
+        if kind not in _UNASKED or length < 4:
+            return DOUBT
+        position += 1 + length
+    return ALIVE
+
+
+def _socket_of(handle: Any) -> int | None:
+    if not AVAILABLE:
+        return None
+    try:
+        fd = handle.fileno()
+        return fd if isinstance(fd, int) and fd >= 0 else None
+    except Exception:  # no such method, or closed
+        return None
