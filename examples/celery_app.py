@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from celery import Celery
-from celery.signals import worker_init, worker_process_init
+from celery.signals import worker_init
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -46,14 +46,8 @@ class Order(Base):
 
 @worker_init.connect
 def make_tables(**_: object) -> None:
-    """In the parent, before it forks.  It keeps the connection that this took."""
+    """In the parent, before it forks.  The connection that this took stays the parent's."""
     Base.metadata.create_all(engine)
-
-
-@worker_process_init.connect
-def forget_the_parents_connections(**_: object) -> None:
-    """In each child, before its first task: the sockets that it has inherited are its parent's."""
-    engine.dispose(close=False)
 
 
 @app.task

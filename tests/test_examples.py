@@ -217,6 +217,11 @@ results = [take_order.delay(f"article {n}") for n in range(30)]
 print(json.dumps([result.get(timeout=60) for result in results]))
 """
 
+BRIEF = """
+from celery_app import app, engine, take_order
+engine.pool._shared.set_idle_ttl(1)
+"""
+
 
 def test_the_children_of_a_celery_worker_have_connections_of_their_own(
     run: Run,
@@ -259,6 +264,20 @@ def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> str:
     return ended.stdout
 
 
+def test_idle_connections_close_in_the_children_of_a_celery_worker_and_in_itself(
+    run: Run, environment: dict[str, str], tmp_path: Path, pg_url: str, pg_observer: Observer, eventually: Any
+) -> None:
+    """Although the parent has used the engine before it forked; and the next task has a connection again."""
+    pytest.importorskip("celery")
+    (tmp_path / "brief_app.py").write_text(BRIEF)
+    worker = run(["celery", "-A", "brief_app", "worker", "--concurrency", "2"])
+    program = TASKS.replace("celery_app", "brief_app")
+    for _ in range(2):
+        assert json.loads(run_to_its_end([sys.executable, "-c", program], environment))
+        eventually(lambda: not backends(pg_observer, pg_url), "all idle connections close", seconds=30)
+    assert not worker.ended()
+
+
 # -- gunicorn
 
 WSGI = """
@@ -266,7 +285,8 @@ import os
 from flask_app import Note, create_app, db
 from sqlalchemy import func, select
 
-app = create_app(SQLALCHEMY_ENGINE_OPTIONS={"max_size": 3, "idle_ttl": None, "pool_timeout": 30})
+ttl = float(os.environ["IDLE_TTL"])
+app = create_app(SQLALCHEMY_ENGINE_OPTIONS={"max_size": 3, "idle_ttl": ttl, "pool_timeout": 30})
 
 @app.post("/busy")
 def busy():
@@ -274,7 +294,7 @@ def busy():
     db.session.execute(select(func.pg_sleep(0.02)))
     return [os.getpid(), db.session.scalars(select(func.pg_backend_pid())).one()]
 
-with app.app_context():  # where it is preloaded, the parent does this, and keeps the connection
+with app.app_context():  # where it is preloaded, the parent does this, and has the connection idle
     db.session.scalars(select(1)).one()
     db.session.remove()
 """
@@ -298,7 +318,9 @@ def test_gunicorn_has_at_most_workers_times_max_size_connections(
     pytest.importorskip("flask_sqlalchemy")
     (tmp_path / "loaded_app.py").write_text(WSGI)
     address = f"127.0.0.1:{free_port()}"
-    program = run([*shlex.split(command), "loaded_app:app"], GUNICORN_CMD_ARGS=arguments(address))
+    program = run(
+        [*shlex.split(command), "loaded_app:app"], GUNICORN_CMD_ARGS=arguments(address), IDLE_TTL="600"
+    )
     wait_for(f"http://{address}/none", program, eventually)
     of_parent = 1 if "--preload" in command else 0
     parents = backends(pg_observer, pg_url) if of_parent else set()
@@ -320,6 +342,27 @@ def test_gunicorn_has_at_most_workers_times_max_size_connections(
     program.stop()
     assert "Traceback" not in program.said()
     eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
+
+
+def test_idle_connections_close_in_preloaded_workers_and_in_their_parent(
+    run: Run, tmp_path: Path, pg_url: str, pg_observer: Observer, eventually: Callable[..., None]
+) -> None:
+    """Although the parent has used the engine before it forked, and so its housekeeper lived; and afterwards
+    the workers serve."""
+    pytest.importorskip("gunicorn")
+    pytest.importorskip("flask_sqlalchemy")
+    (tmp_path / "loaded_app.py").write_text(WSGI)
+    address = f"127.0.0.1:{free_port()}"
+    command = shlex.split("gunicorn -c gunicorn_conf.py --preload loaded_app:app")
+    program = run(command, GUNICORN_CMD_ARGS=arguments(address), IDLE_TTL="1")
+    wait_for(f"http://{address}/none", program, eventually)
+    for _ in range(2):
+        found: list[tuple[int, int]] = []
+        while len(by_process(found)) < WORKERS:
+            found += load(lambda: tuple(ask(f"http://{address}/busy", b"")))
+        assert program.pid not in by_process(found)
+        eventually(lambda: not backends(pg_observer, pg_url), "all idle connections close", seconds=30)
+    assert not program.ended()
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,7 @@ from sqla_queries_pool.pool import Pool
 from sqla_queries_pool.slots import Attachment, NotHeld, Quota
 
 Eventually = Callable[..., None]
-VERSION = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:3])  # noqa: RUF048
+VERSION = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:3])
 INTERRUPTS_ARE_KEPT = (
     "before 2.0.56 SQLAlchemy keeps a record until the BaseException that its reset has raised is forgotten"
     if VERSION < (2, 0, 56)
