@@ -36,4 +36,9 @@ _STATES: Final = ("53300", "57P01", "57P02", "57P03")
 def passes(error: BaseException) -> bool:
     """Is it worth trying again a moment later?  Not where it is the password, or the name of the database."""
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    return state in _STATES if state else _PASSES.search(str(error)) is not None
+    if state:
+        return state in _STATES
+    # Of several hosts, or addresses of one, libpq tells all that it tried; what a server has said counts.
+    text = str(error)
+    said = [line for line in text.splitlines() if "FATAL:" in line]
+    return all(_PASSES.search(line) for line in said or [text])

@@ -9,7 +9,9 @@ nothing here can block or deadlock a check-in.
 from __future__ import annotations
 
 import _thread
+import functools
 import heapq
+import operator
 import threading
 import time
 import weakref
@@ -43,6 +45,10 @@ class _PartTimeThread:
         self._body = body
         self._mail: SimpleQueue[Any] = SimpleQueue()
         self._running = threading.Lock()
+        self._try = functools.partial(self._running.acquire, False)
+
+    # A property without a frame, as in pool/guard.py: no asynchronous exception comes between it and a `try`.
+    _try_running = property(operator.methodcaller("_try"))
 
     def post(self, item: Any) -> None:
         self._mail.put(item)
@@ -50,20 +56,25 @@ class _PartTimeThread:
 
     def start(self) -> None:
         """Start the thread unless it runs."""
-        if not self._running.acquire(False):
-            return
-        try:
-            # threading.Thread.start() takes a lock of the module's own and waits for the thread: a
-            # finalizer that runs inside threading.enumerate() would deadlock there.  So a bare
-            # thread starts the real one, which has a name and is seen by threading.enumerate().
-            _thread.start_new_thread(self._launch, ())
-        except BaseException as error:
-            self._running.release()
-            # Too many threads, or the interpreter is about to end: the next post tries again.
-            if not isinstance(error, RuntimeError):
-                raise
+        # Whoever takes it has the lock to let go of: the thread, or this one if it could not start it.
+        # An asynchronous exception can come when the thread has been started already.
+        token = [True]
+        if self._try_running:
+            try:
+                # threading.Thread.start() takes a lock of the module's own and waits for the thread: a
+                # finalizer that runs inside threading.enumerate() would deadlock there.  So a bare
+                # thread starts the real one, which has a name and is seen by threading.enumerate().
+                _thread.start_new_thread(self._launch, (token,))
+            except BaseException as error:
+                if _taken(token):
+                    self._running.release()
+                # Too many threads, or the interpreter is about to end: the next post tries again.
+                if not isinstance(error, RuntimeError):
+                    raise
 
-    def _launch(self) -> None:
+    def _launch(self, token: list[bool]) -> None:
+        if not _taken(token):
+            return
         try:
             threading.Thread(target=self._run, name=self._name, daemon=True).start()
         except BaseException:
@@ -76,6 +87,14 @@ class _PartTimeThread:
             self._running.release()
             if not self._mail.empty():
                 self.start()
+
+
+def _taken(token: list[bool]) -> bool:
+    """Take the token: one of those who try gets it."""
+    try:
+        return token.pop()
+    except IndexError:
+        return False
 
 
 class Housekeeper:

@@ -23,6 +23,7 @@ What always holds when no method is running; :meth:`Ledger.check` asserts it:
 
 from __future__ import annotations
 
+import heapq
 import math
 import weakref
 from collections.abc import Callable, Iterator
@@ -39,10 +40,12 @@ from .slots import (
     Close,
     Due,
     EntryRef,
+    Fill,
     NotHeld,
     Numbers,
     Permit,
     Quota,
+    Renew,
     Reset,
     Slot,
     Waiter,
@@ -70,6 +73,8 @@ PATIENCE_FACTOR = 4.0
 engine go first although it came first itself."""
 
 
+LOOK_EVERY = 5.0
+"""Seconds between two looks at whether an engine still has its ``min_size`` of living connections."""
 SUSPECTED_FOR = 1.0
 """Seconds for which one connection that was found dead makes only those suspect that are idle then."""
 
@@ -108,6 +113,10 @@ class Ledger:
         """When :meth:`expire` is to be called next, as far as anybody was told."""
         self.mean_wait = 0.0
         """Moving mean of how long the served waited, in seconds."""
+        self.lifetimes: list[tuple[float, int, weakref.ref[Slot]]] = []
+        """Heap: when the lifetime of a connection is over; also of some that are gone by then."""
+        self.renewing: Slot | None = None
+        """The connection that is being renewed: one at a time, so that few are missed."""
         self.suspected_at = -math.inf
         """When all idle connections were last suspected together."""
         self.refusals = 0
@@ -129,7 +138,7 @@ class Ledger:
         if attachment.idle:
             entry = attachment.pop()
             slot = entry.slot
-            if now - slot.since >= attachment.ping_after:
+            if now - slot.since >= attachment.ping_after or now >= slot.expires:
                 slot.suspect = True
             slot.state = HELD
             slot.holder = holder
@@ -157,6 +166,7 @@ class Ledger:
             or slot.handle is None
             or slot.generation < attachment.retired
             or len(self.slots) > self.limit
+            or now >= slot.expires
         ):
             return self._give_on(attachment, entry, slot, now)
         slot.state = IDLE
@@ -181,21 +191,27 @@ class Ledger:
             return [self._close(entry, LOWERED)]
         if slot.generation < attachment.retired:
             return [self._close(entry, DISPOSED)]
+        if slot.handle is not None and now >= slot.expires and not self.lines:
+            return self._idle_again(attachment, entry, now) + self._count_lifetime(slot) + self._renew(now)
         hollow = slot.handle is None
         waiter = self._next_for(attachment, hollow, now)
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
         if connects and not self._may_connect(now):
             waiter = None if hollow else next(iter(attachment.line), None)
         if waiter is None:
-            slot.state = IDLE
-            (attachment.idle if slot.handle is not None else attachment.hollow).append(entry)
-            return self._due(now + attachment.ttl)
+            return self._idle_again(attachment, entry, now)
         if waiter.attachment is attachment:
             # Direct hand-over: never idle in between, so no newcomer can overtake.
             return [self._answer(waiter, self._hold(entry, waiter.holder, now), now)]
         self._strike(slot)
         permit = self._permit(waiter.attachment, waiter.holder, now, entry)
         return [self._answer(waiter, permit, now)]
+
+    def _idle_again(self, attachment: Attachment, entry: Any, now: float) -> Work:
+        slot = entry.slot
+        slot.state = IDLE
+        (attachment.idle if slot.handle is not None else attachment.hollow).append(entry)
+        return self._due(now + attachment.ttl)
 
     def _next_for(self, attachment: Attachment, hollow: bool, now: float) -> Waiter | None:
         """Choose who gets a slot of this attachment that has come home (design 6)."""
@@ -236,12 +252,14 @@ class Ledger:
         if self.refusals and now < self.retry_at:
             return None
         evicts = None
-        if quota.full or len(self.slots) >= self.limit:
+        full = quota.full or len(self.slots) >= self.limit
+        if full or self.refusals:  # a server that is full has room for what gives way here
             before = now if insist or not quota.slots else now - SPARE
             evicts = self._pick(quota, quota.full, before)
-            if evicts is None:
+            if evicts is not None:
+                self._strike(evicts.slot)
+            elif full:
                 return None
-            self._strike(evicts.slot)
         self._may_connect(now)
         return self._permit(attachment, holder, now, evicts)
 
@@ -365,10 +383,25 @@ class Ledger:
         slot.instead_of = None
         slot.state = HELD
         slot.since = now
-        if not self.refusals:
+        work = self._count_lifetime(slot)
+        attachment = slot.home() if slot.home is not None else None
+        if attachment is not None and attachment.min_size:
+            attachment.warm = True
+            if attachment.min_size > self._size(attachment):
+                work += self._due(now)  # the first of several
+        return work + self.let_in(now)
+
+    def _count_lifetime(self, slot: Slot) -> Work:
+        if slot.expires == math.inf:
             return []
-        self.refusals = 0
-        return self._serve(now)  # those who waited for the server to let us in
+        heapq.heappush(self.lifetimes, (slot.expires, id(slot), weakref.ref(slot)))
+        return self._due(slot.expires)
+
+    @staticmethod
+    def _size(attachment: Attachment) -> int:
+        """How many connections an engine has, or has somebody open."""
+        slots = [slot for slot in attachment.quota.slots if slot.home is attachment.ref]
+        return sum(slot.state is not CLOSING for slot in slots) - len(attachment.hollow)
 
     def refused(self, pauses: Callable[[int], float], now: float) -> None:
         """The server has refused a connection, and it is worth trying again: after a pause.
@@ -381,6 +414,13 @@ class Ledger:
         self.refusals += 1
         self.retry_after = pauses(self.refusals)
         self.retry_at = now + self.retry_after
+
+    def let_in(self, now: float) -> Work:
+        """The server refuses nobody any more, or it is no use to wait for it: everybody may try."""
+        if not self.refusals:
+            return []
+        self.refusals = 0
+        return self._serve(now)
 
     def suspect(self, now: float) -> None:
         """One was found dead: suspect all that are idle, once per second at most."""
@@ -568,7 +608,7 @@ class Ledger:
         """Take the locks from sessions that have died."""
         return [slot for slot in attachment.lent if slot.stale and self.unlock(slot)]
 
-    def start_anew(self) -> None:
+    def start_anew(self, now: float) -> Work:
         """In a forked child: engines and limits stay, slots and waiters are the parent's.
 
         Another thread may have been inside a method when the process forked.  That thread is not here, and
@@ -587,6 +627,11 @@ class Ledger:
         self.due = math.inf
         self.mean_wait = 0.0
         self.refusals = 0
+        self.lifetimes.clear()
+        self.renewing = None
+        # Whose death nobody was told, because the letter lay in the parent's inbox.
+        self.attachments = {ref: quota for ref, quota in self.attachments.items() if ref() is not None}
+        return self._relimit(now) + self._vacancy(now)
 
     # -- limits, ages, engines ---------------------------------------------------------------------
 
@@ -642,13 +687,71 @@ class Ledger:
         due = math.inf
         for attachment in self._everyone():
             work += [Reset(slot) for slot in attachment.lent if slot.stale]
-            for entries in (attachment.idle, attachment.hollow):
-                while entries and entries[0].slot.since + attachment.ttl <= now:
+            spare = self._size(attachment) - attachment.min_size if attachment.min_size else math.inf
+            for entries in (attachment.hollow, attachment.idle):
+                while entries and spare > 0 and entries[0].slot.since + attachment.ttl <= now:
+                    if entries is attachment.idle:
+                        spare -= 1
                     work.append(self._close(entries.popleft(), IDLE_TTL))
-                if entries:
+                if entries and spare > 0:
                     due = min(due, entries[0].slot.since + attachment.ttl)
+            if attachment.warm:
+                due = min(due, now + LOOK_EVERY)
+                if spare < 0:
+                    work.append(Fill(attachment))
         self.due = math.inf
-        return work + self._due(due) + self._vacancy(now)
+        return work + self._renew(now) + self._due(due) + self._vacancy(now)
+
+    def _renew(self, now: float) -> Work:
+        """Have the next connection renewed whose lifetime is over, if it is idle; else when it comes home."""
+        if self.refusals:
+            return self._due(now + LOOK_EVERY) if self.lifetimes else []
+        while self.lifetimes and self.renewing is None and self.lifetimes[0][0] <= now:
+            slot = heapq.heappop(self.lifetimes)[2]()
+            if slot is None or slot.state is not IDLE or slot.expires > now or slot.handle is None:
+                continue
+            attachment = slot.home() if slot.home is not None else None
+            entry = slot.entry() if slot.entry is not None else None
+            if attachment is None or entry is None:
+                continue
+            attachment.idle.remove(entry)
+            self.renewing = slot
+            slot.state, slot.holder, since = HELD, None, slot.since
+            return [Renew(slot, entry, since)]
+        return self._due(self.lifetimes[0][0]) if self.lifetimes and self.renewing is None else []
+
+    def renewed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
+        """Take back what was renewed, or could not be; unless somebody waits, it is as idle as before."""
+        self.renewing = None
+        attachment = slot.home() if slot.home is not None else None
+        work: Work = []
+        if slot.state is HELD and attachment is not None:
+            work = self.give(attachment, entry, now) or []
+            if slot.state is IDLE and slot.handle is not None:
+                work += self._count_lifetime(slot)
+                slot.since = since
+                idle = attachment.idle
+                idle.remove(entry)
+                idle.insert(sum(other.slot.since <= since for other in idle), entry)
+                work += self._due(since + attachment.ttl)
+        return work + self._renew(now)
+
+    def expire_now(self, attachment: Attachment, now: float) -> Work:
+        """End the lifetime of all that an engine has: one after the other is renewed, those out at home."""
+        for slot in attachment.quota.slots:
+            if slot.home is attachment.ref and slot.handle is not None:
+                slot.expires = now
+                heapq.heappush(self.lifetimes, (now, id(slot), weakref.ref(slot)))
+        return self._renew(now)
+
+    def reserve(self, attachment: Attachment, now: float) -> Permit | None:
+        """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
+        free = not attachment.quota.full and len(self.slots) < self.limit and not self.lines
+        if not free or self._size(attachment) >= attachment.min_size or not self._may_connect(now):
+            return None
+        permit = self._permit(attachment, 0, now, None)
+        permit.slot.holder = None
+        return permit
 
     def _due(self, at: float) -> Work:
         if at >= self.due:

@@ -12,7 +12,7 @@ import os
 import select
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 AVAILABLE: Final = hasattr(select, "poll") and hasattr(socket, "MSG_DONTWAIT")
@@ -28,45 +28,55 @@ _UNASKED: Final = b"ANS"
 """Types of messages that a healthy server sends unasked: notification, notice, parameter status.
 https://www.postgresql.org/docs/current/protocol-message-formats.html"""
 _PEEKED: Final = 8192
+_anything: Final[Poll] = str  # the same: what it returns, "0", may be news
 _nothing: Final[Poll] = dict[int, Any]().get  # without a frame of Python's; what it returns, None, is no news
 
 
 def poll_of(handle: Any) -> Poll:
     """Return what tells at once whether there is news on the socket of a DBAPI connection.
 
-    Where the driver does not tell its descriptor, or the platform can't look, there never is any.
+    Where the driver does not tell its descriptor there never is any; where the platform can't look there
+    always may be.
     """
-    fd = _socket_of(handle)
-    if fd is None:
+    try:
+        fd = handle.fileno()
+    except Exception:  # no such method, or closed
         return _nothing
+    if not isinstance(fd, int) or fd < 0:
+        return _nothing
+    if not AVAILABLE:
+        return _anything
     poll = select.poll()
     poll.register(fd, select.POLLIN | getattr(select, "POLLRDHUP", 0))
     return poll.poll
 
 
 def look(handle: Any, poll: Poll) -> str:
-    """Return whether a connection with news is alive, dead or in doubt, which takes a ping to tell.
+    """Return whether a connection is alive, dead or in doubt, which takes a ping to tell.
 
     Dead is one that the server has hung up on, or said an error to: it says why before it hangs up.
     In doubt is what can't be read: under TLS everything is encrypted.
     """
+    if not AVAILABLE:
+        return DOUBT
     news = poll(0)
     if not news:
         return ALIVE
     if any(events & _HUNG_UP for _, events in news):
         return DEAD
     try:
-        copy = socket.socket(fileno=os.dup(handle.fileno()))
-    except OSError:
+        fd = handle.fileno()
+    except Exception:  # closed behind the pool's back
         return DEAD
     try:
-        return _read(copy.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT))
+        with _borrowed(fd) as end:
+            return _read(end.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except BlockingIOError:
         return ALIVE  # it was read meanwhile
-    except OSError:
+    except ConnectionError:
         return DEAD
-    finally:
-        copy.close()
+    except OSError:  # no socket at all
+        return DOUBT
 
 
 def hang_up(handle: Any) -> None:
@@ -75,8 +85,21 @@ def hang_up(handle: Any) -> None:
     Whoever reads from it or writes to it, in the driver or in TLS, finds its end at once; so what follows
     on a connection that is half dead, its close for one, can't block.
     """
-    with contextlib.suppress(Exception), socket.socket(fileno=os.dup(handle.fileno())) as copy:
-        copy.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(Exception), _borrowed(handle.fileno()) as end:
+        end.shutdown(socket.SHUT_RDWR)
+
+
+@contextlib.contextmanager
+def _borrowed(fd: int) -> Iterator[socket.socket]:
+    """A socket object for a descriptor that is and remains another's."""
+    blocking = os.get_blocking(fd)
+    end = socket.socket(fileno=fd)
+    try:
+        yield end
+    finally:
+        end.detach()
+        if os.get_blocking(fd) != blocking:  # socket.setdefaulttimeout() was called
+            os.set_blocking(fd, blocking)
 
 
 class Fuse:
@@ -122,13 +145,3 @@ def _read(peeked: bytes) -> str:
             return DOUBT
         position += 1 + length
     return ALIVE
-
-
-def _socket_of(handle: Any) -> int | None:
-    if not AVAILABLE:
-        return None
-    try:
-        fd = handle.fileno()
-        return fd if isinstance(fd, int) and fd >= 0 else None
-    except Exception:  # no such method, or closed
-        return None

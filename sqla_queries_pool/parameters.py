@@ -51,6 +51,17 @@ def max_size(name: str, value: object) -> int | None:
     return None if number is None else int(number)
 
 
+def min_size(name: str, value: object) -> int:
+    """Return a number of connections, zero or more.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    number = _number(value)
+    if number is None or not (number >= 0 and number.is_integer()):
+        raise _error(name, value, "a whole number of connections, zero or more")
+    return int(number)
+
+
 def flag(name: str, value: object) -> bool:
     """Return a yes or no; ini files have text for it.
 

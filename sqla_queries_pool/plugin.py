@@ -24,6 +24,8 @@ PARAMETERS: Final = (
     "gc_on_wait",
     "ping_after",
     "ping_timeout",
+    "min_size",
+    "read_only_is_disconnect",
     "pool_size",
     "max_overflow",
     "pool_timeout",

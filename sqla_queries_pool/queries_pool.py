@@ -14,11 +14,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import exc
+from sqlalchemy import event, exc
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
-from . import identity, liveness, logs, parameters
+from . import identity, liveness, logs, parameters, retirement
 from .diagnostics import checkout_timeout
 from .errors import ParameterError
 from .parameters import UNSTATED, Unstated
@@ -55,6 +55,12 @@ class Record(ConnectionRecord):
         if dbapi_connection is not None:
             proxied = AdhocProxiedConnection(dbapi_connection, self)
             self.owner._dialect.do_rollback(proxied)
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        """As SQLAlchemy's; a soft one is looked at before its next use."""
+        super().invalidate(e, soft)
+        if soft:
+            self.slot.suspect = True
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
         """Come home.
@@ -98,13 +104,32 @@ class Record(ConnectionRecord):
     def cut_off(self) -> None:
         """In a forked child: the connection is the parent's.
 
-        Who has it out finds it invalidated, as after a lost connection, and gets another one.
+        Who has it out finds it broken, as after a restart of the server, and gets another one.
         """
         fairy = None if self.fairy_ref is None else self.fairy_ref()
         if fairy is not None:
-            fairy.dbapi_connection = None  # type: ignore[assignment]
+            fairy.dbapi_connection = LeftBehind(self.owner._dialect)  # type: ignore[assignment]
         self.dbapi_connection = None
         self.__class__ = ForeignRecord
+
+
+class LeftBehind:
+    """What a connection that was out when the process forked is in the child: one that is lost."""
+
+    closed = broken = True
+
+    def __init__(self, dialect: Any) -> None:
+        self._dbapi = getattr(dialect, "loaded_dbapi", None)
+
+    def cursor(self, *_: Any, **__: Any) -> Any:
+        """Raise what the driver raises for a connection that is lost."""
+        error = getattr(self._dbapi, "OperationalError", RuntimeError)
+        raise error("this connection belongs to the process that has forked this one")
+
+    def rollback(self) -> None:
+        """Nothing is to be rolled back here."""
+
+    commit = close = rollback
 
 
 class _Refused(Exception):
@@ -142,6 +167,11 @@ class QueriesPool(SQLAlchemyPool):
         server whether it is there; ``None`` never asks, 0 always.  Whether the server has hung up is looked
         at in any case, without a round trip.
     :param ping_timeout: seconds that the server has for its answer, ``None`` for as long as it takes.
+    :param min_size: how many connections are kept open for this engine, once one was opened, as far as the
+        limit allows; they have no ``idle_ttl``, and others are opened in the background where some are lost.
+    :param read_only_is_disconnect: take an error that says that the server is read only (SQLSTATE 25006) for
+        a disconnect: all connections are replaced, and new ones go where the URL points.  For a primary that
+        may be demoted while connections stay open.
     :param kw: what :class:`sqlalchemy.pool.Pool` takes.
     :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a value means nothing.
     :raises TypeError: for a parameter that nobody knows.
@@ -163,6 +193,8 @@ class QueriesPool(SQLAlchemyPool):
         gc_on_wait: bool = True,
         ping_after: float | None = 30.0,
         ping_timeout: float | None = 5.0,
+        min_size: int = 0,
+        read_only_is_disconnect: bool = False,
         **kw: Any,
     ) -> None:
         # Not a parameter, because create_engine would take it for one.
@@ -175,6 +207,8 @@ class QueriesPool(SQLAlchemyPool):
         self._gc_on_wait = parameters.flag("gc_on_wait", gc_on_wait)
         self._ping_after = parameters.seconds("ping_after", ping_after)
         self._ping_timeout = parameters.seconds("ping_timeout", ping_timeout)
+        self._min_size = parameters.min_size("min_size", min_size)
+        self._read_only_is_disconnect = parameters.flag("read_only_is_disconnect", read_only_is_disconnect)
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **_understood(kw))
@@ -189,7 +223,10 @@ class QueriesPool(SQLAlchemyPool):
             quota = self._make_quota(who)
         ttl = math.inf if self._idle_ttl is None or who.in_memory else self._idle_ttl
         ping_after = math.inf if self._ping_after is None or who.in_memory else self._ping_after
-        self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo, ping_after)
+        self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo, ping_after, self._min_size)
+        self._attachment.opener = weakref.WeakMethod(self._open)
+        if self._read_only_is_disconnect:
+            listen_for_read_only(self._dialect)
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
         if quota.stated == math.inf:
             self._shared.warn_of_no_limit()
@@ -208,10 +245,6 @@ class QueriesPool(SQLAlchemyPool):
         if isinstance(self._max_size, Unstated):
             return Quota(None)
         return Quota(math.inf if self._max_size is None else self._max_size)
-
-    @property
-    def _is_postgresql(self) -> bool:
-        return getattr(self._dialect, "name", None) == "postgresql"
 
     @property
     def pid(self) -> str:
@@ -235,20 +268,24 @@ class QueriesPool(SQLAlchemyPool):
         """The long way: wait for a slot, open a connection, or look whether the one at hand is alive."""
         shared = self._shared
         timeout = math.inf if self._timeout is None else self._timeout
-        begin, since = time.monotonic(), shared.now()
+        since, deadline = shared.now(), time.monotonic() + timeout
         refusal: Exception | None = None
         while True:
-            left = begin + timeout - time.monotonic() if timeout else 0.0
             if entry is None:
-                again = None if refusal is None else since
-                entry = shared.wait(self._attachment, max(0.0, left), self._gc_on_wait, again)
+                left = max(0.0, deadline - time.monotonic())
+                if refusal is None:
+                    entry = shared.wait(self._attachment, left, self._gc_on_wait)
+                elif left:
+                    entry = shared.wait(self._attachment, left, self._gc_on_wait, since)
             if entry is None:
                 try:
-                    raise refusal or checkout_timeout(shared, self._attachment, timeout)
+                    raise (refusal or shared.refusal() or checkout_timeout(shared, self._attachment, timeout))
                 finally:
                     refusal = None  # its traceback refers to this frame
             try:
-                return self._open(entry) if isinstance(entry, Permit) else self._examine(entry, left)
+                if isinstance(entry, Permit):
+                    return self._open(entry)
+                return self._examine(entry, deadline)
             except _Refused as error:
                 refusal, entry = error.refusal, None
 
@@ -268,14 +305,20 @@ class QueriesPool(SQLAlchemyPool):
         shared.opened(record.slot)
         return record
 
-    def _examine(self, record: Record, left: float) -> Record:
+    def _examine(self, record: Record, deadline: float) -> Record:
         """Return a record that can be used: whose connection is alive, or else was replaced."""
         shared = self._shared
         try:
-            if record.dbapi_connection is not None and not self._alive(record, left):
-                shared.found_dead(record.slot)
-                record.invalidate(exc.DisconnectionError("found dead before it was used"))
+            if record.dbapi_connection is not None:
+                if why := self._staleness(record):
+                    self.logger.info("Connection %r %s; recycling", record.dbapi_connection, why)
+                    record.close()
+                elif not self._alive(record, deadline):
+                    shared.found_dead(record.slot)
+                    record.invalidate(exc.DisconnectionError("found dead before it was used"))
             if record.dbapi_connection is None:
+                if not shared.may_connect():
+                    raise shared.refusal() or exc.DisconnectionError("the server refuses connections")
                 record.get_connection()
                 shared.opened(record.slot)
         except BaseException as error:
@@ -286,34 +329,56 @@ class QueriesPool(SQLAlchemyPool):
             raise
         return record
 
-    def _alive(self, record: Record, left: float) -> bool:
-        slot = record.slot
-        if not slot.suspect:
-            if not slot.poll(0):
-                return True
-            verdict = liveness.look(slot.handle, slot.poll)
-            # What another database's server has sent may mean anything.
-            if verdict is liveness.DEAD or (verdict is liveness.ALIVE and self._is_postgresql):
-                return verdict is liveness.ALIVE
-        return self._answers(record, left)
+    def _staleness(self, record: Record) -> str | None:
+        """Return why SQLAlchemy would replace its connection next, in its words, or None.
 
-    def _answers(self, record: Record, left: float) -> bool:
+        There, one that can't be opened is an error at once; here it can be tried again.
+        """
+        if -1 < self._recycle < time.time() - record.starttime:
+            return "exceeded timeout"
+        if self._invalidate_time > record.starttime:
+            return "invalidated due to pool invalidation"
+        if record._soft_invalidate_time > record.starttime:
+            return "invalidated due to local soft invalidation"
+        return None
+
+    def _alive(self, record: Record, deadline: float) -> bool:
+        slot = record.slot
+        if self._ping_after == 0:
+            slot.suspect = not self._identity.in_memory
+        if slot.poll(0):
+            verdict = liveness.look(slot.handle, slot.poll)
+            if verdict is liveness.DEAD:
+                return False
+            # What another database's server has sent may mean anything.
+            if verdict is liveness.DOUBT or getattr(self._dialect, "name", None) != "postgresql":
+                slot.suspect = True
+        return not slot.suspect or self._answers(record, deadline)
+
+    def _answers(self, record: Record, deadline: float) -> bool:
         """Ask the server, for as long as a ping may take."""
         slot = record.slot
         fuse = liveness.Fuse(slot.handle)
         longest = math.inf if self._ping_timeout is None else self._ping_timeout
         if longest < math.inf:
-            self._shared.housekeeper.schedule(fuse, min(longest, max(left, LEAST_PING)))
+            left = max(deadline - time.monotonic(), LEAST_PING)
+            self._shared.housekeeper.schedule(fuse, min(longest, left))
         try:
             # A pool without an engine has no dialect to ask with.
             answers = not hasattr(self._dialect, "do_ping") or self._dialect.do_ping(slot.handle)
         except Exception as error:
             self.logger.info("%s: %r does not answer: %r", self._shared.label, slot, error)
-            answers = False
+            answers = self._is_answer(error, slot.handle)
         finally:
             fuse.remove()
-        slot.suspect = not answers
-        return answers
+        slot.suspect = not answers or fuse.blown
+        return not slot.suspect
+
+    def _is_answer(self, error: Exception, handle: Any) -> bool:
+        """Does the error not say that the connection is lost?  One in a transaction can't be pinged."""
+        dialect: Any = self._dialect
+        of_driver = isinstance(error, dialect.loaded_dbapi.Error)
+        return of_driver and not dialect.is_disconnect(error, handle, None)
 
     def _should_wrap_creator(self, creator: Any) -> Callable[[ConnectionPoolEntry], Any]:
         create = super()._should_wrap_creator(creator)
@@ -327,12 +392,20 @@ class QueriesPool(SQLAlchemyPool):
                 self._shared.connect_failed(error)
                 raise
             if isinstance(record, Record):
-                self._shared.socket_opened(record.slot, dbapi_connection, generation)
+                lifetime = retirement.lifetime(self._recycle)
+                self._shared.socket_opened(record.slot, dbapi_connection, generation, lifetime)
             return dbapi_connection
 
         return connect
 
     # -- what happens to what is out; Record.checkin is the way home --------------------------------
+
+    def _invalidate(
+        self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
+    ) -> None:
+        super()._invalidate(connection, exception, _checkin)
+        # SQLAlchemy replaces all that are older, each at its next checkout.
+        self._shared.suspect_all()
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # SQLAlchemy's checkin() would come by here, Record's does not: this is a fairy that detaches.
@@ -351,6 +424,36 @@ class QueriesPool(SQLAlchemyPool):
         self._disposed = True
         self._shared.dispose(self._attachment)
         self.logger.info("Pool disposed. %s", self.status())
+
+    def warm_up(self) -> None:
+        """Open connections now, until there are ``min_size``, or as many as the limit leaves room for.
+
+        :raises Exception: the driver's, if one can't be opened.
+        """
+        permits: list[Permit] = []
+        try:
+            # All at once: the housekeeper might begin to open some of them, too.
+            while (permit := self._shared.reserve(self._attachment)) is not None:
+                permits.append(permit)
+            while permits:
+                self._shared.give(self._attachment, self._open(permits.pop()))
+        except _Refused as error:
+            raise error.refusal from None
+        finally:
+            for permit in permits:
+                self._shared.failed(permit, None)
+
+    def expire(self, rolling: bool = False) -> None:
+        """Replace this engine's connections without an error to anybody, as when credentials were rotated.
+
+        :param rolling: renew them one after the other in the background; else what is idle is closed at once.
+            What is out is replaced when it comes home, either way.
+        """
+        if rolling:
+            self._shared.expire_rolling(self._attachment)
+        else:
+            self._shared.dispose(self._attachment)
+            self._shared.retire(self._attachment)
 
     def recreate(self) -> QueriesPool:
         """Return a pool with the same parameters, listeners, limit and id.
@@ -371,6 +474,8 @@ class QueriesPool(SQLAlchemyPool):
             gc_on_wait=self._gc_on_wait,
             ping_after=self._ping_after,
             ping_timeout=self._ping_timeout,
+            min_size=self._min_size,
+            read_only_is_disconnect=self._read_only_is_disconnect,
             recycle=self._recycle,
             echo=self.echo,
             logging_name=self._orig_logging_name,
@@ -416,6 +521,18 @@ class QueriesPool(SQLAlchemyPool):
 
     def __repr__(self) -> str:
         return f"<QueriesPool {self.status()}>"
+
+
+def listen_for_read_only(dialect: Any) -> None:
+    """Have a dialect take "read only" for a disconnect, which SQLAlchemy answers by replacing everything."""
+    if not event.contains(dialect, "handle_error", _read_only_is_disconnect):
+        event.listen(dialect, "handle_error", _read_only_is_disconnect)
+
+
+def _read_only_is_disconnect(context: Any) -> None:
+    error = context.original_exception
+    if (getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)) == "25006":
+        context.is_disconnect = True
 
 
 def _stated_max_size(

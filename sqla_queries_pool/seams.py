@@ -23,6 +23,10 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_do_return_conn": "a record is let go: by detach(), and by SQLAlchemy's own checkin()",
     "_close_connection": "every socket that SQLAlchemy closes goes through it",
     "_should_wrap_creator": "every socket that SQLAlchemy opens goes through what it returns",
+    "_invalidate": "of a pool: a disconnect was found, all that are older are to be replaced",
+    "_checkin": "a parameter of it",
+    "_invalidate_time": "of a pool: what is older is to be replaced",
+    "_soft_invalidate_time": "of a record: the same",
     "_is_asyncio": "create_engine refuses an asynchronous dialect by it",
     "_sqla_logger_namespace": "the logger's name, which is the module's otherwise",
     # Read, to make a successor with the same parameters; SQLAlchemy's own pools do the same.

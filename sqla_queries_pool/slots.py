@@ -49,6 +49,7 @@ class Slot:
     __slots__ = (
         "__weakref__",
         "entry",
+        "expires",
         "generation",
         "handle",
         "holder",
@@ -84,6 +85,9 @@ class Slot:
         """Weak: the engine's side of the books; shared by all its slots."""
         self.quota: Quota | None = None
         """The quota that it counts against."""
+        self.expires = math.inf
+        """When its lifetime is over, by the pool's clock: then it is renewed, unless it is out.  Written with
+        :attr:`handle`."""
         self.generation = 0
         """The attachment's generation when the connecting of this socket began."""
         self.holder: int | None = None
@@ -153,6 +157,9 @@ class Waiter(Protocol):
     def open(self) -> None: ...
 
 
+def _nobody() -> None: ...
+
+
 class Attachment:
     """One engine's side of the books: its idle connections and its line.
 
@@ -167,6 +174,8 @@ class Attachment:
         "idle",
         "lent",
         "line",
+        "min_size",
+        "opener",
         "own_ttl",
         "ping_after",
         "pop",
@@ -174,10 +183,19 @@ class Attachment:
         "ref",
         "retired",
         "ttl",
+        "warm",
     )
 
-    def __init__(self, quota: Quota, ttl: float, lifo: bool = True, ping_after: float = math.inf) -> None:
+    def __init__(
+        self, quota: Quota, ttl: float, lifo: bool = True, ping_after: float = math.inf, min_size: int = 0
+    ) -> None:
         self.quota = quota
+        self.min_size = min_size
+        """How many connections are kept open, once it is warm."""
+        self.warm = False
+        """Are :attr:`min_size` connections to be kept open?  Since the first one was opened."""
+        self.opener: Callable[[], Callable[[Permit], Any] | None] = _nobody
+        """Weak: how the engine opens a connection by a permit, for whoever does so in its stead."""
         self.ping_after = ping_after
         """Seconds; a connection that was idle for as long is suspect."""
         self.own_ttl = ttl
@@ -224,13 +242,28 @@ class Reset(NamedTuple):
     slot: Slot
 
 
+class Renew(NamedTuple):
+    """Work: close a connection and open it again, then :meth:`Ledger.renewed`; it is out meanwhile."""
+
+    slot: Slot
+    entry: Any
+    since: float
+    """Since when it is idle."""
+
+
+class Fill(NamedTuple):
+    """Work: open a connection for an engine that has fewer than its ``min_size``."""
+
+    attachment: Attachment
+
+
 class Due(NamedTuple):
     """Work: see to it that somebody calls :meth:`Ledger.expire` at this time of the pool's clock."""
 
     at: float
 
 
-Work: TypeAlias = list[Wake | Close | Reset | Due]
+Work: TypeAlias = list[Wake | Close | Reset | Renew | Fill | Due]
 
 
 class Numbers(NamedTuple):

@@ -37,7 +37,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     },
     "diagnostics": {"errors", "pool", "slots"},
     "queries_pool": {
-        *("diagnostics", "errors", "identity", "liveness", "logs", "parameters", "pool", "seams", "slots"),
+        *(
+            "diagnostics",
+            "errors",
+            "identity",
+            "liveness",
+            "logs",
+            "parameters",
+            "pool",
+            "retirement",
+            "seams",
+            "slots",
+        ),
     },
     "plugin": {"errors", "logs", "parameters", "queries_pool"},
     "__init__": {"errors", "pool", "queries_pool"},
@@ -123,7 +134,7 @@ def test_the_gates_know_the_slots_by_type_alone() -> None:
 @pytest.mark.parametrize("module", sorted(PURE))
 def test_the_bookkeeping_is_pure(module: str) -> None:
     """No lock, no thread, no clock, no log, nothing of SQLAlchemy: a test can drive all of it."""
-    allowed = {"__future__", "collections", "collections.abc", "enum", "math", "typing", "weakref"}
+    allowed = {"__future__", "collections", "collections.abc", "enum", "heapq", "math", "typing", "weakref"}
     if module == "slots":
         allowed.add("os")  # a socket belongs to the process that opened it
     assert imports(module) - {f"{NAME}.slots"} <= allowed

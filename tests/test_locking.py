@@ -15,7 +15,16 @@ from typing import Any
 
 import pytest
 import sqlalchemy
-from hazards import Handle, Ring, Stop, Thread, assert_whole, new_pid, new_pool, sleeping_collector
+from hazards import (
+    Handle,
+    Ring,
+    Stop,
+    Thread,
+    assert_whole,
+    new_pid,
+    new_pool,
+    sleeping_collector,
+)
 from sqlalchemy import event
 
 from sqla_queries_pool import (
@@ -361,6 +370,8 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     shared.shutdown()
     step()
     a.connect().close()
+    renew_and_warm_up(a, eventually)
+    step()
 
 
 def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
@@ -377,6 +388,15 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
         while True:  # some may be idle
             out.append(pool.connect())
     pool._invoke_creator = invoke
+
+
+def renew_and_warm_up(pool: QueriesPool, eventually: Eventually) -> None:
+    """Connections are opened in the background, and in readiness."""
+    pool.expire(rolling=True)
+    eventually(lambda: pool._shared._ledger.renewing is None, "it is renewed")
+    pool._attachment.min_size = 2
+    pool.warm_up()
+    pool._attachment.min_size = 0
 
 
 def be_refused(pool: QueriesPool, step: Callable[[], None]) -> None:

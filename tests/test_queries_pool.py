@@ -621,5 +621,7 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "gc_on_wait",
         "ping_after",
         "ping_timeout",
+        "min_size",
+        "read_only_is_disconnect",
     }
     assert issubclass(QueriesPool, sqlalchemy.pool.Pool)

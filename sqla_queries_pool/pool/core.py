@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import os
@@ -26,8 +27,10 @@ from ..slots import (
     Close,
     Due,
     EntryRef,
+    Fill,
     NotHeld,
     Permit,
+    Renew,
     Slot,
     Wake,
     Work,
@@ -36,6 +39,7 @@ from .connection import Connection
 from .garbage import GC_AFTER, collect_garbage
 from .guard import Guard
 
+LIFETIME = "its lifetime (pool_recycle) is over"
 REMEMBERED = 30.0
 """Seconds for which a database that was there counts as one that will be there again."""
 every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
@@ -131,8 +135,8 @@ class Core(Guard):
             pauses = itertools.chain((SPARE, PATIENCE - SPARE, GC_AFTER - PATIENCE), itertools.repeat(1.0))
             while entry is None:
                 pause = next(pauses)
-                if self._ledger.refusals:
-                    pause = min(pause, max(0.01, self._ledger.retry_at - self._clock()))
+                if self._ledger.refusals and (until := self._ledger.retry_at - self._clock()) > 0:
+                    pause = min(pause, max(0.01, until))
                 waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
                 now = time.monotonic()
                 if waiter.answer is None:
@@ -221,9 +225,21 @@ class Core(Guard):
         """
         known = self._by_handle or self._clock() - self._last_open <= REMEMBERED
         if not known or not isinstance(error, Exception) or not passes(error):
+            # The others wait for nothing: each is to have its own error.
+            self._do(self._decide(self._ledger.let_in, self._clock()))
             return False
         self._decide(self._ledger.refused, pause_after, self._clock())
         return True
+
+    def may_connect(self) -> bool:
+        """May one connect now, who then does?  Not in the pause after a refusal."""
+        return not self._ledger.refusals or self._decide(self._ledger._may_connect, self._clock())
+
+    def refusal(self) -> Exception | None:
+        """The last refusal, where that is why a checkout got nothing: there was room for a connection."""
+        error = self.last_connect_error
+        refused = self._ledger.refusals and len(self._ledger.slots) < self._ledger.limit
+        return _retold(error) if refused and isinstance(error, Exception) else None
 
     def failed(self, permit: Permit, error: BaseException | None) -> None:
         """The caller of :meth:`take` could not open it; the slot goes to the next waiter."""
@@ -249,6 +265,7 @@ class Core(Guard):
         """The holder of a connection detaches it: it is its own from now on, and closes it."""
         handle, slot.handle = slot.handle, None
         if handle is not None:
+            self._last_open = self._clock()
             self._by_handle.pop(id(handle), None)
             key = id(handle)
 
@@ -261,9 +278,10 @@ class Core(Guard):
                 self._detached[key] = None
         self._post(self._ledger.let_go, slot)
 
-    def socket_opened(self, slot: Connection, handle: Any, generation: int) -> None:
+    def socket_opened(self, slot: Connection, handle: Any, generation: int, lifetime: float) -> None:
         """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
         self.last_connect_error = None
+        slot.expires = self._clock() + lifetime
         slot.poll = liveness.poll_of(handle)
         slot.suspect = False
         slot.generation = generation
@@ -286,6 +304,10 @@ class Core(Guard):
     def found_dead(self, slot: Connection) -> None:
         """A connection was found dead before it was used: older ones are suspect."""
         liveness.hang_up(slot.handle)
+        self.suspect_all()
+
+    def suspect_all(self) -> None:
+        """Have all that are idle looked at before they are used."""
         self._decide(self._ledger.suspect, self._clock())
 
     # -- engines -----------------------------------------------------------------------------------
@@ -312,6 +334,14 @@ class Core(Guard):
     def retire(self, attachment: Attachment) -> None:
         """Let an engine's connections from before its last dispose close: those out, when they come home."""
         self._do(self._decide(self._ledger.retire, attachment))
+
+    def expire_rolling(self, attachment: Attachment) -> None:
+        """Renew an engine's connections one after the other, those out when they come home."""
+        self._do(self._decide(self._ledger.expire_now, attachment, self._clock()))
+
+    def reserve(self, attachment: Attachment) -> Permit | None:
+        """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
+        return self._decide(self._ledger.reserve, attachment, self._clock())
 
     def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
         self._post(self._ledger.detach, ref)
@@ -375,8 +405,39 @@ class Core(Guard):
         else:
             self._do(self._decide(self._ledger.give_lent, slot, self._clock()))
 
+    def _renew(self, item: Renew) -> None:
+        self._say_closing(item.slot, item.entry, LIFETIME)
+        try:
+            item.entry.close()
+            item.entry.get_connection()
+        except Exception as error:
+            self.refused(error)
+            self._drop_handle(item.slot)
+            _logger_of(item.entry).warning("%s: could not renew %r: %r", self.label, item.slot, error)
+        finally:
+            self._do(self._decide(self._ledger.renewed, item.slot, item.entry, item.since, self._clock()))
+
+    def _fill(self, attachment: Attachment) -> None:
+        """Open what an engine's ``min_size`` asks for, as far as there is room."""
+        opener = attachment.opener()
+        try:
+            while opener is not None and (permit := self.reserve(attachment)) is not None:
+                self.give(attachment, opener(permit))
+        except Exception as error:
+            logger.warning("%s: could not open a spare connection: %r", self.label, error)
+
+    def _close_dead(self) -> None:
+        """Find out who has died among those that are to be kept, before a checkout does."""
+        for attachment in [a for ref in list(self._ledger.attachments) if (a := ref()) and a.min_size]:
+            for slot in [entry.slot for entry in list(attachment.idle)]:
+                # A poll of its own: that of the slot is its holder's, which anybody may be by now.
+                handle = slot.handle
+                if liveness.look(handle, liveness.poll_of(handle)) is liveness.DEAD:
+                    self._do_soon(self._decide(self._ledger.close_one, slot))
+
     def sweep(self) -> None:
         """Close what was idle for too long; called by the housekeeper."""
+        self._close_dead()
         work = self._decide(self._ledger.expire, self._clock())
         self._do_soon(work)
         if self._ledger.vacant(self._clock()):
@@ -399,7 +460,7 @@ class Core(Guard):
         self._by_handle = {}
         self._detached = {}
         self.last_connect_error = None
-        self._ledger.start_anew()
+        self._do(self._decide(self._ledger.start_anew, self._clock()))
         return [*slots, *entries]
 
     # -- the work that the ledger returns ------------------------------------------------------------
@@ -416,6 +477,10 @@ class Core(Guard):
                     self.housekeeper.schedule(self, item.at - self._clock())
                 elif isinstance(item, Close):
                     self._close(item)
+                elif isinstance(item, Renew):
+                    self._worker.submit(functools.partial(self._renew, item))
+                elif isinstance(item, Fill):
+                    self._worker.submit(functools.partial(self._fill, item.attachment))
                 elif self._decide(self._ledger.unlock, item.slot, True):
                     self._reset(item.slot)
         except BaseException:

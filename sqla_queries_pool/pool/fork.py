@@ -7,18 +7,16 @@ only the one that forked is here, so a lock that another one had is taken for ev
 
 from __future__ import annotations
 
+import ctypes
 import os
 import stat
 import threading
-from typing import Any, Final
+from typing import Any
 
 from ..housekeeping import Housekeeper
 from . import garbage
 from .core import Core, every_pool
 from .manager import PoolManager
-
-_inherited: Final[list[Any]] = []
-"""What the parents of this process had.  Kept: drivers close, or complain, when a connection is finalized."""
 
 
 def start_anew() -> None:
@@ -27,19 +25,25 @@ def start_anew() -> None:
     Core.housekeeper = Housekeeper()
     garbage.start_anew()
     for pool in list(every_pool):
-        found = pool.start_anew()
-        _inherited.extend(found)
-        for thing in found:
-            _cut_off(getattr(thing, "handle", None))
+        for thing in pool.start_anew():
+            _keep(thing)
+            _keep(handle := getattr(thing, "handle", None))
+            _cut_off(handle)
             if hasattr(thing, "cut_off"):
                 thing.cut_off()
+
+
+def _keep(thing: Any) -> None:
+    """Never finalize it, not even when the process ends: drivers close a connection then, or complain, and
+    SQLite would roll back what the parent is doing."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 def _cut_off(handle: Any) -> None:
     """Let the descriptor of a connection lead nowhere: nothing can be sent to the parent's server any more.
 
-    Whoever still has the connection here finds it broken.  Closing the descriptor would be worse, since its
-    number would soon be that of something else.
+    Whoever still has the connection here finds it broken.  The descriptor stays for the life of the child:
+    closed, its number would soon be that of something else.
     """
     try:
         fd = handle.fileno()

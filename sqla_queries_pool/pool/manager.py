@@ -97,6 +97,14 @@ class PoolManager:
             cls._forget_if_vacant(pool, at_once=True)
 
     @classmethod
+    def expire(cls, pid: str, rolling: bool = False) -> None:
+        """:meth:`Pool.expire`.
+
+        :raises KeyError: there is no such pool.
+        """
+        cls._listed(pid).expire(rolling)
+
+    @classmethod
     def free(cls, pid: str, connection: Any) -> None:
         """:meth:`Pool.free`.
 

@@ -166,6 +166,18 @@ class Pool(Core):
         if busy:
             raise ConnectionBusyError(busy[0])
 
+    def expire(self, rolling: bool = False) -> None:
+        """Replace all connections of the engines, as when credentials were rotated.
+
+        :param rolling: renew them one after the other in the background; else what is idle is closed at once.
+            What is out is replaced when it comes home, either way.
+        """
+        if rolling:
+            for attachment in [a for ref in list(self._ledger.attachments) if (a := ref())]:
+                self.expire_rolling(attachment)
+        else:
+            self._do(self._decide(self._ledger.retire_all))
+
     def _close_under(self, slot: Connection, record: Any) -> None:
         """Close a connection that an engine has out.
 
