@@ -11,25 +11,31 @@ from __future__ import annotations
 import re
 from typing import Final
 
-_TEXTS: Final = (
+_FULL: Final = (
     # 53300, of the server, a role, a database; and what is kept back for superusers.
     r"too many (clients already|connections for (role|database))",
     r"remaining connection slots are reserved",
+    r"no more connections allowed",  # PgBouncer
+)
+_TEXTS: Final = (
+    *_FULL,
     # 57P03 and 57P01: it is about to be there, or about to go.
     r"the database system is (starting up|shutting down|in recovery mode|not (yet )?accepting connections)",
     r"terminating connection due to (administrator command|crash)",
     # Nobody listens, or not any more: a restart. A unix socket is not there meanwhile.
     r"Connection (refused|reset by peer|timed out)",
     r"server closed the connection unexpectedly",
+    r"could not (receive data from|send data to) server",
+    r"SSL (connection has been closed unexpectedly|SYSCALL error|error: unexpected eof)",
     r"connection to server on socket .* failed: No such file or directory",
     r"timeout expired",
     r"connection timeout",
     # PgBouncer.
-    r"no more connections allowed",
     r"server login has been failing",
-    r"pgbouncer cannot connect to server|query_wait_timeout",
+    r"pgbouncer cannot connect to server|query_wait_timeout|client_login_timeout|\(server down\)",
 )
 _PASSES: Final = re.compile("|".join(_TEXTS), re.IGNORECASE)
+_IS_FULL: Final = re.compile("|".join(_FULL), re.IGNORECASE)
 _STATES: Final = ("53300", "57P01", "57P02", "57P03")
 
 
@@ -42,3 +48,9 @@ def passes(error: BaseException) -> bool:
     text = str(error)
     said = [line for line in text.splitlines() if "FATAL:" in line]
     return all(_PASSES.search(line) for line in said or [text])
+
+
+def is_full(error: BaseException) -> bool:
+    """Is the server there, and has as many connections as it may have?"""
+    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
+    return state == "53300" or _IS_FULL.search(str(error)) is not None

@@ -415,6 +415,11 @@ class Ledger:
         self.retry_after = pauses(self.refusals)
         self.retry_at = now + self.retry_after
 
+    def suspect_own(self, attachment: Attachment) -> None:
+        """Suspect all that an engine has, also what is out: each is looked at before its next use."""
+        for slot in attachment.quota.slots:
+            slot.suspect = True
+
     def let_in(self, now: float) -> Work:
         """The server refuses nobody any more, or it is no use to wait for it: everybody may try."""
         if not self.refusals:

@@ -68,6 +68,8 @@ def look(handle: Any, poll: Poll) -> str:
         fd = handle.fileno()
     except Exception:  # closed behind the pool's back
         return DEAD
+    if fd < 0:  # so is a socket of Python's
+        return DEAD
     try:
         with _borrowed(fd) as end:
             return _read(end.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT))

@@ -405,7 +405,7 @@ class QueriesPool(SQLAlchemyPool):
     ) -> None:
         super()._invalidate(connection, exception, _checkin)
         # SQLAlchemy replaces all that are older, each at its next checkout.
-        self._shared.suspect_all()
+        self._shared.suspect_own(self._attachment)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # SQLAlchemy's checkin() would come by here, Record's does not: this is a fairy that detaches.

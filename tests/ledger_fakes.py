@@ -106,6 +106,15 @@ class Books:
         """What is open and neither detached nor lost sight of."""
         self.lines: weakref.WeakKeyDictionary[Attachment, list[Gate]] = weakref.WeakKeyDictionary()
         """Who waits for which engine, in order of arrival."""
+        self.refusals = 0
+        """How many pauses there were, one after the other, since the server has refused a connection."""
+        self.pause_length = 0.0
+        self.pause_ends = -math.inf
+        """Nobody connects before that time; then one does, who begins the next pause."""
+        self.attempts = 0
+        """How many were let connect while the server refused."""
+        self.parents: list[Any] = []
+        """What the process from which this one was forked had."""
         self.sound = True
         """Did the last operation end, and was nothing found wrong after it?"""
         self.sweep()  # PoolManager.create does so, too
@@ -135,6 +144,8 @@ class Books:
         for waiter in [waiter for line in self.lines.values() for waiter in line]:
             self.insist(waiter)
         self.ledger.check(self.now)
+        if self.refusals:
+            return  # it may wait for the server, whatever is idle
         idle = any(a.idle for a in self.lines) or self.ledger.by_hand.idle
         for attachment, line in self.lines.items():
             patient = bool(line) and self.now - line[0].since >= PATIENCE
@@ -143,8 +154,10 @@ class Books:
     def _run(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         self.sound = False
         before = len(self.ledger.slots)
+        uses = {slot: slot.uses for slot in self.ledger.slots}
         result = operation(*args)
         after = len(self.ledger.slots)
+        self._count_attempts(uses)
         assert after <= max(before, self.ledger.limit), f"grew from {before} to {after} slots"
         for item in result if isinstance(result, list) else ():
             if isinstance(item, Due):
@@ -155,6 +168,19 @@ class Books:
                 in_use = after - len(self.ledger.closing)
                 assert not lowered or in_use >= self.ledger.limit, "closed more than the limit asks for"
         return result
+
+    def _count_attempts(self, uses: dict[Slot, int]) -> None:
+        """Who was let connect by the last operation?  While the server refuses, one after each pause.
+
+        :param uses: how often each slot had been taken before it.
+        """
+        let = [s for s in self.ledger.slots if s.handle is None and s.uses != uses.get(s, 0)]
+        if not self.refusals or not let:
+            return
+        assert self.now >= self.pause_ends, "somebody connects during a pause"
+        assert len(let) == 1, "several connect after a pause"
+        self.pause_ends = self.now + self.pause_length
+        self.attempts += 1
 
     def _entry_died(self, ref: EntryRef) -> None:
         self.inbox.append((self.ledger.lost, (ref.slot,)))
@@ -173,6 +199,8 @@ class Books:
                 assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
             stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.lent)
             assert not stale or self.told <= self.now + GRACE, "nobody was told of a stale lock"
+        assert ledger.refusals == self.refusals
+        assert not self.refusals or ledger.retry_at == self.pause_ends
         closes = [item.slot for item in self.todo if isinstance(item, Close)]
         assert len(closes) == len(set(closes)), "to be closed twice"
         numbers = ledger.numbers()
@@ -188,6 +216,20 @@ class Books:
         else:
             assert ledger.vacant_since is None
         self.sound = True
+
+    def fork(self) -> None:
+        """Go on as the child: nothing of the parent's is ever finalized there."""
+        slots = [*self.ledger.slots, *self.sockets.values()]
+        self.parents += [*slots, *(slot.entry() for slot in slots if slot.entry is not None)]
+        self.inbox.clear()
+        self.todo.clear()
+        self.unlocked.clear()
+        self.sockets.clear()
+        for line in self.lines.values():
+            line.clear()
+        self.refusals = 0
+        self.told = math.inf
+        self.decide(self.ledger.start_anew, self.now)
 
     # -- engines -----------------------------------------------------------------------------------
 
@@ -213,15 +255,22 @@ class Books:
         assert entry is None or not (fresh and line), "a newcomer has overtaken who waits"
         return entry
 
-    def wait(self, attachment: Attachment) -> Any:
-        """A checkout that waits: what it gets at once, or the waiter."""
-        waiter = Gate(attachment, self.lines[attachment])
-        self.lines[attachment].append(waiter)
+    def wait(self, attachment: Attachment, since: float | None = None) -> Any:
+        """A checkout that waits: what it gets at once, or the waiter.
+
+        :param since: it waited before, since then, and was refused: it goes before who came later.
+        """
+        line = self.lines[attachment]
+        waiter = Gate(attachment, line)
+        came = self.now if since is None else since
+        line.insert(sum(other.since <= came for other in line), waiter)
 
         def join() -> Any:
-            entry = self.ledger.join(waiter, self.now)
+            entry = self.ledger.join(waiter, self.now, since)
             if entry is not None:
-                self.lines[attachment].remove(waiter)
+                line.remove(waiter)
+            else:
+                assert waiter.since == came
             return entry
 
         entry = self.decide(join)
@@ -246,7 +295,7 @@ class Books:
         assert isinstance(permit, Permit)
         record = self.bind(attachment, permit)
         self.plug(attachment, record)
-        self.decide(self.ledger.opened, record.slot, self.now)
+        self.opened(record.slot)
         return record
 
     def bind(self, attachment: Attachment, permit: Permit) -> Record:
@@ -267,6 +316,35 @@ class Books:
         """Close the socket of a slot, if there is one; to the ledger this says nothing."""
         handle, slot.handle = slot.handle, None
         self.sockets.pop(handle, None)
+
+    def opened(self, slot: Slot) -> None:
+        """The server has let somebody in."""
+        self.refusals = 0
+        self.decide(self.ledger.opened, slot, self.now)
+
+    def refuse(self, length: float = 1.0) -> bool:
+        """The server refuses a connection; is that the beginning of a pause?
+
+        :param length: how long it is, in seconds.
+        """
+        began: list[int] = []
+
+        def pauses(refusals: int) -> float:
+            began.append(refusals)
+            self.refusals += 1
+            assert refusals == self.refusals
+            self.pause_length = length
+            self.pause_ends = self.now + length
+            return length
+
+        self.decide(self.ledger.refused, pauses, self.now)
+        assert self.refusals, "a refusal that nobody takes notice of"
+        return bool(began)
+
+    def let_in(self) -> None:
+        """It is no use to wait for the server."""
+        self.refusals = 0
+        self.decide(self.ledger.let_in, self.now)
 
     def close_evicted(self, permit: Permit) -> None:
         """Close what gave way."""

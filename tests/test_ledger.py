@@ -427,7 +427,7 @@ def test_a_slot_that_is_transferred_counts_once_all_the_time(books: Books) -> No
     opened = books.bind(other, waiter.answer)
     assert count() == (1, 0, 0, 1)
     books.plug(other, opened)
-    books.decide(books.ledger.opened, opened.slot, books.now)
+    books.opened(opened.slot)
     assert opened.slot.instead_of is None  # else a slot would keep all its predecessors
     assert count() == (1, 1, 0, 1)
     assert (books.ledger.numbers().opening, books.ledger.numbers().held) == (0, 1)
@@ -512,6 +512,292 @@ def test_what_is_being_opened_counts(books: Books) -> None:
     books.now = 3.0
     record = books.use_permit(engine, permit)
     assert (record.slot.state, record.slot.since) == (HELD, 3.0)
+
+
+# -- refusals --------------------------------------------------------------------------------------
+
+
+def refused(books: Books, engine: Attachment, length: float = 1.0) -> None:
+    """Somebody connects, is refused and gives up; so a pause begins."""
+    permit = books.take(engine)
+    assert books.refuse(length)
+    books.fail(permit)
+
+
+def test_nobody_connects_during_a_pause(books: Books) -> None:
+    """Neither who comes then nor who waits and insists, whatever room there is; when it is over, he does."""
+    engine, other = books.engine(), books.engine()
+    refused(books, engine)
+    assert books.take(other) is None
+    (waiter,) = waiting(books, engine)
+    books.now = 0.99
+    books.insist(waiter, last=True)
+    assert answers(waiter) == [False]
+    books.now = 1.0
+    books.insist(waiter)
+    assert isinstance(waiter.answer, Permit)
+
+
+def test_after_a_pause_one_connects_and_the_next_after_another_pause(books: Books) -> None:
+    """Also where the first one has not come back by then: a connect that hangs holds up nobody for good."""
+    engine, other = books.engine(), books.engine()
+    refused(books, engine)
+    first, second, third = waiting(books, engine, engine, other)
+    books.now = 1.0
+    books.all_insist()
+    assert answers(first, second, third) == [True, False, False]
+    assert books.take(books.engine()) is None
+    books.now = 2.0
+    books.insist(second)
+    books.insist(third)
+    assert answers(second, third) == [True, False]
+    books.now = 3.0
+    books.insist(third)
+    assert answers(third) == [True]
+
+
+def test_pauses_follow_one_another_until_somebody_is_let_in(books: Books) -> None:
+    """How long a pause is depends on how many there were before; after a success it begins with one."""
+    engine = books.engine()
+    asked: list[int] = []
+
+    def pauses(refusals: int) -> float:
+        asked.append(refusals)
+        return 10.0 * refusals
+
+    def is_refused() -> float:
+        permit = books.ledger.take(engine, 0, books.now)
+        assert isinstance(permit, Permit)
+        books.ledger.refused(pauses, books.now)
+        books.ledger.failed(permit.slot, books.now)
+        books.now = books.ledger.retry_at
+        return books.now
+
+    assert [is_refused(), is_refused(), is_refused()] == [10.0, 30.0, 60.0]
+    permit = books.ledger.take(engine, 0, books.now)
+    record = books.bind(engine, permit)
+    books.plug(engine, record)
+    books.ledger.opened(record.slot, books.now)
+    assert is_refused() == 70.0
+    assert asked == [1, 2, 3, 1]
+
+
+def test_those_who_were_connecting_already_begin_no_pause_of_their_own(books: Books) -> None:
+    """Ten that are refused together are one refusal: the pause does not grow with the number of threads."""
+    engine = books.engine()
+    permits = [books.take(engine) for _ in range(10)]
+    began = []
+    for permit in permits:
+        books.now += 0.01
+        began.append(books.refuse())
+        books.fail(permit)
+    assert began == [True] + [False] * 9
+    assert (books.refusals, books.pause_ends) == (1, 1.01)
+
+
+def test_who_was_connecting_when_the_pause_began_may_end_it(books: Books) -> None:
+    """The server lets one in: then it lets in others, and nobody waits for the end of the pause."""
+    engine, other = books.engine(), books.engine()
+    limited(books, 4)
+    late = books.take(engine)
+    refused(books, engine)
+    waiters = waiting(books, engine, other, engine, engine)
+    record = books.use_permit(engine, late)
+    assert answers(*waiters) == [True, True, True, False]
+    assert books.refusals == 0
+    del record
+
+
+def test_a_success_lets_everybody_in(books: Books) -> None:
+    """As many as there are slots for, the oldest first, also those that come then."""
+    engine, other = books.engine(), books.engine()
+    limited(books, 4)
+    refused(books, engine)
+    waiters = waiting(books, engine, other, engine)
+    books.now = 2.0
+    books.insist(waiters[0])
+    assert answers(*waiters) == [True, False, False]
+    record = books.use_permit(engine, waiters[0].answer)
+    assert answers(*waiters) == [True, True, True]
+    assert isinstance(books.take(other), Permit)
+    del record
+
+
+def test_a_reopening_that_succeeds_lets_everybody_in_too(books: Books) -> None:
+    """A record that had lost its connection proves it as well as a new one does."""
+    engine, other = books.engine(), books.engine()
+    (record,) = held(books, engine, 1)
+    refused(books, engine)
+    (waiter,) = waiting(books, other)
+    books.unplug(record.slot)
+    books.plug(engine, record)
+    books.opened(record.slot)
+    assert answers(waiter) == [True]
+
+
+@pytest.mark.parametrize("how", ["given up", "lost"])
+def test_an_attempt_that_comes_to_nothing_is_followed_by_another_one(books: Books, how: str) -> None:
+    """Who was let try may give up before he knows, or be lost: the next one tries after the next pause."""
+    engine = books.engine()
+    refused(books, engine)
+    first, second = waiting(books, engine, engine)
+    books.now = 2.0
+    books.insist(first)
+    permit = first.answer
+    if how == "given up":
+        books.fail(permit)
+    del first, permit
+    books.do_all()
+    books.settle()
+    assert (len(books.ledger.slots), answers(second)) == (0, [False])
+    books.now = 3.0
+    books.insist(second)
+    assert answers(second) == [True]
+
+
+def test_what_comes_home_during_a_pause_is_used_again(books: Books) -> None:
+    """A connection of our own that comes back is better than any attempt: it is handed over as ever."""
+    engine = books.engine()
+    first, second = held(books, engine, 2)
+    refused(books, engine)
+    older, younger = waiting(books, engine, engine)
+    books.give(engine, first)
+    assert (older.answer, younger.answer) == (first, None)
+    books.give(engine, second)
+    assert younger.answer is second
+    books.give(engine, first)
+    assert books.take(engine) is first
+
+
+@pytest.mark.parametrize("younger", [True, False])
+def test_during_a_pause_a_connection_stays_with_its_engine(books: Books, younger: bool) -> None:
+    """It is not closed for another engine's waiter, who could not connect: its own engine's has it, or
+    nobody, until the pause is over."""
+    own, other = books.engine(), books.engine()
+    limited(books, 1)
+    (record,) = held(books, own, 1)
+    books.refuse(10.0)
+    (foreign,) = waiting(books, other)
+    books.now += 5.0  # it may have any idle connection, if it could connect
+    waiters = waiting(books, own) if younger else []
+    books.give(own, record)
+    assert [waiter.answer for waiter in waiters] == [record] * younger
+    assert answers(foreign) == [False]
+    books.insist(foreign)
+    assert answers(foreign) == [False]
+    if younger:
+        books.give(own, record)
+    books.now = 10.01
+    books.insist(foreign)
+    assert foreign.answer.evicts is record
+
+
+def test_a_hollow_record_that_comes_home_during_a_pause_is_nobodys_until_it_is_over(books: Books) -> None:
+    """To have it is to connect: neither who waits gets it nor who comes, and then the first of the line."""
+    engine = books.engine(2)
+    first, second = held(books, engine, 2)
+    older, younger = waiting(books, engine, engine)
+    books.refuse(1.0)
+    books.unplug(first.slot)
+    books.give(engine, first)
+    assert answers(older, younger) == [False, False]
+    assert list(engine.hollow) == [first]
+    assert books.take(engine) is None
+    books.insist(older, last=True)
+    assert answers(older, younger) == [False, False]
+    books.now = 2.0
+    books.all_insist()
+    assert answers(older, younger) == [True, False]
+    assert len(books.ledger.slots) == 2
+    books.unplug(second.slot)
+    books.give(engine, second)
+    assert answers(younger) == [False], "one attempt in each pause"
+
+
+def test_a_hollow_record_is_taken_by_one_after_each_pause(books: Books) -> None:
+    """Where nobody waits who comes then reopens it; the second one waits for the next pause to end."""
+    engine = books.engine(2)
+    records = idle(books, engine, 0, hollows=2)
+    books.refuse(1.0)
+    assert books.take(engine) is None
+    books.now += 1.0
+    assert books.take(engine) in records
+    assert books.take(engine) is None
+    books.now += 1.0
+    assert books.take(engine) in records
+
+
+def test_who_was_refused_has_its_place_in_the_line_again(books: Books) -> None:
+    """By when it came at first: behind who came before it, before who came later, and it is no newcomer."""
+    engine = books.engine(2)
+    record, hollow = held(books, engine, 2)
+    first, second, third = waiting(books, engine, engine, engine)
+    books.unplug(hollow.slot)
+    books.give(engine, hollow)
+    assert first.answer is hollow
+    books.refuse(1.0)
+    books.give(engine, hollow)
+    again = books.wait(engine, first.since)
+    assert list(engine.line) == [again, second, third]
+    books.leave(second)
+    rejoined = books.wait(engine, second.since)
+    assert list(engine.line) == [again, rejoined, third]
+    books.give(engine, record)
+    assert (again.answer, rejoined.answer) == (record, None)
+
+
+def test_who_was_refused_takes_what_came_home_meanwhile(books: Books) -> None:
+    """Between its refusal and its coming back somebody may have checked in: nothing has to be opened."""
+    engine = books.engine()
+    (record,) = held(books, engine, 1)
+    permit = books.take(engine)
+    books.refuse(1.0)
+    books.fail(permit)
+    books.give(engine, record)
+    assert books.wait(engine, 0.0) is record
+
+
+def test_where_waiting_is_of_no_use_everybody_may_try(books: Books) -> None:
+    """The database is not there, or the error is for good: each is to have an error of his own."""
+    engine, other = books.engine(), books.engine()
+    refused(books, engine, 1000.0)
+    waiters = waiting(books, engine, other, engine)
+    books.let_in()
+    assert answers(*waiters) == [True] * 3
+    assert isinstance(books.take(other), Permit)
+
+
+def test_while_the_server_refuses_what_is_idle_gives_way_also_below_the_limit(books: Books) -> None:
+    """It may be full of our own: an attempt that ends one of them first has room.  Spare ones alone, and
+    where there is none it is an attempt like any other."""
+    own, other = books.engine(), books.engine()
+    (record,) = idle(books, own)
+    held(books, other, 1)
+    refused(books, other)
+    (waiter,) = waiting(books, other)
+    books.now += 1.0
+    books.insist(waiter)
+    assert waiter.answer.evicts is record
+    books.fail(waiter.answer)
+    (again,) = waiting(books, other)
+    books.now += 1.0
+    books.insist(again)
+    assert again.answer.evicts is None
+
+
+def test_a_forked_child_knows_of_no_refusals(books: Books) -> None:
+    """The first one that comes connects; and what the parent's attempt found out there is not known here."""
+    engine = books.engine()
+    refused(books, engine, 1000.0)
+    books.now = 1000.0
+    attempt = books.take(engine)
+    assert isinstance(attempt, Permit)
+    waiting(books, engine)
+    books.fork()
+    assert not engine.line
+    permits = [books.take(engine) for _ in range(3)]
+    assert all(isinstance(permit, Permit) for permit in permits)
+    assert [books.refuse(), books.refuse()] == [True, False]
 
 
 # -- limits ----------------------------------------------------------------------------------------

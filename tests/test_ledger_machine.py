@@ -51,8 +51,10 @@ class Engine:
 class Opening:
     """Somebody opens a connection."""
 
-    def __init__(self, engine: Engine, permit: Permit) -> None:
+    def __init__(self, engine: Engine, permit: Permit, since: float) -> None:
         self.engine = engine
+        self.since = since
+        """Since when it has waited for a connection."""
         self.slot = permit.slot
         self.permit: Permit | None = permit
         """None as soon as there is a record, which then gets a socket."""
@@ -106,15 +108,15 @@ class LedgerMachine(RuleBasedStateMachine):
             self.waiting.append((engine, entry))
             return
         assert entry.slot.handle not in engine.retired, "of a generation that has ended"
-        self.received(engine, entry, phases)
+        self.received(engine, entry, phases, self.books.now)
 
-    def received(self, engine: Engine, entry: Any, phases: int) -> None:
+    def received(self, engine: Engine, entry: Any, phases: int, since: float) -> None:
         """A checkout has ended well; if it is a permit, use it, perhaps not to the end."""
         others = [opening.slot for opening in self.opening] + [record.slot for _, record in self.held]
         assert entry.slot not in others, "two have the same"
         assert entry.slot.home() is engine.attachment, "of another engine"
         if isinstance(entry, Permit):
-            self.opening.append(Opening(engine, entry))
+            self.opening.append(Opening(engine, entry, since))
             for _ in range(phases):
                 self.go_on_opening(self.opening[-1])
         else:
@@ -133,7 +135,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.plug(opening.engine, opening.record)
         else:
             self.opening.remove(opening)
-            self.books.decide(self.ledger.opened, opening.slot, self.books.now)
+            self.books.opened(opening.slot)
             self.held.append((opening.engine, opening.record))
 
     def plug(self, engine: Engine, record: Record) -> None:
@@ -165,7 +167,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.go_on_opening(item)
         else:
             self.waiting.remove(item)
-            self.received(item[0], item[1].answer, phases)
+            self.received(item[0], item[1].answer, phases, item[1].since)
 
     @precondition(lambda self: self.waiting)
     @rule(n=which, last=st.booleans())
@@ -181,14 +183,85 @@ class LedgerMachine(RuleBasedStateMachine):
             self.books.give(engine.attachment, answer)
 
     @precondition(lambda self: self.opening)
-    @rule(n=which)
-    def fail_to_open(self, n: int) -> None:
-        opening = self.opening.pop(n % len(self.opening))
+    @rule(n=which, let_in=st.booleans())
+    def fail_to_open(self, n: int, let_in: bool) -> None:
+        """It is given up, or the error is for good."""
+        if let_in:
+            self.books.let_in()
+        self.failed(self.opening.pop(n % len(self.opening)))
+
+    # -- refusals ----------------------------------------------------------------------------------
+
+    @property
+    def hollow(self) -> list[tuple[Engine, Record]]:
+        """Who has a record without a connection, and so reopens it."""
+        return [item for item in self.held if item[1].slot.handle is None]
+
+    @precondition(lambda self: self.opening or self.hollow)
+    @rule(
+        n=which,
+        length=st.sampled_from([0.05, 1.0, 5.0]),
+        again=st.sampled_from([True, True, False]),
+        waited=st.sampled_from([0.0, 0.0, 0.3]),
+    )
+    def is_refused(self, n: int, length: float, again: bool, waited: float) -> None:
+        """The server refuses who opens or reopens; he has his place in the line again, or gives up."""
+        item = chosen(n, [*self.opening, *self.hollow])
+        self.books.refuse(length)
+        if isinstance(item, Opening):
+            engine, since = item.engine, item.since
+            self.opening.remove(item)
+            self.failed(item)
+        else:
+            engine, since = item[0], self.books.now - waited
+            self.held.remove(item)
+            self.books.give(engine.attachment, item[1])
+        del item
+        if not again:
+            return
+        line = list(self.books.lines[engine.attachment])
+        entry = self.books.wait(engine.attachment, since)
+        if isinstance(entry, Gate):
+            self.waiting.append((engine, entry))
+        else:
+            assert not line, "overtakes who waits"
+            self.received(engine, entry, 3, since)
+
+    def failed(self, opening: Opening) -> None:
+        """It could not be opened, however far it had come."""
         if opening.permit is not None:
             self.books.fail(opening.permit)
         else:
             self.books.unplug(opening.slot)
             self.books.decide(self.ledger.failed, opening.slot, self.books.now)
+
+    @precondition(lambda self: self.books.refusals)
+    @rule(insisted=st.booleans())
+    def the_pause_ends(self, insisted: bool) -> None:
+        """Who waits may try by then, one of them."""
+        books = self.books
+        books.now = max(books.now, books.pause_ends)
+        if insisted:
+            attempts = books.attempts
+            books.all_insist()
+            assert books.attempts <= attempts + 1
+
+    @precondition(lambda self: self.hollow)
+    @rule(n=which)
+    def reopen(self, n: int) -> None:
+        """The server lets somebody in who has a record without a connection."""
+        engine, record = chosen(n, self.hollow)
+        self.plug(engine, record)
+        self.books.opened(record.slot)
+
+    @precondition(lambda self: self.books.refusals and self.waiting)
+    @rule()
+    def the_process_forks(self) -> None:
+        """The child has engines and limits, and no refusals."""
+        self.books.fork()
+        for things in (self.waiting, self.opening, self.held, self.locks):
+            things.clear()  # type: ignore[attr-defined]
+        assert not self.ledger.slots
 
     # -- what is held ------------------------------------------------------------------------------
 
@@ -199,7 +272,8 @@ class LedgerMachine(RuleBasedStateMachine):
         handle = record.slot.handle
         self.books.give(engine.attachment, record)
         if record.slot.state is CLOSING:
-            assert handle is None or handle in engine.retired or self.books.reasons[-1] == LOWERED
+            reasons = [item.reason for item in self.books.todo if item[0] is record.slot and len(item) == 3]
+            assert handle is None or handle in engine.retired or reasons == [LOWERED]
         else:
             assert handle not in engine.retired
 
@@ -427,7 +501,10 @@ class LedgerMachine(RuleBasedStateMachine):
         books.now += 1.0
         books.all_insist()
         while self.waiting or self.opening or self.held or self.locks or books.todo:
-            assert self.answered or self.opening or self.held or self.locks or books.todo, "all wait"
+            if not (self.answered or self.opening or self.held or self.locks or books.todo):
+                books.now = max(books.now, books.pause_ends)
+                books.all_insist()
+                assert self.answered, "all wait"
             while self.opening or self.answered:
                 self.go_on(0, 3)
             while self.held:

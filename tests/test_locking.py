@@ -396,6 +396,7 @@ def renew_and_warm_up(pool: QueriesPool, eventually: Eventually) -> None:
     eventually(lambda: pool._shared._ledger.renewing is None, "it is renewed")
     pool._attachment.min_size = 2
     pool.warm_up()
+    pool._shared.suspect_own(pool._attachment)
     pool._attachment.min_size = 0
 
 

@@ -783,19 +783,18 @@ def test_a_shutdown_takes_no_connection_away_that_its_holder_has_just_opened(
     fairy.invalidate(soft=True)
     fairy.close()
     taken, closing = Stop(), Stop()
-    take, close = engine_pool._do_get, driver.connections[0].close
+    examine, close = engine_pool._examine, driver.connections[0].close
 
-    def take_and_stop() -> Any:
-        record = take()
+    def stop_and_examine(*record_and_deadline: Any) -> Any:
         taken.here()
-        return record
+        return examine(*record_and_deadline)
 
     def stop_and_close() -> None:
         monkeypatch.undo()
         closing.here()
         close()
 
-    monkeypatch.setattr(engine_pool, "_do_get", take_and_stop)
+    monkeypatch.setattr(engine_pool, "_examine", stop_and_examine)
     monkeypatch.setattr(driver.connections[0], "close", stop_and_close)
     holder = Task(engine_pool.connect)
     taken.reached()

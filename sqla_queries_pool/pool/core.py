@@ -14,7 +14,7 @@ from threading import get_ident
 from typing import Any, ClassVar
 
 from .. import liveness
-from ..connect_errors import passes
+from ..connect_errors import is_full, passes
 from ..errors import QueriesException
 from ..gates import ThreadGate
 from ..housekeeping import Housekeeper, Worker
@@ -220,11 +220,11 @@ class Core(Guard):
     def refused(self, error: BaseException) -> bool:
         """Is it worth trying again?  Then there is a pause now, in which nobody of this pool connects.
 
-        It is, where the error passes by itself, and the database was there a moment ago; one that is not
-        there when the application starts is the application's affair.
+        It is, where the error passes by itself, and the database is there, or was a moment ago; one that is
+        not there when the application starts is the application's affair.
         """
         known = self._by_handle or self._clock() - self._last_open <= REMEMBERED
-        if not known or not isinstance(error, Exception) or not passes(error):
+        if not (known or is_full(error)) or not isinstance(error, Exception) or not passes(error):
             # The others wait for nothing: each is to have its own error.
             self._do(self._decide(self._ledger.let_in, self._clock()))
             return False
@@ -304,11 +304,11 @@ class Core(Guard):
     def found_dead(self, slot: Connection) -> None:
         """A connection was found dead before it was used: older ones are suspect."""
         liveness.hang_up(slot.handle)
-        self.suspect_all()
-
-    def suspect_all(self) -> None:
-        """Have all that are idle looked at before they are used."""
         self._decide(self._ledger.suspect, self._clock())
+
+    def suspect_own(self, attachment: Attachment) -> None:
+        """Have all that an engine has looked at before they are used again."""
+        self._decide(self._ledger.suspect_own, attachment)
 
     # -- engines -----------------------------------------------------------------------------------
 
