@@ -21,7 +21,7 @@ _TEXTS: Final = (
     *_FULL,
     # 57P03 and 57P01: it is about to be there, or about to go.
     r"the database system is (starting up|shutting down|in recovery mode|not (yet )?accepting connections)",
-    r"terminating connection due to (administrator command|crash)",
+    r"terminating connection (due to administrator command|because of crash)",
     # Nobody listens, or not any more: a restart. A unix socket is not there meanwhile.
     r"Connection (refused|reset by peer|timed out)",
     r"server closed the connection unexpectedly",

@@ -219,9 +219,10 @@ class Ledger:
         mine = attachment.quota
         # Its slot frees a place under its own quota, so engines of that quota are never too full.
         others = [
-            next(iter(other.line))
-            for other in self.lines
-            if other is not attachment and (other.quota is mine or not other.quota.full)
+            waiter
+            for waiter in self._heads()
+            if (other := waiter.attachment) is not attachment
+            and (other.quota is mine or not other.quota.full)
         ]
         if own is None and not hollow:  # then it stays, unless somebody may insist
             others = [w for w in others if w.attachment.quota is mine or self._may_insist(w, now)]
@@ -344,6 +345,12 @@ class Ledger:
         self._out_of_line(waiter)
         return waiter.answer
 
+    def _heads(self) -> list[Waiter]:
+        """Who waits in front, in each line.  A line that an interrupt has left behind empty goes."""
+        for attachment in [a for a in self.lines if not a.line]:
+            del self.lines[attachment]
+        return [next(iter(attachment.line)) for attachment in self.lines]
+
     def _out_of_line(self, waiter: Waiter) -> None:
         attachment = waiter.attachment
         attachment.line.pop(waiter, None)
@@ -360,8 +367,7 @@ class Ledger:
         """Let the waiters open what can be opened by now, the oldest first."""
         work: Work = []
         while self.lines:
-            heads = sorted((next(iter(a.line)) for a in self.lines), key=_arrival)
-            for waiter in heads:
+            for waiter in sorted(self._heads(), key=_arrival):
                 insist = self._may_insist(waiter, now)
                 permit = self._open(waiter.attachment, waiter.holder, now, insist)
                 if permit is not None:
@@ -577,12 +583,12 @@ class Ledger:
         if attachment is None or slot.state is not IDLE or slot.handle is None:
             return False
         entry = slot.entry() if slot.entry is not None else slot
+        attachment.lent[slot] = entry  # first: nobody else keeps one that was added by hand
         attachment.idle.remove(entry)
         slot.state = LENT
         slot.session = session
         slot.since = now
         slot.uses += 1
-        attachment.lent[slot] = entry
         return True
 
     def unlock(self, slot: Slot, if_stale: bool = False) -> bool:

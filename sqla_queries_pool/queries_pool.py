@@ -318,9 +318,14 @@ class QueriesPool(SQLAlchemyPool):
                     record.invalidate(exc.DisconnectionError("found dead before it was used"))
             if record.dbapi_connection is None:
                 if not shared.may_connect():
-                    raise shared.refusal() or exc.DisconnectionError("the server refuses connections")
+                    raise _Refused(
+                        shared.refusal() or exc.DisconnectionError("the server refuses connections")
+                    )
                 record.get_connection()
                 shared.opened(record.slot)
+        except _Refused as error:
+            record.come_home_hollow(error)
+            raise
         except BaseException as error:
             refused = shared.refused(error)
             record.come_home_hollow(error)
@@ -366,6 +371,8 @@ class QueriesPool(SQLAlchemyPool):
         try:
             # A pool without an engine has no dialect to ask with.
             answers = not hasattr(self._dialect, "do_ping") or self._dialect.do_ping(slot.handle)
+        except NotImplementedError:  # so says that of SQLAlchemy's first 2.0
+            answers = True
         except Exception as error:
             self.logger.info("%s: %r does not answer: %r", self._shared.label, slot, error)
             answers = self._is_answer(error, slot.handle)

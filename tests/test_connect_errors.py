@@ -12,7 +12,6 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -29,6 +28,7 @@ from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool, retirem
 from sqla_queries_pool.connect_errors import passes
 from sqla_queries_pool.embedded import EmbeddedPostgres
 
+pytestmark = pytest.mark.slow
 Eventually = Callable[..., None]
 Case = Callable[["Places"], Any]
 HOUR = 3600.0
@@ -369,10 +369,11 @@ def test_a_server_that_comes_or_goes_says_something_that_passes(
 
 
 @pytest.fixture
-def bouncer(
-    small_server: EmbeddedPostgres, tmp_path: Path, eventually: Eventually
-) -> Iterator[Callable[..., int]]:
-    """Start a PgBouncer in front of a port, with settings: `bouncer(port, max_client_conn=1)`; its port."""
+def bouncer(small_server: EmbeddedPostgres, eventually: Eventually) -> Iterator[Callable[..., int]]:
+    """Start a PgBouncer in front of a port, with settings: `bouncer(port, max_client_conn=1)`; its port.
+
+    Its files are in the server's folder, since it does not run as root, who may own the temporary one.
+    """
     if PGBOUNCER is None:
         pytest.skip("there is no pgbouncer")
     running: list[subprocess.Popen[bytes]] = []
@@ -382,18 +383,15 @@ def bouncer(
         with socket.create_server(("127.0.0.1", 0)) as probe:
             listens = probe.getsockname()[1]
         password = small_server.password
-        (tmp_path / "users.txt").write_text(f'"postgres" "{password}"\n"nemo" "nemo"\n')
+        (small_server.folder / "users.txt").write_text(f'"postgres" "{password}"\n"nemo" "nemo"\n')
         lines = {"listen_addr": "127.0.0.1", "listen_port": listens, "unix_socket_dir": ""}
         lines |= {"auth_type": "plain", "auth_file": "users.txt"} | settings
-        config = tmp_path / "pgbouncer.ini"
+        config = small_server.folder / "pgbouncer.ini"
         config.write_text(
             f"[databases]\n* = host=127.0.0.1 port={port}\n[pgbouncer]\n"
             + "".join(f"{name} = {value}\n" for name, value in lines.items())
         )
         log = small_server.folder / "pgbouncer.log"
-        # By its standard input and in the server's folder: the temporary folder may be root's alone.
-        for name in ("users.txt", "pgbouncer.ini"):
-            shutil.copy(tmp_path / name, small_server.folder / name)
         with open(log, "ab") as out:
             command = [str(PGBOUNCER), "pgbouncer.ini"]
             process = subprocess.Popen(
@@ -616,10 +614,9 @@ def test_a_database_that_was_never_there_is_not_tried_again(outside: Outside) ->
     """When the application starts it is to learn at once that the database is down, each thread of it."""
     engine = outside.engine()
     outside.proxy.refuse()
-    for number, task in enumerate(outside.connecting(engine, 10) + outside.connecting(engine, 10)):
+    for task in outside.connecting(engine, 20):
         with pytest.raises(exc.OperationalError, match="Connection refused"):
             task.result()
-        assert number < 20
     assert outside.attempts[engine] == 20
     assert outside.shared._ledger.refusals == 0
 
@@ -887,7 +884,7 @@ def test_a_server_with_fewer_connections_than_the_pool_may_have_makes_no_errors(
     full_server: EmbeddedPostgres, engines: int
 ) -> None:
     """8 connections, a limit of 20, 40 threads: each of them gets its share, and none an error."""
-    pid, rounds = new_pid(), 15
+    pid = new_pid()
     several = [
         create_engine(
             full_server.url(driver), poolclass=QueriesPool, pool_id=pid, max_size=20, pool_timeout=60
@@ -909,7 +906,7 @@ def test_a_server_with_fewer_connections_than_the_pool_may_have_makes_no_errors(
         while not stop.is_set():
             use(engine)
             served[number] += 1
-            if sum(served.values()) >= 40 * rounds:
+            if len(served) == 40 and min(served.values()) >= 5:
                 stop.set()
 
     tasks = [Task(lambda number=number: work(number)) for number in range(40)]
@@ -919,8 +916,8 @@ def test_a_server_with_fewer_connections_than_the_pool_may_have_makes_no_errors(
         except BaseException:
             begin.abort()
             raise
-    assert len(served) == 40
-    assert min(served.values()) >= rounds / 5, served
+    if engines == 1:  # slots move between two engines once in each pause: that takes a while
+        assert max(served.values()) <= 5 * min(served.values()), served
     for engine in several:
         engine.dispose()
 

@@ -30,6 +30,7 @@ from sqla_queries_pool.ledger import Ledger
 from sqla_queries_pool.pool import Pool, garbage
 
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork"),
     # Python 3.12 on says so of every fork of a process with threads, which is what these tests are about.
     pytest.mark.filterwarnings(

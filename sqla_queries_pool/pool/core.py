@@ -146,6 +146,7 @@ class Core(Guard):
                     break
                 if entry is None and gc_on_wait and now >= gc_at:
                     collect_garbage()
+                    self._find_lost()
                     entry = waiter.answer
             if entry is None:
                 entry = self._decide(self._ledger.leave, waiter)
@@ -156,6 +157,15 @@ class Core(Guard):
             if entry is not None:
                 self._hand_back(attachment, entry)
             raise
+
+    def _find_lost(self) -> None:
+        """Ask for slots whose entry has died and nobody was told, for an exception came upon the messenger.
+
+        Python swallows what an asynchronous exception does to the callback of a weak reference.
+        """
+        for slot in list(self._ledger.slots):
+            if slot.entry is not None and slot.entry() is None:
+                self._post(self._ledger.lost, slot)
 
     def _hand_back(self, attachment: Attachment, entry: Any) -> None:
         """Pass on what a waiter was given that can't use it."""
@@ -224,7 +234,9 @@ class Core(Guard):
         not there when the application starts is the application's affair.
         """
         known = self._by_handle or self._clock() - self._last_open <= REMEMBERED
-        if not (known or is_full(error)) or not isinstance(error, Exception) or not passes(error):
+        if not isinstance(error, Exception):
+            return False
+        if not (known or is_full(error)) or not passes(error):
             # The others wait for nothing: each is to have its own error.
             self._do(self._decide(self._ledger.let_in, self._clock()))
             return False
@@ -263,11 +275,12 @@ class Core(Guard):
 
     def let_go(self, slot: Connection) -> None:
         """The holder of a connection detaches it: it is its own from now on, and closes it."""
-        handle, slot.handle = slot.handle, None
+        handle = slot.handle
         if handle is not None:
             self._last_open = self._clock()
-            self._by_handle.pop(id(handle), None)
             key = id(handle)
+            self._by_handle.pop(key, None)  # before the slot forgets it: nothing may keep the key of the dead
+            slot.handle = None
 
             def died(_: weakref.ref[Any]) -> None:
                 self._detached.pop(key, None)
@@ -281,6 +294,8 @@ class Core(Guard):
     def socket_opened(self, slot: Connection, handle: Any, generation: int, lifetime: float) -> None:
         """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
         self.last_connect_error = None
+        if slot.handle is not None:  # whoever closed it was interrupted
+            self._by_handle.pop(id(slot.handle), None)
         slot.expires = self._clock() + lifetime
         slot.poll = liveness.poll_of(handle)
         slot.suspect = False

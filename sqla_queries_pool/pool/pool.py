@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from .. import parameters
+from .. import liveness, parameters
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
 from ..parameters import Unstated
 from ..slots import CLOSING, HELD, IDLE, OPENING, Attachment, Numbers, Slot
@@ -62,10 +62,14 @@ class Pool(Core):
         if self._by_handle.setdefault(id(handle), slot) is not slot:
             raise ValueError("Connection already exists in pool")
         slot._pool = self
-        work = self._decide(self._ledger.add, slot, self._clock())
+        work = None
+        try:
+            work = self._decide(self._ledger.add, slot, self._clock())
+        finally:
+            if work is None:
+                del self._by_handle[id(handle)]
+                slot._pool = None
         if work is None:
-            del self._by_handle[id(handle)]
-            slot._pool = None
             raise PoolFullError(self.id)
         self._do(work)
 
@@ -188,6 +192,7 @@ class Pool(Core):
         if record is None or handle is None:
             return
         record.invalidate(soft=True)
+        liveness.hang_up(handle)  # whoever waits for an answer in there has the driver's own lock
         close_quietly(handle, self.label)
         if slot.state is IDLE:  # it came home just then
             self._do(self._decide(self._ledger.close_one, slot))

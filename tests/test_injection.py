@@ -1,0 +1,887 @@
+"""Exceptions at every step of checkout and check-in: nothing is lost.
+
+Python raises an asynchronous exception (Ctrl-C, a signal handler's, ``PyThreadState_SetAsyncExc``) where a
+function is entered, after a call, and where a loop turns back; nowhere else. The sweep sets a real one before
+each of these points in the package, one after the other, with a scene that is the same each time.
+"""
+
+from __future__ import annotations
+
+import _thread
+import contextlib
+import ctypes
+import dis
+import gc
+import logging
+import operator
+import os
+import random
+import signal
+import socket
+import sys
+import threading
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any, ClassVar
+
+import pytest
+from conftest import Observer
+from fakes import FakeDialect, FakeDriver
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, new_pid, sleeping_collector
+from sqlalchemy import create_engine, event, make_url, text
+
+import sqla_queries_pool
+from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool, retirement
+from sqla_queries_pool.housekeeping import Housekeeper
+from sqla_queries_pool.pool import Pool, garbage
+
+pytestmark = pytest.mark.slow
+Eventually = Callable[..., None]
+Act = Callable[[], object]
+PACKAGE = str(Path(sqla_queries_pool.__file__).parent) + os.sep
+
+
+# -- what is injected -------------------------------------------------------------------------------
+
+
+class Failure(Exception):
+    """What an `except Exception` catches."""
+
+
+class Timeout(BaseException):
+    """What gevent and eventlet raise, and no `except Exception` catches."""
+
+
+KINDS: list[type[BaseException]] = [Failure, KeyboardInterrupt, Timeout]
+SEED = int(os.environ.get("INJECTION_SEED", "20"))
+_set_async_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
+_set_async_exc.argtypes = [ctypes.c_ulong, ctypes.py_object]
+injected: Counter[str] = Counter()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _count() -> Iterator[None]:
+    yield
+    print(f"\ninjected: {sum(injected.values())} {dict(injected)}, seed {SEED}")
+
+
+class Injector:
+    """Interrupts the main thread at the n-th point in the package, as Ctrl-C does; 0 for never.
+
+    The points are those where Python looks for signals: functions entered, calls, and loops.
+    """
+
+    _of_code: ClassVar[dict[CodeType, frozenset[int]]] = {}
+    # A builtin's result, read as an attribute: after a call, Python would look for signals right here.
+    _arm = staticmethod(partial(_thread.interrupt_main, signal.SIGUSR1))
+    armed = property(operator.methodcaller("_arm"))
+
+    def __init__(self, n: int) -> None:
+        self.n = n
+        self.seen = 0
+        self.where = ""
+        self.visited: set[str] = set()
+
+    def run(self, act: Act) -> None:
+        sys.settrace(self._called)
+        try:
+            act()
+        finally:
+            sys.settrace(None)
+
+    def _called(self, frame: FrameType, what: str, _: object) -> Any:
+        code = frame.f_code
+        if not code.co_filename.startswith(PACKAGE):
+            return None
+        self.visited.add(code.co_name)
+        if code not in self._of_code:
+            points = [
+                i.offset
+                for i in dis.get_instructions(code)
+                if i.opname.startswith(("CALL", "JUMP_B", "JUMP_A"))
+            ]
+            self._of_code[code] = frozenset(points)
+        frame.f_trace_opcodes = True
+        frame.f_trace_lines = False
+        return self._traced(frame, "entered", None)
+
+    def _traced(self, frame: FrameType, what: str, _: object) -> Any:
+        if what == "entered" or (what == "opcode" and frame.f_lasti in self._of_code[frame.f_code]):
+            self.seen += 1
+            if self.seen == self.n:
+                sys.settrace(None)
+                code = frame.f_code
+                self.where = f"{code.co_filename[len(PACKAGE) :]}:{frame.f_lineno} {code.co_name} {what}"
+                self.armed  # noqa: B018
+                return None
+        return self._traced
+
+
+# -- the scenes -------------------------------------------------------------------------------------
+
+
+class Handle:
+    """A connection without a server that has a socket; the last reference to it closes it, as in drivers."""
+
+    live: ClassVar[weakref.WeakSet[Handle]] = weakref.WeakSet()
+
+    def __init__(self) -> None:
+        self.closed = False
+        self.live.add(self)
+
+    def rollback(self) -> None: ...
+
+    def ping(self) -> None: ...
+
+    def close(self) -> None:
+        self.closed = True
+        self.live.discard(self)
+
+
+class Mute(Handle):
+    """It does not answer."""
+
+    def ping(self) -> None:
+        raise FakeDriver.OperationalError
+
+
+class Wired(Handle):
+    """It has a socket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._ours, self.theirs = socket.socketpair()
+        self.fileno = self._ours.fileno
+
+    def close(self) -> None:
+        super().close()
+        self._ours.close()
+
+    def __del__(self) -> None:
+        self._ours.close()
+        self.theirs.close()
+
+
+class Session:
+    """Who locks connections through the queries API."""
+
+
+class Stage:
+    """One pool of two engines, and what a scene needs."""
+
+    def __init__(self) -> None:
+        self.pid = new_pid()
+        self.pools: list[QueriesPool] = []
+        self.threads: list[Thread] = []
+        self.handles: list[Any] = []
+        self.kept: list[Any] = []
+        self.ended = False
+
+    def pool(self, creator: Callable[[], Any] = Handle, **kw: Any) -> QueriesPool:
+        settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False}
+        made = QueriesPool(
+            creator, pool_id=self.pid, dialect=FakeDialect(dbapi=FakeDriver()), **(settings | kw)
+        )
+        self.pools.append(made)
+        return made
+
+    def idle(self, n: int = 1, creator: Callable[[], Any] = Handle, **kw: Any) -> QueriesPool:
+        """A pool with n idle connections."""
+        pool = self.pool(creator, **kw)
+        for fairy in [pool.connect() for _ in range(n)]:
+            fairy.close()
+        return pool
+
+    def when_waiting(self, do: Act) -> None:
+        """Another thread does something as soon as somebody waits, or when it is over."""
+        shared = self.pools[0]._shared
+
+        def work() -> None:
+            while not (shared._ledger.lines or self.ended):
+                time.sleep(0.0001)
+            do()
+
+        self.threads.append(Thread(work))
+
+    def waiting(self, pool: QueriesPool) -> None:
+        """Another thread waits for a connection, and uses it."""
+        self.threads.append(Thread(lambda: pool.connect().close()))
+        while not pool._attachment.line:
+            time.sleep(0.0001)
+
+
+def use(pool: QueriesPool) -> None:
+    """Check out and in."""
+    pool.connect().close()
+
+
+def fast(stage: Stage) -> Act:
+    """An idle connection is used."""
+    return partial(use, stage.idle())
+
+
+def opened(stage: Stage) -> Act:
+    """A connection is opened."""
+    return partial(use, stage.pool())
+
+
+def listened(stage: Stage) -> Act:
+    """A connection is opened and used, and listeners listen."""
+    pool = stage.pool()
+    for name in ("connect", "checkout", "checkin", "reset", "close"):
+        event.listen(pool, name, lambda *_: None)
+    return partial(use, pool)
+
+
+def waits(stage: Stage) -> Act:
+    """A thread waits, and another gives it its connection."""
+    pool = stage.pool(max_size=1)
+    stage.when_waiting(pool.connect().close)
+    return partial(use, pool)
+
+
+def waits_for_room(stage: Stage) -> Act:
+    """A thread waits, and another engine gives it its slot."""
+    a, b = stage.pool(max_size=1), stage.pool(max_size=1)
+    stage.when_waiting(a.connect().close)
+    return partial(use, b)
+
+
+def hands_over(stage: Stage) -> Act:
+    """A connection is given to a thread that waits."""
+    pool = stage.pool(max_size=1)
+    stage.kept.append(pool.connect())
+    stage.waiting(pool)
+    return lambda: stage.kept.pop().close()
+
+
+def makes_room(stage: Stage) -> Act:
+    """A slot is given to another engine's thread that waits."""
+    a, b = stage.pool(max_size=1), stage.pool(max_size=1)
+    stage.kept.append(a.connect())
+    stage.waiting(b)
+    return lambda: stage.kept.pop().close()
+
+
+def times_out(stage: Stage) -> Act:
+    """A thread waits in vain."""
+    pool = stage.pool(max_size=1, timeout=0.002)
+    stage.kept.append(pool.connect())
+
+    def act() -> None:
+        with contextlib.suppress(CheckoutTimeout):
+            use(pool)
+
+    return act
+
+
+def collects(stage: Stage) -> Act:
+    """A thread waits, and the collector finds a connection for it."""
+    pool = stage.pool(max_size=1, gc_on_wait=True, timeout=0.01)
+    Ring(pool.connect())
+    garbage._next_collection = 0.0
+
+    def act() -> None:
+        with contextlib.suppress(CheckoutTimeout):
+            use(pool)
+
+    return act
+
+
+def reopened(stage: Stage) -> Act:
+    """An invalidated connection is reopened."""
+    pool = stage.pool()
+    pool.connect().invalidate()
+    return partial(use, pool)
+
+
+def evicts(stage: Stage) -> Act:
+    """Another engine's idle connection is closed and makes room."""
+    stage.idle(2)
+    return partial(use, stage.pool())
+
+
+def recycled(stage: Stage) -> Act:
+    """A connection is too old and is reopened."""
+    pool = stage.idle(recycle=100)
+    pool._attachment.idle[0].starttime = 0
+    return partial(use, pool)
+
+
+def dead(stage: Stage) -> Act:
+    """The server has hung up on an idle connection."""
+    pool = stage.idle(2, Wired)
+    for entry in pool._attachment.idle:
+        entry.dbapi_connection.theirs.close()
+    return partial(use, pool)
+
+
+def unasked(stage: Stage) -> Act:
+    """The server has said something unasked: a ping tells."""
+    pool = stage.idle(1, Wired)
+    pool._attachment.idle[0].dbapi_connection.theirs.send(b"S\0\0\0\4")
+    return partial(use, pool)
+
+
+def pinged(stage: Stage) -> Act:
+    """A connection was idle for long, and answers a ping."""
+    return partial(use, stage.idle(ping_after=0))
+
+
+def mute(stage: Stage) -> Act:
+    """A connection was idle for long, and does not answer."""
+    return partial(use, stage.idle(creator=Mute, ping_after=0))
+
+
+def pre_pinged(stage: Stage) -> Act:
+    """SQLAlchemy's own ping."""
+    pool = stage.idle(pre_ping=True)
+    return partial(use, pool)
+
+
+def refused(stage: Stage) -> Act:
+    """The server refuses a connection, then opens one."""
+    answers: list[BaseException] = []
+
+    def creator() -> Handle:
+        if answers and not stage.ended:
+            raise answers.pop()
+        return Handle()
+
+    pool = stage.pool(creator)
+    stage.kept.append(pool.connect())
+    answers.append(ConnectionRefusedError("Connection refused"))
+    return partial(use, pool)
+
+
+def fails(stage: Stage) -> Act:
+    """Opening a connection fails."""
+
+    def creator() -> Handle:
+        if stage.ended:
+            return Handle()
+        raise ValueError("no such database")
+
+    pool = stage.pool(creator)
+
+    def act() -> None:
+        with contextlib.suppress(ValueError):
+            use(pool)
+
+    return act
+
+
+def invalidated(stage: Stage) -> Act:
+    """A connection is invalidated and used again."""
+    pool = stage.pool()
+
+    def act() -> None:
+        pool.connect().invalidate()
+        fairy = pool.connect()
+        fairy.invalidate(soft=True)
+        fairy.close()
+        use(pool)
+
+    return act
+
+
+def detached(stage: Stage) -> Act:
+    """A connection is detached, and closed."""
+    pool = stage.idle()
+
+    def act() -> None:
+        fairy = pool.connect()
+        fairy.detach()
+        fairy.close()
+
+    return act
+
+
+def abandoned(stage: Stage) -> Act:
+    """The last reference to a connection goes."""
+    pool = stage.idle()
+
+    def act() -> None:
+        pool.connect()
+
+    return act
+
+
+def collected(stage: Stage) -> Act:
+    """The collector finds a connection."""
+    pool = stage.idle()
+
+    def act() -> None:
+        Ring(pool.connect())
+        gc.collect()
+
+    return act
+
+
+def lost(stage: Stage) -> Act:
+    """A record is lost, with the connection."""
+    pool = stage.idle()
+
+    def act() -> None:
+        pool._do_get()
+
+    return act
+
+
+def disposed(stage: Stage) -> Act:
+    """An engine is disposed of, with a connection out and two idle."""
+    pool = stage.idle(3, max_size=3)
+
+    def act() -> None:
+        fairy = pool.connect()
+        pool.dispose()
+        stage.pools.append(pool.recreate())
+        fairy.close()
+
+    return act
+
+
+def lowered(stage: Stage) -> Act:
+    """The limit is lowered and raised."""
+    pool = stage.idle(2)
+
+    def act() -> None:
+        fairy = pool.connect()
+        PoolManager.set_max_size(stage.pid, 1)
+        fairy.close()
+        PoolManager.set_max_size(stage.pid, 2)
+        use(pool)
+
+    return act
+
+
+def expired(stage: Stage) -> Act:
+    """Connections are too old."""
+    pool = stage.idle(2)
+
+    def act() -> None:
+        PoolManager.set_idle_ttl(stage.pid, 0)
+        PoolManager.set_idle_ttl(stage.pid, 60)
+        use(pool)
+
+    return act
+
+
+def attached(stage: Stage) -> Act:
+    """An engine comes, uses the pool, and goes."""
+    stage.idle(2)
+
+    def act() -> None:
+        pool = QueriesPool(Handle, pool_id=stage.pid, max_size=2)
+        use(pool)
+        del pool
+
+    return act
+
+
+def by_hand(stage: Stage) -> Act:
+    """A connection that was added by hand is locked, freed, lost by its session and removed."""
+    stage.idle()
+
+    def act() -> None:
+        handle = Handle()
+        PoolManager.add(stage.pid, handle)
+        session = Session()
+        assert PoolManager.get(stage.pid, session) is handle
+        PoolManager.free(stage.pid, handle)
+        PoolManager.lock(stage.pid, handle, session)
+        del session
+        PoolManager.clean(stage.pid)
+        PoolManager.remove_connection(stage.pid, handle)
+
+    return act
+
+
+def shut_down(stage: Stage) -> Act:
+    """All is closed, also what is out."""
+    pool = stage.idle(2)
+
+    def act() -> None:
+        fairy = pool.connect()
+        PoolManager._pools[stage.pid].shutdown()
+        fairy.close()
+        use(pool)
+
+    return act
+
+
+SCENES = [
+    fast,
+    opened,
+    listened,
+    waits,
+    pytest.param(waits_for_room, marks=pytest.mark.slow),
+    hands_over,
+    makes_room,
+    times_out,
+    pytest.param(collects, marks=pytest.mark.slow),
+    reopened,
+    evicts,
+    recycled,
+    dead,
+    unasked,
+    pinged,
+    mute,
+    pre_pinged,
+    pytest.param(refused, marks=pytest.mark.slow),
+    fails,
+    invalidated,
+    detached,
+    abandoned,
+    collected,
+    lost,
+    pytest.param(disposed, marks=pytest.mark.slow),
+    pytest.param(lowered, marks=pytest.mark.slow),
+    pytest.param(expired, marks=pytest.mark.slow),
+    pytest.param(attached, marks=pytest.mark.slow),
+    pytest.param(by_hand, marks=pytest.mark.slow),
+    pytest.param(shut_down, marks=pytest.mark.slow),
+]
+
+
+# -- what must hold ---------------------------------------------------------------------------------
+
+
+class Probe:
+    """Asks the housekeeper to come by."""
+
+    def __init__(self) -> None:
+        self.swept = threading.Event()
+
+    def sweep(self) -> None:
+        self.swept.set()
+
+    def neglected(self) -> None: ...
+
+
+@pytest.fixture
+def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No log or report keeps an exception, its traceback and all that took part; a housekeeper of its own."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(Pool, "housekeeper", Housekeeper())
+    logging.disable(logging.CRITICAL)
+    try:
+        with sleeping_collector():
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def assert_nothing_lost(pools: list[QueriesPool], eventually: Eventually, live: Callable[[], int]) -> None:
+    """Books, lock, threads and sockets are as if nothing had happened, and the budget can be had again."""
+    shared = pools[0]._shared
+    assert not shared._lock._is_owned(), "the lock is taken"  # type: ignore[attr-defined]
+    assert not shared._inside, "inside for ever"
+    probe, worked = Probe(), threading.Event()
+    Pool.housekeeper.schedule(probe, 0.0)
+    shared._worker.submit(worked.set)
+    assert probe.swept.wait(2.0), "the housekeeper has stopped"
+    assert worked.wait(2.0), "the worker has stopped"
+    for pool in pools:
+        assert_whole(pool, eventually)
+    assert live() == shared.numbers.open == len(shared._by_handle), f"sockets: {live()}, {shared!r}"
+
+
+def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseException]) -> Stage:
+    """Play one scene, with an injection, up to the point where everything was dropped."""
+    Handle.live = weakref.WeakSet()
+    stage = Stage()
+    act = scene(stage)
+    while Pool.housekeeper._thread._running.locked() and not Pool.housekeeper._thread._mail.empty():
+        time.sleep(0.0001)
+    try:
+        injector.run(act)
+        for _ in range(2):  # it may be under way
+            time.sleep(0)
+    except (kind, ConnectionRefusedError):  # the interrupt may have come in a finalizer, which swallows it
+        pass
+    stage.ended = True
+    stage.kept.clear()
+    del act
+    shared = stage.pools[0]._shared
+    shared.unset()  # whoever comes next reads the letters, too
+    gc.collect()
+    for thread in stage.threads:
+        thread.join(3.0)
+    shared.sweep()
+    return stage
+
+
+def sweep(scene: Callable[[Stage], Act], kind: type[BaseException]) -> tuple[int, dict[str, str]]:
+    """Interrupt a scene at every point in turn; how many there were, and what was lost where."""
+
+    def handler(*_: object) -> None:
+        raise kind
+
+    def soon(condition: Callable[[], object], what: str = "", seconds: float = 1.0) -> None:
+        deadline = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < deadline, what
+            time.sleep(0.0005)
+
+    lost: dict[str, str] = {}
+    old = signal.signal(signal.SIGUSR1, handler)
+    n = 0
+    try:
+        while len(lost) < 12:
+            n += 1
+            Pool.housekeeper = Housekeeper()
+            injector = Injector(n)
+            stage: Any = None
+            try:
+                stage = play(scene, injector, kind)
+                if not injector.where:
+                    break
+                assert_nothing_lost(stage.pools, soon, lambda: len(Handle.live))
+            except Exception as error:
+                lost[f"{n}: {injector.where}"] = f"{type(error).__name__}: {str(error)[:150]}"
+            finally:
+                if stage is not None:
+                    with contextlib.suppress(Exception):
+                        stage.pools[0]._shared.shutdown()
+                    PoolManager._pools.pop(stage.pid, None)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    injected[kind.__name__] += n - 1
+    return n - 1, lost
+
+
+# -- (a) every point, in turn -----------------------------------------------------------------------
+
+KNOWN = {
+    lost: "Python swallows what an exception does to a weak reference's callback, and its letter goes with it",
+    by_hand: "nothing stands for a connection that was added by hand whose death could free its slot",
+}
+"""Where something is lost, and why: to be mended."""
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, Failure, Timeout])
+@pytest.mark.parametrize("scene", SCENES)
+@pytest.mark.usefixtures("quiet")
+def test_an_interrupt_at_any_point_loses_nothing(
+    scene: Callable[[Stage], Act], kind: type[BaseException]
+) -> None:
+    """Wherever in the package it comes: no slot, socket, lock or thread is lost, and nobody waits in vain."""
+    points, losses = sweep(scene, kind)
+    assert points > 5, "hardly anything was interrupted"
+    if losses and scene in KNOWN:
+        pytest.xfail(KNOWN[scene])
+    assert not losses, f"{len(losses)} of {points}:\n" + "\n".join(f"{k} -> {v}" for k, v in losses.items())
+
+
+# -- (b) at any moment, in any thread ---------------------------------------------------------------
+
+
+class Worker:
+    """A thread that checks out and in, whatever is raised in it."""
+
+    def __init__(self, pools: list[QueriesPool], seed: int, stop: threading.Event) -> None:
+        self.done = 0
+        self.hits = 0
+        self._pools, self._random, self._stop = pools, random.Random(seed), stop
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        while not self._stop.is_set():
+            try:
+                while not self._stop.is_set():
+                    self._step()
+                    self.done += 1
+            except (*KINDS, CheckoutTimeout):
+                self.hits += 1
+
+    def _step(self) -> None:
+        fairy = self._random.choice(self._pools).connect()
+        chance = self._random.random()
+        if chance < 0.05:
+            fairy.invalidate()
+        elif chance < 0.1:
+            fairy.detach()
+            fairy.close()
+        elif chance < 0.15:
+            Ring(fairy)
+        elif chance > 0.2:
+            fairy.close()
+
+
+@pytest.mark.parametrize("rounds", [300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.usefixtures("quiet")
+def test_exceptions_set_in_other_threads_at_random_lose_nothing(rounds: int, eventually: Eventually) -> None:
+    """Four threads on three connections of two engines, exceptions at random moments, also in SQLAlchemy."""
+    print(f"seed {SEED}")
+    chance = random.Random(SEED)
+    Handle.live = weakref.WeakSet()
+    stage = Stage()
+    pools = [stage.pool(max_size=3, gc_on_wait=True, timeout=2.0) for _ in range(2)]
+    stop = threading.Event()
+    workers = [Worker(pools, chance.random(), stop) for _ in range(4)]  # type: ignore[arg-type]
+    sent = 0
+    for _ in range(rounds):
+        worker = chance.choice(workers)
+        if not worker.thread.is_alive():
+            workers[workers.index(worker)] = Worker(pools, chance.random(), stop)  # type: ignore[arg-type]
+            continue
+        _set_async_exc(worker.thread.ident, ctypes.py_object(chance.choice(KINDS)))
+        sent += 1
+        time.sleep(chance.random() * 0.003)
+        if chance.random() < 0.05:
+            gc.collect()
+    stop.set()
+    for worker in workers:
+        worker.thread.join(DEADLINE)
+        assert not worker.thread.is_alive(), "a thread hangs"
+    assert sum(worker.done for worker in workers) > rounds / 10
+    injected["SetAsyncExc"] += sent
+    workers.clear()
+    del worker
+    gc.collect()
+    assert_nothing_lost(pools, eventually, lambda: len(Handle.live))
+
+
+# -- (c) every step: ok, error, slow, never ---------------------------------------------------------
+
+STEPS = ["creator", "connect", "checkout", "checkin", "reset", "close", "invalidate", "detach", "ping"]
+
+
+@pytest.mark.parametrize("outcome", ["ok", "error", "slow", "slow error"])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.usefixtures("quiet")
+def test_a_step_that_fails_or_takes_long_stops_nobody_else(
+    step: str, outcome: str, kind: type[BaseException], eventually: Eventually
+) -> None:
+    """While one thread is stuck in a step, another engine's thread works on; then nothing is lost."""
+    stop, mine, todo = Stop(), threading.Event(), [True]
+    owner: list[int] = []
+
+    def here(*_: Any) -> None:
+        if not todo or threading.get_ident() not in owner:
+            return
+        todo.clear()
+        mine.set()
+        if "slow" in outcome:
+            stop.here()
+        if "error" in outcome:
+            raise kind
+
+    class Handle_(Handle):
+        def ping(self) -> None:
+            if step == "ping":
+                here()
+
+    def creator() -> Handle:
+        if step == "creator":
+            here()
+        return Handle_()
+
+    Handle.live = weakref.WeakSet()
+    stage = Stage()
+    a, b = stage.pool(creator, ping_after=0), stage.pool(ping_after=0)
+    if step not in ("creator", "ping"):
+        event.listen(a, step, here)
+
+    def work() -> None:
+        owner.append(threading.get_ident())
+        with contextlib.suppress(kind):
+            use(a)
+            fairy = a.connect()
+            fairy.invalidate()
+            fairy = a.connect()
+            fairy.detach()
+            fairy.close()
+
+    thread = Thread(work)
+    assert mine.wait(DEADLINE), "the step was never reached"
+    for _ in range(3):
+        Thread(use, b).join()
+    stop.go()
+    thread.join()
+    injected["steps"] += 1
+    del thread
+    gc.collect()
+    assert_nothing_lost([a, b], eventually, lambda: len(Handle.live))
+
+
+@pytest.mark.usefixtures("quiet")
+def test_a_connection_that_never_comes_is_waited_for_until_the_timeout(eventually: Eventually) -> None:
+    """Opening blocks: those who wait for the same slot give up at their timeout, and get it afterwards."""
+    stop = Stop()
+    first = [True]
+
+    def creator() -> Handle:
+        if first:
+            first.clear()
+            stop.here()
+        return Handle()
+
+    Handle.live = weakref.WeakSet()
+    stage = Stage()
+    pool = stage.pool(creator, max_size=1, timeout=0.05)
+    thread = Thread(use, pool)
+    stop.reached()
+    for _ in range(3):
+        with pytest.raises(CheckoutTimeout):
+            pool.connect()
+    stop.go()
+    thread.join()
+    assert_nothing_lost([pool], eventually, lambda: len(Handle.live))
+
+
+# -- (d) PostgreSQL ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+@pytest.mark.usefixtures("quiet")
+def test_on_postgresql_the_server_agrees(
+    driver: str, pg_url: str, pg_observer: Observer, eventually: Eventually
+) -> None:
+    """After interrupts at every point of a checkout with a query, the server has what the pool says."""
+    url = make_url(pg_url)
+    engine = create_engine(url.set(drivername=f"postgresql+{driver}"), poolclass=QueriesPool, max_size=3)
+    pool: Any = engine.pool
+
+    def handler(*_: object) -> None:
+        raise Timeout
+
+    def act() -> None:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT 1"))
+        with engine.connect() as connection:
+            connection.invalidate()
+
+    old = signal.signal(signal.SIGUSR1, handler)
+    try:
+        for n in range(1, 1000):
+            injector = Injector(n)
+            with contextlib.suppress(Timeout):
+                injector.run(act)
+                time.sleep(0)
+            gc.collect()
+            if not injector.where:
+                break
+            injected[driver] += 1
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert injected[driver] > 50
+    assert_whole(pool, eventually)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 2")) == 2
+    opened = pool._shared.numbers.open
+    eventually(lambda: pg_observer.backends(str(url.database)) == opened, "the server agrees")
+    engine.dispose()
+    eventually(lambda: pg_observer.backends(str(url.database)) == 0, "all closed")
