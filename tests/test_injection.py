@@ -661,7 +661,7 @@ def sweep(scene: Callable[[Stage], Act], kind: type[BaseException]) -> tuple[int
 # -- (a) every point, in turn -----------------------------------------------------------------------
 
 KNOWN = {
-    lost: "Python swallows what an exception does to a weak reference's callback, and its letter goes with it",
+    lost: "Python swallows an exception in a weak reference's callback, and its letter goes with it",
     by_hand: "nothing stands for a connection that was added by hand whose death could free its slot",
 }
 """Where something is lost, and why: to be mended."""
