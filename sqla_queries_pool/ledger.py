@@ -145,7 +145,7 @@ class Ledger:
             slot.since = now
             slot.uses += 1
             return entry
-        if attachment.hollow and not attachment.line and self._may_connect(now):
+        if attachment.hollow and not attachment.line and self.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
         if attachment.line:
             return None  # time may have changed what the first of them may have: nobody overtakes
@@ -196,7 +196,7 @@ class Ledger:
         hollow = slot.handle is None
         waiter = self._next_for(attachment, hollow, now)
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
-        if connects and not self._may_connect(now):
+        if connects and not self.may_connect(now):
             waiter = None if hollow else next(iter(attachment.line), None)
         if waiter is None:
             return self._idle_again(attachment, entry, now)
@@ -261,10 +261,10 @@ class Ledger:
                 self._strike(evicts.slot)
             elif full:
                 return None
-        self._may_connect(now)
+        self.may_connect(now)
         return self._permit(attachment, holder, now, evicts)
 
-    def _may_connect(self, now: float) -> bool:
+    def may_connect(self, now: float) -> bool:
         """May somebody try to connect, who then does?  While the server refuses, one in each pause."""
         if not self.refusals:
             return True
@@ -758,7 +758,7 @@ class Ledger:
     def reserve(self, attachment: Attachment, now: float) -> Permit | None:
         """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
         free = not attachment.quota.full and len(self.slots) < self.limit and not self.lines
-        if not free or self._size(attachment) >= attachment.min_size or not self._may_connect(now):
+        if not free or self._size(attachment) >= attachment.min_size or not self.may_connect(now):
             return None
         permit = self._permit(attachment, 0, now, None)
         permit.slot.holder = None

@@ -318,9 +318,8 @@ class QueriesPool(SQLAlchemyPool):
                     record.invalidate(exc.DisconnectionError("found dead before it was used"))
             if record.dbapi_connection is None:
                 if not shared.may_connect():
-                    raise _Refused(
-                        shared.refusal() or exc.DisconnectionError("the server refuses connections")
-                    )
+                    pause = exc.DisconnectionError("the server refuses connections")
+                    raise _Refused(shared.refusal(always=True) or pause)
                 record.get_connection()
                 shared.opened(record.slot)
         except _Refused as error:

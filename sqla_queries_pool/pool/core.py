@@ -245,13 +245,16 @@ class Core(Guard):
 
     def may_connect(self) -> bool:
         """May one connect now, who then does?  Not in the pause after a refusal."""
-        return not self._ledger.refusals or self._decide(self._ledger._may_connect, self._clock())
+        return not self._ledger.refusals or self._decide(self._ledger.may_connect, self._clock())
 
-    def refusal(self) -> Exception | None:
-        """The last refusal, where that is why a checkout got nothing: there was room for a connection."""
+    def refusal(self, always: bool = False) -> Exception | None:
+        """Return the last refusal, during the pauses after it.
+
+        :param always: also where the limit is reached, and a checkout may have got nothing for that.
+        """
         error = self.last_connect_error
-        refused = self._ledger.refusals and len(self._ledger.slots) < self._ledger.limit
-        return _retold(error) if refused and isinstance(error, Exception) else None
+        is_why = self._ledger.refusals and (always or len(self._ledger.slots) < self._ledger.limit)
+        return _retold(error) if is_why and isinstance(error, Exception) else None
 
     def failed(self, permit: Permit, error: BaseException | None) -> None:
         """The caller of :meth:`take` could not open it; the slot goes to the next waiter."""
