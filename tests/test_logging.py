@@ -28,9 +28,10 @@ class Kept(logging.Handler):
         self.lines: Lines = []
         self.of_this_thread = False
         """Drop what other threads say?  They close what other tests left."""
+        self._thread = threading.get_ident()
 
     def emit(self, record: logging.LogRecord) -> None:
-        if not self.of_this_thread or record.thread == threading.get_ident():
+        if not self.of_this_thread or record.thread == self._thread:
             self.lines.append((record.name, record.levelno, record.getMessage()))
 
 
