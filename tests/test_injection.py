@@ -44,7 +44,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(
         not os.environ.get("INJECTION"),
-        reason="not whole yet (`refused` has hung, `lost` and `by_hand` lose something); INJECTION=1 runs them",
+        reason="not whole yet (`refused` hung, `lost` and `by_hand` lose something); INJECTION=1 runs them",
     ),
 ]
 Eventually = Callable[..., None]
