@@ -47,6 +47,7 @@ from .slots import (
     Quota,
     Renew,
     Reset,
+    Resetter,
     Slot,
     Waiter,
     Wake,
@@ -93,7 +94,8 @@ class Ledger:
         self.slots: set[Slot] = set()
         """Every slot that counts."""
         self.opening: set[Slot] = set()
-        self.closing: set[Slot] = set()
+        self.closing: dict[Slot, weakref.ref[Close]] = {}
+        """Slots whose connection is being closed, and the work that says so: dead where it got lost."""
         self.attachments: dict[weakref.ref[Attachment], Quota] = {}
         """The attached engines.  The quota stays known when the engine is dead."""
         self.by_hand = Attachment(Quota(None), 60.0)
@@ -294,7 +296,7 @@ class Ledger:
         :param within: look among the engines of this quota alone.
         :param before: others spare what has been idle since then, or longer.
         """
-        crowd = [a for a in self._everyone() if not within or a.quota is quota]
+        crowd = [a for a in self.everyone() if not within or a.quota is quota]
         for attachment in crowd:
             if attachment.hollow:
                 return attachment.hollow.popleft()
@@ -437,7 +439,7 @@ class Ledger:
         """One was found dead: suspect all that are idle, once per second at most."""
         if now - self.suspected_at >= SUSPECTED_FOR:
             self.suspected_at = now
-            for attachment in self._everyone():
+            for attachment in self.everyone():
                 for entry in attachment.idle:
                     entry.slot.suspect = True
 
@@ -455,7 +457,8 @@ class Ledger:
 
     def lost(self, slot: Slot, now: float) -> Work:
         """The entry of a slot has died: nobody can give it back any more."""
-        if slot.state is LENT and slot.session is not None and not slot.stale:
+        session = slot.session() if slot.session is not None else None
+        if slot.state is LENT and session is not None and not isinstance(session, Resetter):
             # A session has locked an engine's connection, and the engine is gone: the session keeps
             # it, as if it had been added by hand.
             assert slot.quota is not None
@@ -470,21 +473,22 @@ class Ledger:
         if slot.state is OPENING and evicted is not None and evicted.handle is not None:
             # The permit died before what gave way was closed: that counts again until it is.
             self._strike(slot)
-            evicted.state = CLOSING
             evicted.entry = None
             evicted.quota = slot.quota
             self.slots.add(evicted)
-            self.closing.add(evicted)
             if evicted.quota is not None:
                 evicted.quota.slots.add(evicted)
-            return [Close(evicted, None, ABANDONED)]
+            return [self._closing(evicted, None, ABANDONED)]
+        return self.cast_off(slot, now)
+
+    def cast_off(self, slot: Slot, now: float) -> Work:
+        """Nobody has it: close its connection, if there is one, and free it."""
         if slot.handle is None:
             return self._free(slot, now)
-        if slot in self.slots:
-            self.opening.discard(slot)
-            slot.state = CLOSING
-            self.closing.add(slot)
-        return [Close(slot, None, ABANDONED)]
+        if slot not in self.slots:
+            return [Close(slot, None, ABANDONED)]
+        self.opening.discard(slot)
+        return [self._closing(slot, None, ABANDONED)]
 
     def _enter(self, slot: Slot, attachment: Attachment) -> None:
         slot.quota = attachment.quota
@@ -498,7 +502,7 @@ class Ledger:
         slot.state = GONE
         self.slots.discard(slot)
         self.opening.discard(slot)
-        self.closing.discard(slot)
+        self.closing.pop(slot, None)
         if slot.quota is not None:
             slot.quota.slots.discard(slot)
 
@@ -507,11 +511,14 @@ class Ledger:
         return self._serve(now) + self._vacancy(now)
 
     def _close(self, entry: Any, reason: str) -> Close:
-        slot = entry.slot
+        return self._closing(entry.slot, entry, reason)
+
+    def _closing(self, slot: Slot, entry: Any, reason: str) -> Close:
         slot.state = CLOSING
         slot.session = None
-        self.closing.add(slot)
-        return Close(slot, entry, reason)
+        item = Close(slot, entry, reason)
+        self.closing[slot] = weakref.ref(item)
+        return item
 
     def close_idle(self, attachment: Attachment, reason: str) -> Work:
         """Close what this attachment has idle."""
@@ -527,7 +534,7 @@ class Ledger:
             if slot.state in (OPENING, HELD) or (slot.state is LENT and not slot.stale):
                 return slot
         work: Work = []
-        for attachment in self._everyone():
+        for attachment in self.everyone():
             work += self.close_idle(attachment, REMOVED)
             while attachment.lent:
                 work.append(self._close(attachment.lent.popitem()[1], REMOVED))
@@ -560,7 +567,7 @@ class Ledger:
     def retire_all(self) -> Work:
         """Let all that engines have open close, now or when it comes home."""
         work: Work = []
-        for attachment in self._everyone():
+        for attachment in self.everyone():
             if attachment is not self.by_hand:
                 work += self.dispose(attachment) + self.retire(attachment)
         return work
@@ -591,11 +598,13 @@ class Ledger:
         slot.uses += 1
         return True
 
-    def unlock(self, slot: Slot, if_stale: bool = False) -> bool:
-        """Take the lock from a session; the caller resets the connection and then gives it back."""
+    def unlock(self, slot: Slot, by: weakref.ref[Resetter], if_stale: bool = False) -> bool:
+        """Take the lock from a session; the resetter resets the connection and then gives it back."""
         if slot.state is not LENT or slot.session is None or (if_stale and not slot.stale):
             return False
-        slot.session = None
+        if isinstance(slot.session(), Resetter):
+            return False
+        slot.session = by
         return True
 
     def give_lent(self, slot: Slot, now: float) -> Work:
@@ -604,6 +613,7 @@ class Ledger:
         if attachment is None or slot not in attachment.lent:
             return []
         slot.state = HELD
+        slot.session = None
         return self.give(attachment, attachment.lent.pop(slot), now) or []
 
     def session_died(self, slot: Slot, session: weakref.ref[Any], now: float) -> Work:
@@ -615,9 +625,9 @@ class Ledger:
             return []
         return self._serve(now) + self._due(now + GRACE)
 
-    def unlock_stale(self, attachment: Attachment) -> list[Slot]:
-        """Take the locks from sessions that have died."""
-        return [slot for slot in attachment.lent if slot.stale and self.unlock(slot)]
+    def stale(self, attachment: Attachment) -> list[Slot]:
+        """What sessions have locked that have died."""
+        return [slot for slot in attachment.lent if slot.stale]
 
     def start_anew(self, now: float) -> Work:
         """In a forked child: engines and limits stay, slots and waiters are the parent's.
@@ -627,7 +637,7 @@ class Ledger:
         """
         for slot in self.slots:
             slot.state = GONE
-        for attachment in self._everyone():
+        for attachment in self.everyone():
             for things in (attachment.idle, attachment.hollow, attachment.lent, attachment.line):
                 things.clear()
         for quota in (*self.attachments.values(), self.by_hand.quota):
@@ -642,7 +652,7 @@ class Ledger:
         self.renewing = None
         # Whose death nobody was told, because the letter lay in the parent's inbox.
         self.attachments = {ref: quota for ref, quota in self.attachments.items() if ref() is not None}
-        return self._relimit(now) + self._vacancy(now)
+        return self.relimit(now) + self._vacancy(now)
 
     # -- limits, ages, engines ---------------------------------------------------------------------
 
@@ -655,19 +665,20 @@ class Ledger:
         self.attachments[attachment.ref] = attachment.quota
         self._apply_ttl()
         self.vacant_since = None
-        return self._relimit(now) + self.expire(now)  # its idle_ttl holds for what was added by hand
+        return self.relimit(now) + self.expire(now)  # its idle_ttl holds for what was added by hand
 
     def detach(self, ref: weakref.ref[Attachment], now: float) -> Work:
         """An engine is gone."""
         self.attachments.pop(ref, None)
-        return self._relimit(now) + self._vacancy(now)
+        return self.relimit(now) + self._vacancy(now)
 
     def set_limit(self, limit: float | None, now: float) -> Work:
         """Set the limit, ``inf`` for none; None leaves it to the attached engines."""
         self.set_limit_to = limit
-        return self._relimit(now)
+        return self.relimit(now)
 
-    def _relimit(self, now: float) -> Work:
+    def relimit(self, now: float) -> Work:
+        """Find out which limit holds, and act on it."""
         if self.set_limit_to is not None:
             self.limit = self.set_limit_to
         elif self.attachments:
@@ -689,14 +700,14 @@ class Ledger:
         return self.expire(now)
 
     def _apply_ttl(self) -> None:
-        for attachment in self._everyone():
+        for attachment in self.everyone():
             attachment.ttl = attachment.own_ttl if self.ttl is None else self.ttl
 
     def expire(self, now: float) -> Work:
         """Close what was idle for too long, reset what dead sessions left, and say when to look again."""
         work: Work = []
         due = math.inf
-        for attachment in self._everyone():
+        for attachment in self.everyone():
             work += [Reset(slot) for slot in attachment.lent if slot.stale]
             spare = self._size(attachment) - attachment.min_size if attachment.min_size else math.inf
             for entries in (attachment.hollow, attachment.idle):
@@ -788,7 +799,7 @@ class Ledger:
 
     # -- reading -----------------------------------------------------------------------------------
 
-    def _everyone(self) -> Iterator[Attachment]:
+    def everyone(self) -> Iterator[Attachment]:
         """The living attachments and the one for what was added by hand."""
         for ref in list(self.attachments):
             attachment = ref()
@@ -798,7 +809,7 @@ class Ledger:
 
     def numbers(self) -> Numbers:
         """Count; without the lock a moment may lie between one number and the next."""
-        everyone = list(self._everyone())
+        everyone = list(self.everyone())
         total, opening, closing = len(self.slots), len(self.opening), len(self.closing)
         idle = sum(len(a.idle) for a in everyone)
         hollow = sum(len(a.hollow) for a in everyone)
@@ -808,7 +819,7 @@ class Ledger:
 
     def check(self, now: float = -math.inf) -> None:
         """Assert what the module's text promises, every waiter having insisted at ``now``."""
-        everyone = list(self._everyone())
+        everyone = list(self.everyone())
         idle = [(a, e) for a in everyone for e in a.idle]
         hollow = [(a, e) for a in everyone for e in a.hollow]
         lent = {slot for a in everyone for slot in a.lent}
@@ -818,7 +829,7 @@ class Ledger:
         in_use = len(self.slots) - len(self.closing)
         assert in_use <= self.limit or not (idle or hollow), "1: idle above the limit"
         assert not self._could_be_served(now), "2: somebody waits who could be served"
-        assert (states[OPENING], states[CLOSING]) == (self.opening, self.closing), "3"
+        assert (states[OPENING], states[CLOSING]) == (self.opening, set(self.closing)), "3"
         assert not states[GONE], "3: gone, but counted"
         assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
         assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
@@ -847,7 +858,7 @@ class Ledger:
                 return True
             insist = self._may_insist(next(iter(attachment.line)), now)
             before = now if insist else now - SPARE
-            for other in self._everyone():
+            for other in self.everyone():
                 if quota.full and other.quota is not quota:
                     continue
                 if other.hollow or any(slot.stale for slot in other.lent):

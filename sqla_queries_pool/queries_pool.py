@@ -19,6 +19,7 @@ from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from . import identity, liveness, logs, parameters, retirement
+from .audit import Audit
 from .diagnostics import checkout_timeout
 from .errors import ParameterError
 from .parameters import UNSTATED, Unstated
@@ -460,6 +461,10 @@ class QueriesPool(SQLAlchemyPool):
         else:
             self._shared.dispose(self._attachment)
             self._shared.retire(self._attachment)
+
+    def audit(self) -> Audit:
+        """Compare the bookkeeping of the whole pool with the facts: see :meth:`Pool.audit`."""
+        return self._shared.audit()
 
     def recreate(self) -> QueriesPool:
         """Return a pool with the same parameters, listeners, limit and id.

@@ -95,7 +95,8 @@ class Slot:
         self.instead_of: Slot | None = None
         """While opening: the slot that gave way to it, and is perhaps not closed yet."""
         self.session: weakref.ref[Any] | None = None
-        """Weak: the queries session that locked it; dead but not None means a stale lock."""
+        """Weak: the queries session that locked it, or the :class:`Resetter`; dead but not None means a stale
+        lock."""
         self.since = 0.0
         """Since when it is in its state, by the pool's clock."""
         self.uses = 0
@@ -227,12 +228,15 @@ class Wake(NamedTuple):
     waiter: Waiter
 
 
-class Close(NamedTuple):
-    """Work: close a connection, then report :meth:`Ledger.closed`."""
+class Close:
+    """Work: close a connection, then report :meth:`Ledger.closed`.  The ledger sees whether it got lost."""
 
-    slot: Slot
-    entry: Any
-    reason: str
+    __slots__ = ("__weakref__", "entry", "reason", "slot")
+
+    def __init__(self, slot: Slot, entry: Any, reason: str) -> None:
+        self.slot = slot
+        self.entry = entry
+        self.reason = reason
 
 
 class Reset(NamedTuple):
@@ -240,6 +244,12 @@ class Reset(NamedTuple):
     :meth:`Ledger.give_lent`."""
 
     slot: Slot
+
+
+class Resetter:
+    """Who resets a connection has its lock meanwhile; gone before he is done, the lock is stale again."""
+
+    __slots__ = ("__weakref__",)
 
 
 class Renew(NamedTuple):

@@ -22,6 +22,7 @@ from sqla_queries_pool.slots import (
     Permit,
     Quota,
     Reset,
+    Resetter,
     Slot,
     Wake,
 )
@@ -98,7 +99,7 @@ class Books:
         """What died, and has not been told to the ledger: each time the last argument is missing."""
         self.todo: list[Wake | Close | Reset] = []
         """Work that nobody has done yet."""
-        self.unlocked: set[Slot] = set()
+        self.unlocked: dict[Slot, Resetter] = {}
         """What is to be reset and has been unlocked already."""
         self.told = math.inf
         """When the housekeeper will come, by what it was told."""
@@ -391,19 +392,19 @@ class Books:
 
         return bool(self.decide(self.ledger.lend, slot, weakref.ref(session, died), self.now))
 
-    def unlock(self, slot: Slot) -> bool:
+    def unlock(self, slot: Slot, if_stale: bool = False) -> bool:
         """Take a session's lock off; its reset is work to be done."""
-        unlocked: bool = self.decide(self.ledger.unlock, slot)
+        resetter = Resetter()
+        unlocked: bool = self.decide(self.ledger.unlock, slot, weakref.ref(resetter), if_stale)
         if unlocked:
-            self.unlocked.add(slot)
+            self.unlocked[slot] = resetter
             self.todo.append(Reset(slot))
         return unlocked
 
     def unlock_stale(self, attachment: Attachment) -> None:
         """Take the locks off that dead sessions left; the resets are work to be done."""
-        slots = self.decide(self.ledger.unlock_stale, attachment)
-        self.unlocked.update(slots)
-        self.todo += [Reset(slot) for slot in slots]
+        for slot in self.decide(self.ledger.stale, attachment):
+            self.unlock(slot, True)
 
     # -- the hands ---------------------------------------------------------------------------------
 
@@ -420,8 +421,12 @@ class Books:
         elif isinstance(item, Close):
             self.unplug(item.slot)
             self.decide(self.ledger.closed, item.slot, self.now)
-        elif item.slot in self.unlocked or self.decide(self.ledger.unlock, item.slot, True):
-            self.unlocked.discard(item.slot)
+        else:
+            resetter = self.unlocked.pop(item.slot, None)
+            if resetter is None:
+                resetter = Resetter()
+                if not self.decide(self.ledger.unlock, item.slot, weakref.ref(resetter), True):
+                    return
             if succeeds:
                 self.decide(self.ledger.give_lent, item.slot, self.now)
             else:

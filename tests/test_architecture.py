@@ -31,13 +31,25 @@ MAY_IMPORT: dict[str, set[str]] = {
     "housekeeping": {"logs"},
     "identity": {"seams"},
     "ledger": {"slots"},
+    "audit": {"ledger", "slots"},
     "pool": {
-        *("connect_errors", "errors", "gates", "housekeeping", "ledger", "liveness", "logs", "parameters"),
+        *(
+            "audit",
+            "connect_errors",
+            "errors",
+            "gates",
+            "housekeeping",
+            "ledger",
+            "liveness",
+            "logs",
+            "parameters",
+        ),
         *("retirement", "slots", "pool"),
     },
     "diagnostics": {"errors", "pool", "slots"},
     "queries_pool": {
         *(
+            "audit",
             "diagnostics",
             "errors",
             "identity",
@@ -55,7 +67,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What is not the core; it may import what it likes of the core.
 AROUND = {"embedded", "demo", "__main__"}
-PURE = {"ledger", "slots"}
+PURE = {"audit", "ledger", "slots"}
 FRAMES = [
     "QueriesPool._do_get",
     "Core.take",
@@ -134,10 +146,19 @@ def test_the_gates_know_the_slots_by_type_alone() -> None:
 @pytest.mark.parametrize("module", sorted(PURE))
 def test_the_bookkeeping_is_pure(module: str) -> None:
     """No lock, no thread, no clock, no log, nothing of SQLAlchemy: a test can drive all of it."""
-    allowed = {"__future__", "collections", "collections.abc", "enum", "heapq", "math", "typing", "weakref"}
+    allowed = {
+        "__future__",
+        "collections",
+        "collections.abc",
+        "dataclasses",
+        "heapq",
+        "math",
+        "typing",
+        "weakref",
+    }
     if module == "slots":
         allowed.add("os")  # a socket belongs to the process that opened it
-    assert imports(module) - {f"{NAME}.slots"} <= allowed
+    assert imports(module) - {f"{NAME}.{pure}" for pure in PURE} <= allowed
 
 
 @pytest.mark.parametrize("module", CORE)

@@ -1442,8 +1442,8 @@ def test_only_what_dead_sessions_left_is_unlocked(books: Books) -> None:
     assert books.todo[0] == Reset(third.slot)
     assert first.slot.session is not None
     assert first.slot.session() is living
-    assert not books.decide(books.ledger.unlock, first.slot, True)
-    assert books.decide(books.ledger.unlock, first.slot)
+    assert not books.unlock(first.slot, True)
+    assert books.unlock(first.slot)
 
 
 def test_one_connection_is_closed_unless_somebody_has_it(books: Books) -> None:
@@ -1552,6 +1552,6 @@ def test_only_the_locks_of_the_dead_are_taken_off_unasked(books: Books) -> None:
     session = locked(books, slot)
     books.unlock_stale(books.ledger.by_hand)
     assert books.todo == []
-    assert not books.decide(books.ledger.unlock, slot, True)
+    assert not books.unlock(slot, True)
     assert slot.session is not None
     assert slot.session() is session

@@ -272,7 +272,11 @@ class LedgerMachine(RuleBasedStateMachine):
         handle = record.slot.handle
         self.books.give(engine.attachment, record)
         if record.slot.state is CLOSING:
-            reasons = [item.reason for item in self.books.todo if item[0] is record.slot and len(item) == 3]
+            reasons = [
+                item.reason
+                for item in self.books.todo
+                if isinstance(item, Close) and item.slot is record.slot
+            ]
             assert handle is None or handle in engine.retired or reasons == [LOWERED]
         else:
             assert handle not in engine.retired

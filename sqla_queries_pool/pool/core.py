@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import gc
 import itertools
 import math
 import os
+import threading
 import time
 import weakref
 from collections import deque
@@ -14,11 +16,12 @@ from threading import get_ident
 from typing import Any, ClassVar
 
 from .. import liveness
+from ..audit import Audit, Finding, findings, mend
 from ..connect_errors import is_full, passes
 from ..errors import QueriesException
 from ..gates import ThreadGate
 from ..housekeeping import Housekeeper, Worker
-from ..ledger import GAVE_WAY, PATIENCE, SPARE, Ledger
+from ..ledger import GAVE_WAY, LOOK_EVERY, PATIENCE, SPARE, Ledger
 from ..logs import logger
 from ..retirement import pause as pause_after
 from ..slots import (
@@ -31,6 +34,7 @@ from ..slots import (
     NotHeld,
     Permit,
     Renew,
+    Resetter,
     Slot,
     Wake,
     Work,
@@ -40,6 +44,8 @@ from .garbage import GC_AFTER, collect_garbage
 from .guard import Guard
 
 LIFETIME = "its lifetime (pool_recycle) is over"
+UNDER_WAY = 1.0
+"""Seconds that an audit gives the worker to be done with what looks wrong."""
 REMEMBERED = 30.0
 """Seconds for which a database that was there counts as one that will be there again."""
 every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
@@ -70,6 +76,10 @@ class Core(Guard):
         self._warned_of_no_limit = False
         self._last_open = -math.inf
         """When a connection was closed last: until then, at least, the database was there."""
+        self._mended: deque[str] = deque(maxlen=100)
+        """What was put right since the last audit."""
+        self._mend_at = -math.inf
+        """When the housekeeper looks for something to mend again."""
         self._worker = Worker()
         every_pool.add(self)
         self._ledger = Ledger(self._entry_died, self._new_connection)
@@ -141,13 +151,13 @@ class Core(Guard):
                 now = time.monotonic()
                 if waiter.answer is None:
                     self._do(self._decide(self._ledger.insist, waiter, self._clock(), now >= deadline))
+                if waiter.answer is None and now >= min(gc_at, deadline):
+                    if gc_on_wait and now >= gc_at:
+                        collect_garbage()
+                    self.mend()
                 entry = waiter.answer
                 if now >= deadline:
                     break
-                if entry is None and gc_on_wait and now >= gc_at:
-                    collect_garbage()
-                    self._find_lost()
-                    entry = waiter.answer
             if entry is None:
                 entry = self._decide(self._ledger.leave, waiter)
             return entry
@@ -158,14 +168,61 @@ class Core(Guard):
                 self._hand_back(attachment, entry)
             raise
 
-    def _find_lost(self) -> None:
-        """Ask for slots whose entry has died and nobody was told, for an exception came upon the messenger.
+    def mend(self) -> None:
+        """Put right what an exception from outside has cut in two, or kept from being told: see audit.py."""
+        wrong, work = self._decide(self._mend)
+        if wrong:
+            self._mended.extend(wrong)
+            logger.warning("%s: mended: %s", self.label, "; ".join(wrong))
+        self._do(work)
 
-        Python swallows what an asynchronous exception does to the callback of a weak reference.
+    def audit(self) -> Audit:
+        """Compare the bookkeeping with the sockets and with who is alive, and put right what is wrong.
+
+        It collects garbage, and looks at each connection; where something looks wrong, it looks again when
+        the worker has done what it had to do, for it may be under way.  To be called now and then, in tests,
+        or in doubt.  What is mended is a bug, or the work of an exception from outside (Ctrl-C,
+        ``PyThreadState_SetAsyncExc``).
+
+        :raises CheckoutReentered: this thread is inside the pool already.
         """
-        for slot in list(self._ledger.slots):
-            if slot.entry is not None and slot.entry() is None:
-                self._post(self._ledger.lost, slot)
+        gc.collect()
+        dead = self._close_dead(list(self._ledger.everyone()))
+        found, stray = self._decide(self._findings), self._stray()
+        if found or stray:
+            done = threading.Event()
+            self._worker.submit(done.set)
+            done.wait(UNDER_WAY)
+            found = [finding for finding in self._decide(self._findings) if finding in found]
+            stray = [slot for slot in self._stray() if slot in stray]
+        connections = len(self._ledger.slots)
+        wrong, work = self._decide(self._mend, found)
+        self._do(work)
+        for slot in stray:
+            wrong.append(f"{slot!r}: open, but not counted")
+            self._drop_handle(slot)
+        for key in [key for key, slot in list(self._by_handle.items()) if id(slot.handle) != key]:
+            self._by_handle.pop(key, None)
+        mended = (*self._mended, *wrong)
+        self._mended.clear()
+        return Audit(connections, dead, mended)
+
+    def _stray(self) -> list[Connection]:
+        """Whose socket is open that counts nowhere."""
+        counted = set(self._ledger.slots.copy())
+        counted |= {slot.instead_of for slot in counted if slot.instead_of is not None}
+        handles = list(self._by_handle.values())
+        return [slot for slot in handles if slot not in counted and slot.handle is not None]
+
+    def _mend(self, found: list[Finding] | None = None) -> tuple[list[str], Work]:
+        return mend(self._ledger, self._findings() if found is None else found, self._clock())
+
+    def _findings(self) -> list[Finding]:
+        found = list(findings(self._ledger))
+        # Whose closing is done by now has a letter in the inbox, put there before the work was dropped: so
+        # look at the letters last.
+        heard_of = {id(argument) for _, arguments in self._inbox.copy() for argument in arguments}
+        return [finding for finding in found if id(finding.slot) not in heard_of]
 
     def _hand_back(self, attachment: Attachment, entry: Any) -> None:
         """Pass on what a waiter was given that can't use it."""
@@ -402,8 +459,11 @@ class Core(Guard):
         if slot.process == os.getpid():
             close_quietly(handle, self.label)
 
-    def _reset(self, slot: Slot) -> None:
-        """Roll back what a session left, then give the connection back; or close it."""
+    def _reset(self, slot: Slot, if_stale: bool = False) -> None:
+        """Take a session's lock, roll back what it left, then give the connection back; or close it."""
+        me = Resetter()
+        if not self._decide(self._ledger.unlock, slot, weakref.ref(me), if_stale):
+            return
         handle = slot.handle
         if handle is None:  # closed by force meanwhile
             return
@@ -444,18 +504,24 @@ class Core(Guard):
         except Exception as error:
             logger.warning("%s: could not open a spare connection: %r", self.label, error)
 
-    def _close_dead(self) -> None:
-        """Find out who has died among those that are to be kept, before a checkout does."""
-        for attachment in [a for ref in list(self._ledger.attachments) if (a := ref()) and a.min_size]:
-            for slot in [entry.slot for entry in list(attachment.idle)]:
-                # A poll of its own: that of the slot is its holder's, which anybody may be by now.
-                handle = slot.handle
-                if liveness.look(handle, liveness.poll_of(handle)) is liveness.DEAD:
-                    self._do_soon(self._decide(self._ledger.close_one, slot))
+    def _close_dead(self, attachments: list[Attachment]) -> int:
+        """Find out who has died among those that are idle, before a checkout does; return how many."""
+        dead = 0
+        for slot in [entry.slot for attachment in attachments for entry in list(attachment.idle)]:
+            # A poll of its own: that of the slot is its holder's, which anybody may be by now.
+            handle = slot.handle
+            if liveness.look(handle, liveness.poll_of(handle)) is liveness.DEAD:
+                work = self._decide(self._ledger.close_one, slot)
+                dead += len(work)
+                self._do_soon(work)
+        return dead
 
     def sweep(self) -> None:
         """Close what was idle for too long; called by the housekeeper."""
-        self._close_dead()
+        self._close_dead([a for a in self._ledger.everyone() if a.min_size])
+        if self._clock() >= self._mend_at:  # it looks at each connection, so not whenever one is due
+            self._mend_at = self._clock() + LOOK_EVERY
+            self.mend()
         work = self._decide(self._ledger.expire, self._clock())
         self._do_soon(work)
         if self._ledger.vacant(self._clock()):
@@ -499,8 +565,8 @@ class Core(Guard):
                     self._worker.submit(functools.partial(self._renew, item))
                 elif isinstance(item, Fill):
                     self._worker.submit(functools.partial(self._fill, item.attachment))
-                elif self._decide(self._ledger.unlock, item.slot, True):
-                    self._reset(item.slot)
+                else:
+                    self._reset(item.slot, True)
         except BaseException:
             self._do_soon(list(todo))
             raise

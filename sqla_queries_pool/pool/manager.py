@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from ..audit import Audit
 from ..errors import ConnectionBusyError, PoolFullError
 from ..parameters import UNSTATED
 from ..slots import Attachment
@@ -84,6 +85,14 @@ class PoolManager:
         except PoolFullError:
             close_quietly(connection, pid)
             raise
+
+    @classmethod
+    def audit(cls, pid: str) -> Audit:
+        """:meth:`Pool.audit`.
+
+        :raises KeyError: there is no such pool.
+        """
+        return cls._listed(pid).audit()
 
     @classmethod
     def clean(cls, pid: str) -> None:

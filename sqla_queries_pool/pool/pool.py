@@ -96,8 +96,8 @@ class Pool(Core):
         :raises ConnectionBusyError: somebody has it.
         """
         slot = self._find(connection)
-        if slot.stale and self._decide(self._ledger.unlock, slot):
-            self._reset(slot)
+        if slot.stale:
+            self._reset(slot, True)
         if slot.executing or not self._lend(slot, session):
             raise ConnectionBusyError(id(connection))
 
@@ -110,8 +110,7 @@ class Pool(Core):
         slot = self._find(connection)
         if slot.executing or slot.state is HELD:
             raise ConnectionBusyError(id(connection))
-        if self._decide(self._ledger.unlock, slot):
-            self._reset(slot)
+        self._reset(slot)
 
     def remove(self, connection: Any) -> None:
         """Close a connection and give its slot back.
@@ -347,8 +346,8 @@ class Pool(Core):
         return self._decide(self._ledger.lend, slot, ref, self._clock())
 
     def _reset_stale(self, attachment: Attachment) -> None:
-        for slot in self._decide(self._ledger.unlock_stale, attachment):
-            self._reset(slot)
+        for slot in self._decide(self._ledger.stale, attachment):
+            self._reset(slot, True)
 
     def _new_connection(self) -> Connection:
         connection = Connection()

@@ -1,0 +1,95 @@
+"""Do the books agree with themselves, with the sockets, and with who is alive?
+
+The ledger is right by construction, but for one thing: an exception that comes from outside, at any moment
+(Ctrl-C, ``PyThreadState_SetAsyncExc``, a signal handler's), may cut a step in two, or come upon the callback
+of a weak reference, where Python swallows it and the message with it.  Nothing of the kind can be prevented
+in Python; so it is looked for, and mended: by who waits for a slot, by the housekeeper, and by ``audit()``.
+
+Called under the pool's lock, like the ledger, and as pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from .ledger import Ledger
+from .slots import CLOSING, GONE, HELD, IDLE, LENT, OPENING, Slot, Work
+
+
+@dataclass(frozen=True)
+class Audit:
+    """What :meth:`Pool.audit` found."""
+
+    connections: int
+    """How many slots were looked at."""
+    dead: int
+    """Idle connections that the server had hung up on; they were closed.  Nothing is wrong with that."""
+    mended: tuple[str, ...]
+    """What the bookkeeping had wrong, each in a sentence; it was put right."""
+
+
+class Finding(NamedTuple):
+    """A slot about which the books are wrong."""
+
+    slot: Slot
+    what: str
+
+
+def findings(ledger: Ledger) -> Iterator[Finding]:
+    """What nobody can ever give back."""
+    listed = {entry.slot for a in ledger.everyone() for entry in (*a.idle, *a.hollow)}
+    for slot in ledger.slots:
+        state = slot.state
+        if state in (HELD, OPENING) and slot.entry is not None and slot.entry() is None:
+            yield Finding(slot, f"{state}, but its holder is gone")
+        elif state is IDLE and slot not in listed:
+            yield Finding(slot, "idle, but in no list")
+        elif state is LENT and not any(slot in a.lent for a in ledger.everyone()):
+            yield Finding(slot, "locked, but in no list")
+        elif state is CLOSING and ((item := ledger.closing.get(slot)) is None or item() is None):
+            yield Finding(slot, "to be closed, but nobody does")
+        elif state is GONE:
+            yield Finding(slot, "gone, but counted")
+
+
+def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], Work]:
+    """Close what nobody can give back, and derive anew what follows from the slots; return what was wrong."""
+    work: Work = []
+    for slot, _ in found:
+        work += ledger.cast_off(slot, now)
+    wrong = [f"{slot!r}: {what}" for slot, what in found] + list(_recount(ledger))
+    return wrong, work + ledger.relimit(now)
+
+
+def _recount(ledger: Ledger) -> Iterator[str]:
+    slots = ledger.slots
+    if ledger.opening != (opening := {slot for slot in slots if slot.state is OPENING}):
+        ledger.opening = opening
+        yield "what is being opened was miscounted"
+    for slot in [slot for slot in ledger.closing if slot not in slots or slot.state is not CLOSING]:
+        del ledger.closing[slot]
+        yield "what is being closed was miscounted"
+    for ref in [ref for ref in ledger.attachments if ref() is None]:
+        del ledger.attachments[ref]  # its last letter may just not have been read
+    for attachment in ledger.everyone():
+        for entries in (attachment.idle, attachment.hollow):
+            right = [e for e in entries if e.slot.state is IDLE and e.slot in slots]
+            if len(right) != len(entries):
+                entries.clear()  # in place: attachment.pop is bound to it
+                entries.extend(right)
+                yield "a list of idle connections had others in it"
+        for slot in [slot for slot in attachment.lent if slot.state is not LENT or slot not in slots]:
+            del attachment.lent[slot]
+            yield "a list of locked connections had others in it"
+        for waiter in [waiter for waiter in attachment.line if waiter.answer is not None]:
+            del attachment.line[waiter]
+            yield "one who had been answered was still in line"
+        if attachment.line and attachment not in ledger.lines:
+            ledger.lines[attachment] = None
+            yield "a line was not known"
+    for quota in {*ledger.attachments.values(), ledger.by_hand.quota}:
+        if quota.slots != (its := {slot for slot in slots if slot.quota is quota}):
+            quota.slots = its
+            yield "an engine's connections were miscounted"
