@@ -42,7 +42,7 @@ def findings(ledger: Ledger) -> Iterator[Finding]:
     listed = {entry.slot for a in ledger.everyone() for entry in (*a.idle, *a.hollow)}
     for slot in ledger.slots:
         state = slot.state
-        if state in (HELD, OPENING) and slot.entry is not None and slot.entry() is None:
+        if state in (HELD, OPENING) and (slot.entry is None or slot.entry() is None):
             yield Finding(slot, f"{state}, but its holder is gone")
         elif state is IDLE and slot not in listed:
             yield Finding(slot, "idle, but in no list")

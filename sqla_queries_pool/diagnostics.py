@@ -4,14 +4,44 @@ from __future__ import annotations
 
 import math
 import threading
-from typing import NamedTuple
+import time
+from typing import Any, NamedTuple
 
+from . import slots
 from .errors import CheckoutTimeout
 from .pool import Pool
-from .slots import HELD, LENT, OPENING, Attachment
+from .slots import HELD, LENT, Attachment, Resetter
 
 MOST_HOLDERS = 10
 """How many holders the message of a timeout names."""
+
+
+WAITING, OPENING, PROBING = "waiting for a slot", "opening a connection", "probing one that was idle"
+"""What a checkout may be at."""
+_WE = "QueriesPool"
+
+
+class Stages:
+    """What a checkout has been at, and for how long: for its error."""
+
+    def __init__(self) -> None:
+        self._spent: dict[str, float] = {}
+        self._stage = ""
+        self._since = time.monotonic()
+
+    def enter(self, stage: str) -> None:
+        """Begin a stage, and end the one before."""
+        now = time.monotonic()
+        if self._stage:
+            self._spent[self._stage] = self._spent.get(self._stage, 0.0) + now - self._since
+        self._stage, self._since = stage, now
+
+    def note(self, error: Any, label: str) -> None:
+        """Say in which stage an error came (PEP 678; before Python 3.11 tracebacks don't show notes)."""
+        self.enter(stage := self._stage)
+        spent = ", ".join(f"{seconds:.1f} s {stage}" for stage, seconds in self._spent.items())
+        others = [note for note in getattr(error, "__notes__", []) if not note.startswith(_WE)]
+        error.__notes__ = [*others, f"{_WE} {label} was {stage}; it has spent {spent}"]
 
 
 class Holder(NamedTuple):
@@ -27,7 +57,7 @@ class Holder(NamedTuple):
     """``held`` or ``opening``."""
 
     def __str__(self) -> str:
-        opening = ", opening" if self.state == OPENING else ""
+        opening = ", opening" if self.state == slots.OPENING else ""
         return f"{self.name} ({self.seconds:.1f} s{opening})"
 
 
@@ -38,11 +68,13 @@ def holders(pool: Pool) -> list[Holder]:
     found = []
     for slot in pool.connections:
         ident, session, state = slot.holder, slot.session, slot.state
-        if state not in (HELD, LENT, OPENING):
+        if state not in (HELD, LENT, slots.OPENING):
             continue
         if session is not None:
             alive = session()
             name = "dead session" if alive is None else f"session {type(alive).__name__}"
+            if isinstance(alive, Resetter):
+                name = "the pool itself, which resets it"
         elif ident is None:
             name = "the pool itself"
         else:

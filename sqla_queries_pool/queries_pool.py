@@ -18,14 +18,14 @@ from sqlalchemy import event, exc
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
-from . import identity, liveness, logs, parameters, retirement
+from . import identity, liveness, logs, parameters, retirement, slots
 from .audit import Audit
-from .diagnostics import checkout_timeout
+from .diagnostics import OPENING, PROBING, WAITING, Stages, checkout_timeout
 from .errors import ParameterError
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
 from .seams import AdhocProxiedConnection, ConnectionRecord
-from .slots import HELD, LENT, OPENING, Attachment, Permit, Quota
+from .slots import HELD, LENT, Attachment, Permit, Quota
 
 LEAST_PING = 0.5
 """Seconds that a server has for the answer to a ping, however little is left of a checkout's timeout."""
@@ -134,10 +134,11 @@ class LeftBehind:
 
 
 class _Refused(Exception):
-    """The server has refused a connection, and it is worth trying again."""
+    """The server has refused a connection, or did so a moment ago, and it is worth trying again."""
 
     def __init__(self, refusal: Any) -> None:
-        self.refusal: Exception = refusal
+        # Without the traceback, which would keep the record alive for as long as it is waited.
+        self.refusal: Exception | None = None if refusal is None else refusal.with_traceback(None)
 
 
 class ForeignRecord(Record):
@@ -270,25 +271,36 @@ class QueriesPool(SQLAlchemyPool):
         shared = self._shared
         timeout = math.inf if self._timeout is None else self._timeout
         since, deadline = shared.now(), time.monotonic() + timeout
+        stages = Stages()
+        refused = False
         refusal: Exception | None = None
         while True:
             if entry is None:
                 left = max(0.0, deadline - time.monotonic())
-                if refusal is None:
+                stages.enter(WAITING)
+                if not refused:
                     entry = shared.wait(self._attachment, left, self._gc_on_wait)
                 elif left:
                     entry = shared.wait(self._attachment, left, self._gc_on_wait, since)
-            if entry is None:
-                try:
-                    raise (refusal or shared.refusal() or checkout_timeout(shared, self._attachment, timeout))
-                finally:
-                    refusal = None  # its traceback refers to this frame
             try:
+                if entry is None:
+                    raise refusal or self._refusal() or checkout_timeout(shared, self._attachment, timeout)
                 if isinstance(entry, Permit):
+                    stages.enter(OPENING)
                     return self._open(entry)
-                return self._examine(entry, deadline)
+                return self._examine(entry, deadline, stages)
             except _Refused as error:
-                refusal, entry = error.refusal, None
+                refused, refusal, entry = True, error.refusal or refusal, None
+            except Exception as error:
+                refusal = None  # its traceback refers to this frame
+                stages.note(error, shared.label)
+                raise
+
+    def _refusal(self) -> Exception | None:
+        """Why the pool was refused, if it is an error of this engine's driver, as callers catch it."""
+        error = self._shared.refusal()
+        driver = getattr(self._dialect, "loaded_dbapi", None)
+        return error if driver is None or isinstance(error, driver.Error) else None
 
     def _open(self, permit: Permit) -> Record:
         shared = self._shared
@@ -306,9 +318,10 @@ class QueriesPool(SQLAlchemyPool):
         shared.opened(record.slot)
         return record
 
-    def _examine(self, record: Record, deadline: float) -> Record:
+    def _examine(self, record: Record, deadline: float, stages: Stages) -> Record:
         """Return a record that can be used: whose connection is alive, or else was replaced."""
         shared = self._shared
+        stages.enter(PROBING)
         try:
             if record.dbapi_connection is not None:
                 if why := self._staleness(record):
@@ -319,8 +332,8 @@ class QueriesPool(SQLAlchemyPool):
                     record.invalidate(exc.DisconnectionError("found dead before it was used"))
             if record.dbapi_connection is None:
                 if not shared.may_connect():
-                    pause = exc.DisconnectionError("the server refuses connections")
-                    raise _Refused(shared.refusal(always=True) or pause)
+                    raise _Refused(None)
+                stages.enter(OPENING)
                 record.get_connection()
                 shared.opened(record.slot)
         except _Refused as error:
@@ -445,7 +458,7 @@ class QueriesPool(SQLAlchemyPool):
             while permits:
                 self._shared.give(self._attachment, self._open(permits.pop()))
         except _Refused as error:
-            raise error.refusal from None
+            raise error.refusal or error from None
         finally:
             for permit in permits:
                 self._shared.failed(permit, None)
@@ -474,6 +487,7 @@ class QueriesPool(SQLAlchemyPool):
         """
         self.logger.info("Pool recreating")
         if self._disposed:
+            self._attachment.min_size = 0  # its successor keeps connections in readiness
             self._shared.retire(self._attachment)
         return self.__class__(
             self._creator,
@@ -513,7 +527,7 @@ class QueriesPool(SQLAlchemyPool):
         """How many connections of this engine are out, or being opened."""
         ref = self._attachment.ref
         states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home is ref]
-        return sum(state in (HELD, LENT, OPENING) for state in states)
+        return sum(state in (HELD, LENT, slots.OPENING) for state in states)
 
     def overflow(self) -> int:
         """QueuePool's: how many connections there are above ``size()``; here, zero or less."""

@@ -304,13 +304,10 @@ class Core(Guard):
         """May one connect now, who then does?  Not in the pause after a refusal."""
         return not self._ledger.refusals or self._decide(self._ledger.may_connect, self._clock())
 
-    def refusal(self, always: bool = False) -> Exception | None:
-        """Return the last refusal, during the pauses after it.
-
-        :param always: also where the limit is reached, and a checkout may have got nothing for that.
-        """
+    def refusal(self) -> Exception | None:
+        """Return the last refusal, during the pauses after it, where there would be a slot."""
         error = self.last_connect_error
-        is_why = self._ledger.refusals and (always or len(self._ledger.slots) < self._ledger.limit)
+        is_why = self._ledger.refusals and len(self._ledger.slots) < self._ledger.limit
         return _retold(error) if is_why and isinstance(error, Exception) else None
 
     def failed(self, permit: Permit, error: BaseException | None) -> None:
@@ -430,11 +427,12 @@ class Core(Guard):
     # -- closing and resetting ---------------------------------------------------------------------
 
     def _close(self, item: Close) -> None:
-        self._say_closing(item.slot, item.entry, item.reason)
         try:
+            self._say_closing(item.slot, item.entry, item.reason)
             self._close_entry(item.slot, item.entry)
         finally:
-            self._post(self._ledger.closed, item.slot)
+            if item.slot.handle is None:  # else who looks for something to mend has it closed again
+                self._post(self._ledger.closed, item.slot)
 
     def _say_closing(self, slot: Slot, entry: Any, reason: str) -> None:
         _logger_of(entry).info("%s: closing %r: %s", self.label, slot, reason)
@@ -502,7 +500,8 @@ class Core(Guard):
             while opener is not None and (permit := self.reserve(attachment)) is not None:
                 self.give(attachment, opener(permit))
         except Exception as error:
-            logger.warning("%s: could not open a spare connection: %r", self.label, error)
+            why = error.__cause__ or error
+            logger.warning("%s: could not open a spare connection: %r", self.label, why)
 
     def _close_dead(self, attachments: list[Attachment]) -> int:
         """Find out who has died among those that are idle, before a checkout does; return how many."""

@@ -114,8 +114,8 @@ class Guard:
                 raise
             finally:
                 self._lock.release()
-            for failure in failures:
-                logger.error("%s: %s", self.label, failure, exc_info=failure)
+            while failures:  # none stays in a variable: its traceback has this frame, and the caller's
+                logger.error("%s: a letter failed", self.label, exc_info=failures.pop())
             # Whoever settles has come for something else, and may be a finalizer.
             self._do_soon(work)
 

@@ -59,14 +59,14 @@ class Pool(Core):
         handle = slot.handle
         if handle is None:
             raise ValueError("There is no DBAPI connection to add")
-        if self._by_handle.setdefault(id(handle), slot) is not slot:
-            raise ValueError("Connection already exists in pool")
-        slot._pool = self
         work = None
         try:
+            if self._by_handle.setdefault(id(handle), slot) is not slot:
+                raise ValueError("Connection already exists in pool")
+            slot._pool = self
             work = self._decide(self._ledger.add, slot, self._clock())
         finally:
-            if work is None:
+            if slot not in self._ledger.slots and self._by_handle.get(id(handle)) is slot:
                 del self._by_handle[id(handle)]
                 slot._pool = None
         if work is None:
