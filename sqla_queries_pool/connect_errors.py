@@ -39,18 +39,28 @@ _IS_FULL: Final = re.compile("|".join(_FULL), re.IGNORECASE)
 _STATES: Final = ("53300", "57P01", "57P02", "57P03")
 
 
+_CACHED: Final = re.compile(r"cached error: (.*)")
+"""PgBouncer 1.24 and later say what the server behind it has said."""
+
+
 def passes(error: BaseException) -> bool:
     """Is it worth trying again a moment later?  Not where it is the password, or the name of the database."""
-    state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    if state:
+    if state := _state(error):
         return state in _STATES
-    # Of several hosts, or addresses of one, libpq tells all that it tried; what a server has said counts.
     text = str(error)
+    if cached := _CACHED.search(text):
+        text = cached.group(1)
+    # Of several hosts, or addresses of one, libpq tells all that it tried; what a server has said counts.
     said = [line for line in text.splitlines() if "FATAL:" in line]
     return all(_PASSES.search(line) for line in said or [text])
 
 
 def is_full(error: BaseException) -> bool:
     """Is the server there, and has as many connections as it may have?"""
+    return _state(error) == "53300" or _IS_FULL.search(str(error)) is not None
+
+
+def _state(error: BaseException) -> str | None:
     state = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
-    return state == "53300" or _IS_FULL.search(str(error)) is not None
+    # A protocol violation is what PgBouncer calls all that it has to say.
+    return None if state == "08P01" else state

@@ -71,7 +71,7 @@ def look(handle: Any, poll: Poll) -> str:
     if fd < 0:  # so is a socket of Python's
         return DEAD
     try:
-        with _borrowed(fd) as end:
+        with borrowed(fd) as end:
             return _read(end.recv(_PEEKED, socket.MSG_PEEK | socket.MSG_DONTWAIT))
     except BlockingIOError:
         return ALIVE  # it was read meanwhile
@@ -81,18 +81,20 @@ def look(handle: Any, poll: Poll) -> str:
         return DOUBT
 
 
-def hang_up(handle: Any) -> None:
+def hang_up(handle: Any, how: int = socket.SHUT_RDWR) -> None:
     """Shut the socket down, without a word to the server and without closing the descriptor.
 
     Whoever reads from it or writes to it, in the driver or in TLS, finds its end at once; so what follows
     on a connection that is half dead, its close for one, can't block.
+
+    :param how: ``SHUT_WR`` where somebody wants to see the server's end of it, too.
     """
-    with contextlib.suppress(Exception), _borrowed(handle.fileno()) as end:
-        end.shutdown(socket.SHUT_RDWR)
+    with contextlib.suppress(Exception), borrowed(handle.fileno()) as end:
+        end.shutdown(how)
 
 
 @contextlib.contextmanager
-def _borrowed(fd: int) -> Iterator[socket.socket]:
+def borrowed(fd: int) -> Iterator[socket.socket]:
     """A socket object for a descriptor that is and remains another's."""
     blocking = os.get_blocking(fd)
     end = socket.socket(fileno=fd)

@@ -24,6 +24,7 @@ PARAMETERS: Final = (
     "gc_on_wait",
     "ping_after",
     "ping_timeout",
+    "close_timeout",
     "min_size",
     "read_only_is_disconnect",
     "pool_size",

@@ -34,7 +34,7 @@ LEAST_PING = 0.5
 class Record(ConnectionRecord):
     """SQLAlchemy's record of a connection, which knows its slot."""
 
-    __slots__ = ("owner", "slot")
+    __slots__ = ("fuse", "owner", "slot")
 
     def __init__(self, owner: QueriesPool, slot: Connection) -> None:
         # Without a connection yet: get_connection() opens it, as it does for one that was
@@ -44,6 +44,8 @@ class Record(ConnectionRecord):
         """The pool that it was born in."""
         self.slot = slot
         """Its slot, for life."""
+        self.fuse: liveness.Fuse | None = None
+        """What ends SQLAlchemy's own ping (``pool_pre_ping``) where it takes too long."""
 
     @property
     def logger(self) -> Any:
@@ -169,6 +171,9 @@ class QueriesPool(SQLAlchemyPool):
         server whether it is there; ``None`` never asks, 0 always.  Whether the server has hung up is looked
         at in any case, without a round trip.
     :param ping_timeout: seconds that the server has for its answer, ``None`` for as long as it takes.
+    :param close_timeout: seconds for which an opening at the limit waits until the server has let go of a
+        connection that was closed before, so that there are never more than the limit on the server either; 0
+        does not wait.
     :param min_size: how many connections are kept open for this engine, once one was opened, as far as the
         limit allows; they have no ``idle_ttl``, and others are opened in the background where some are lost.
     :param read_only_is_disconnect: take an error that says that the server is read only (SQLSTATE 25006) for
@@ -195,6 +200,7 @@ class QueriesPool(SQLAlchemyPool):
         gc_on_wait: bool = True,
         ping_after: float | None = 30.0,
         ping_timeout: float | None = 5.0,
+        close_timeout: float = 1.0,
         min_size: int = 0,
         read_only_is_disconnect: bool = False,
         **kw: Any,
@@ -209,6 +215,7 @@ class QueriesPool(SQLAlchemyPool):
         self._gc_on_wait = parameters.flag("gc_on_wait", gc_on_wait)
         self._ping_after = parameters.seconds("ping_after", ping_after)
         self._ping_timeout = parameters.seconds("ping_timeout", ping_timeout)
+        self._close_timeout = parameters.finite_seconds("close_timeout", close_timeout)
         self._min_size = parameters.min_size("min_size", min_size)
         self._read_only_is_disconnect = parameters.flag("read_only_is_disconnect", read_only_is_disconnect)
         self._disposed = False
@@ -224,11 +231,14 @@ class QueriesPool(SQLAlchemyPool):
         else:
             quota = self._make_quota(who)
         ttl = math.inf if self._idle_ttl is None or who.in_memory else self._idle_ttl
-        ping_after = math.inf if self._ping_after is None or who.in_memory else self._ping_after
+        ping_after = 0.0 if self._pre_ping else self._ping_after
+        ping_after = math.inf if ping_after is None or who.in_memory else ping_after
         self._attachment: Attachment = Attachment(quota, ttl, self._use_lifo, ping_after, self._min_size)
         self._attachment.opener = weakref.WeakMethod(self._open)
         if self._read_only_is_disconnect:
             listen_for_read_only(self._dialect)
+        if self._pre_ping and not event.contains(self, "checkout", _ping_is_over):
+            event.listen(self, "checkout", _ping_is_over, insert=True)
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
         if quota.stated == math.inf:
             self._shared.warn_of_no_limit()
@@ -362,8 +372,8 @@ class QueriesPool(SQLAlchemyPool):
 
     def _alive(self, record: Record, deadline: float) -> bool:
         slot = record.slot
-        if self._ping_after == 0:
-            slot.suspect = not self._identity.in_memory
+        if self._attachment.ping_after == 0:
+            slot.suspect = True
         if slot.poll(0):
             verdict = liveness.look(slot.handle, slot.poll)
             if verdict is liveness.DEAD:
@@ -371,16 +381,24 @@ class QueriesPool(SQLAlchemyPool):
             # What another database's server has sent may mean anything.
             if verdict is liveness.DOUBT or getattr(self._dialect, "name", None) != "postgresql":
                 slot.suspect = True
+        if self._pre_ping:  # SQLAlchemy asks next; it knows no limit of time, but this one
+            slot.suspect = False
+            record.fuse = self._light(record, deadline)
+            return True
         return not slot.suspect or self._answers(record, deadline)
+
+    def _light(self, record: Record, deadline: float) -> liveness.Fuse:
+        """Have the connection hung up if a ping takes too long."""
+        fuse = liveness.Fuse(record.slot.handle)
+        if self._ping_timeout is not None:
+            left = max(deadline - time.monotonic(), LEAST_PING)
+            self._shared.housekeeper.schedule(fuse, min(self._ping_timeout, left))
+        return fuse
 
     def _answers(self, record: Record, deadline: float) -> bool:
         """Ask the server, for as long as a ping may take."""
         slot = record.slot
-        fuse = liveness.Fuse(slot.handle)
-        longest = math.inf if self._ping_timeout is None else self._ping_timeout
-        if longest < math.inf:
-            left = max(deadline - time.monotonic(), LEAST_PING)
-            self._shared.housekeeper.schedule(fuse, min(longest, left))
+        fuse = self._light(record, deadline)
         try:
             # A pool without an engine has no dialect to ask with.
             answers = not hasattr(self._dialect, "do_ping") or self._dialect.do_ping(slot.handle)
@@ -406,6 +424,7 @@ class QueriesPool(SQLAlchemyPool):
         def connect(record: ConnectionPoolEntry) -> Any:
             # Read before connecting: what a dispose overtakes is of the old generation.
             generation = self._attachment.generation
+            self._shared.wait_for_room(self._close_timeout)
             try:
                 dbapi_connection = create(record)
             except Exception as error:
@@ -433,7 +452,8 @@ class QueriesPool(SQLAlchemyPool):
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         try:
-            super()._close_connection(connection, terminate=terminate)
+            with self._shared.lingering.closing(connection, self._close_timeout):
+                super()._close_connection(connection, terminate=terminate)
         finally:
             self._shared.socket_closed(connection)
 
@@ -499,6 +519,7 @@ class QueriesPool(SQLAlchemyPool):
             gc_on_wait=self._gc_on_wait,
             ping_after=self._ping_after,
             ping_timeout=self._ping_timeout,
+            close_timeout=self._close_timeout,
             min_size=self._min_size,
             read_only_is_disconnect=self._read_only_is_disconnect,
             recycle=self._recycle,
@@ -546,6 +567,13 @@ class QueriesPool(SQLAlchemyPool):
 
     def __repr__(self) -> str:
         return f"<QueriesPool {self.status()}>"
+
+
+def _ping_is_over(_: Any, record: Any, __: Any) -> None:
+    """A listener of ``checkout``, the first: what SQLAlchemy does next after its ping."""
+    if record.fuse is not None:
+        record.fuse.remove()
+        record.fuse = None
 
 
 def listen_for_read_only(dialect: Any) -> None:

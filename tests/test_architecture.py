@@ -22,6 +22,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "logs": set(),
     "liveness": set(),
+    "lingering": {"liveness"},
     "retirement": set(),
     "connect_errors": set(),
     "seams": set(),

@@ -188,7 +188,8 @@ def test_gc_on_wait_finds_what_was_abandoned_in_a_cycle(
     gc.disable()
     try:
         for gc_on_wait in (False, True):
-            pool = QueriesPool(driver.connect, max_size=1, timeout=1.0, gc_on_wait=gc_on_wait)
+            timeout = 10.0 if gc_on_wait else 2 * garbage.GC_AFTER
+            pool = QueriesPool(driver.connect, max_size=1, timeout=timeout, gc_on_wait=gc_on_wait)
             cycle: list[Any] = [pool.connect()]
             cycle.append(cycle)
             del cycle
@@ -621,6 +622,7 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "gc_on_wait",
         "ping_after",
         "ping_timeout",
+        "close_timeout",
         "min_size",
         "read_only_is_disconnect",
     }

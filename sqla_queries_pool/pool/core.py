@@ -7,6 +7,7 @@ import gc
 import itertools
 import math
 import os
+import socket
 import threading
 import time
 import weakref
@@ -22,6 +23,7 @@ from ..errors import QueriesException
 from ..gates import ThreadGate
 from ..housekeeping import Housekeeper, Worker
 from ..ledger import GAVE_WAY, LOOK_EVERY, PATIENCE, SPARE, Ledger
+from ..lingering import LONGEST, Lingering
 from ..logs import logger
 from ..retirement import pause as pause_after
 from ..slots import (
@@ -81,6 +83,7 @@ class Core(Guard):
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again."""
         self._worker = Worker()
+        self.lingering = Lingering(self.housekeeper.schedule)
         every_pool.add(self)
         self._ledger = Ledger(self._entry_died, self._new_connection)
         self._by_handle: dict[int, Connection] = {}
@@ -348,6 +351,18 @@ class Core(Guard):
                 self._detached[key] = None
         self._post(self._ledger.let_go, slot)
 
+    def wait_for_room(self, seconds: float) -> None:
+        """Wait until the server has let go of those that were closed, where there is no room for another.
+
+        :param seconds: at most.
+        """
+        if self.lingering:
+            self.lingering.wait(self._room, seconds)
+
+    def _room(self) -> float:
+        numbers = self._ledger.numbers()
+        return self._ledger.limit - numbers.total + numbers.hollow
+
     def socket_opened(self, slot: Connection, handle: Any, generation: int, lifetime: float) -> None:
         """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
         self.last_connect_error = None
@@ -375,7 +390,7 @@ class Core(Guard):
 
     def found_dead(self, slot: Connection) -> None:
         """A connection was found dead before it was used: older ones are suspect."""
-        liveness.hang_up(slot.handle)
+        liveness.hang_up(slot.handle, socket.SHUT_WR)
         self._decide(self._ledger.suspect, self._clock())
 
     def suspect_own(self, attachment: Attachment) -> None:
@@ -455,7 +470,8 @@ class Core(Guard):
         self.socket_closed(handle)
         slot.handle = None
         if slot.process == os.getpid():
-            close_quietly(handle, self.label)
+            with self.lingering.closing(handle, LONGEST):
+                close_quietly(handle, self.label)
 
     def _reset(self, slot: Slot, if_stale: bool = False) -> None:
         """Take a session's lock, roll back what it left, then give the connection back; or close it."""
@@ -540,6 +556,8 @@ class Core(Guard):
         entries = [slot.entry() for slot in slots if slot.entry is not None]
         self._make_lock()
         self._worker = Worker()
+        self.lingering.forget()
+        self.lingering = Lingering(self.housekeeper.schedule)
         self._by_handle = {}
         self._detached = {}
         self.last_connect_error = None

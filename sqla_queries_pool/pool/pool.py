@@ -9,6 +9,7 @@ from typing import Any
 
 from .. import liveness, parameters
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
+from ..lingering import LONGEST
 from ..parameters import Unstated
 from ..slots import CLOSING, HELD, IDLE, OPENING, Attachment, Numbers, Slot
 from .connection import Connection
@@ -192,7 +193,8 @@ class Pool(Core):
             return
         record.invalidate(soft=True)
         liveness.hang_up(handle)  # whoever waits for an answer in there has the driver's own lock
-        close_quietly(handle, self.label)
+        with self.lingering.closing(handle, LONGEST):
+            close_quietly(handle, self.label)
         if slot.state is IDLE:  # it came home just then
             self._do(self._decide(self._ledger.close_one, slot))
 
