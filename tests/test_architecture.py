@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "gates",
             "housekeeping",
             "ledger",
+            "lingering",
             "liveness",
             "logs",
             "parameters",
