@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
+from pathlib import Path
 from typing import Any
 
 import psycopg2
@@ -18,7 +21,39 @@ from pytest_postgresql.janitor import DatabaseJanitor
 from sqla_queries_pool.embedded import EmbeddedPostgres
 
 MAX_CONNECTIONS = 100  # of the session's server
+MEMORY = Path("/dev/shm")
+ROOM = 1 << 30  # bytes; the session's server takes about a fifth of that
 _numbers = itertools.count(1)
+
+
+def pytest_collection_finish() -> None:
+    """What is there by now stays, so the collector, which tests call by the hundred, need not look at it."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _thaw() -> Iterator[None]:
+    """What the tests of a module froze and left is found after its end."""
+    before = gc.get_freeze_count()
+    yield
+    if gc.get_freeze_count() > before:
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+
+
+def in_memory() -> Path | None:
+    """Where files are in memory, if there is room and programs may run; None for the temporary folder.
+
+    Each test has a database made, 7 MB: on a disk that costs ten times the time in the kernel, or more.
+    """
+    try:
+        found = os.statvfs(MEMORY)
+    except OSError:
+        return None
+    usable = os.access(MEMORY, os.W_OK) and not found.f_flag & getattr(os, "ST_NOEXEC", 0)
+    return MEMORY if usable and found.f_bavail * found.f_frsize >= ROOM else None
 
 
 class SessionServer(EmbeddedPostgres):
@@ -57,7 +92,9 @@ class Observer:
 @pytest.fixture(scope="session")
 def pg_server() -> Iterator[SessionServer]:
     """The server that the tests share; one that stops or changes servers takes `pg_own_server`."""
-    with SessionServer(settings={"max_connections": str(MAX_CONNECTIONS)}) as server:
+    # Little of the log is kept: new segments of it would be written with zeros first, 16 MB each.
+    settings = {"max_connections": str(MAX_CONNECTIONS), "max_wal_size": "64MB"}
+    with SessionServer(settings, in_memory()) as server:
         yield server
 
 
@@ -107,7 +144,7 @@ def pg_own_server() -> Iterator[Callable[..., EmbeddedPostgres]]:
     with ExitStack() as stack:
 
         def start(**settings: str) -> EmbeddedPostgres:
-            return stack.enter_context(EmbeddedPostgres(settings=settings))
+            return stack.enter_context(EmbeddedPostgres(settings, in_memory()))
 
         yield start
 

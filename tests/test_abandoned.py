@@ -17,6 +17,7 @@ from sqlalchemy.engine import URL
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.housekeeping import Housekeeper
+from sqla_queries_pool.pool import garbage
 
 Eventually = Callable[..., None]
 SEED = 20261122
@@ -35,12 +36,12 @@ def hungry_collector() -> Iterator[None]:
     gc.set_threshold(50, 2, 2)
     yield
     gc.set_threshold(*thresholds)
-    gc.unfreeze()
 
 
 @pytest.fixture
-def no_collector() -> Iterator[None]:
-    """The collector does not run by itself."""
+def no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The collector does not run by itself; who waits may ask for it, however short ago another test did."""
+    monkeypatch.setattr(garbage, "_next_collection", 0.0)
     gc.disable()
     yield
     gc.enable()

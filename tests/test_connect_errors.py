@@ -19,6 +19,7 @@ import psutil
 import psycopg
 import psycopg2
 import pytest
+from conftest import in_memory
 from fakes import FakeClock, Task
 from hazards import assert_whole, new_pid
 from proxy import Proxy
@@ -70,7 +71,7 @@ def small_server() -> Iterator[EmbeddedPostgres]:
     """A server for 8 connections, two of them for superusers, with roles and databases that have limits."""
     settings = {"max_connections": "8", "superuser_reserved_connections": "2"}
     with (
-        EmbeddedPostgres(settings=settings) as server,
+        EmbeddedPostgres(settings, in_memory()) as server,
         closing(psycopg2.connect(server.url().replace("+psycopg2", ""))) as connection,
     ):
         connection.autocommit = True

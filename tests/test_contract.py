@@ -23,6 +23,7 @@ import psycopg2
 import psycopg2.extensions
 import pytest
 import sqlalchemy
+from conftest import in_memory
 from fakes import FakeClock, FakeConnection, FakeDialect, FakeDriver, Task
 from hazards import Ring, assert_whole, settled
 from sqlalchemy import (
@@ -703,12 +704,10 @@ def unraisable(monkeypatch: pytest.MonkeyPatch) -> list[type[BaseException]]:
 
 
 @pytest.fixture(scope="module")
-def quick_collector() -> Iterator[None]:
+def quick_collector() -> None:
     """The collector looks only at what is made from now on, so that it can be asked often."""
     gc.collect()
     gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture
@@ -1916,7 +1915,7 @@ def test_savepoints(make_engine: Make, database: Any) -> None:
 @pytest.fixture(scope="module")
 def pg_two_phase() -> Iterator[EmbeddedPostgres]:
     """A server that can prepare transactions, which is off by default."""
-    with EmbeddedPostgres(settings={"max_prepared_transactions": "4"}) as server:
+    with EmbeddedPostgres({"max_prepared_transactions": "4"}, in_memory()) as server:
         yield server
 
 

@@ -470,7 +470,8 @@ def test_all_of_it_at_once(
         shared(engine).set_idle_ttl(60.0)
         return set()
 
-    parent = Parent(new_engine(max_size=7), pg_observer, monkeypatch)
+    # Who waits for a while would have the collector find what is abandoned.
+    parent = Parent(new_engine(max_size=7, gc_on_wait=False), pg_observer, monkeypatch)
     with ExitStack() as stack:
         for hazard in (the_worker_closes_one, one_is_abandoned, one_is_opening, others_wait):
             stack.enter_context(hazard(parent))

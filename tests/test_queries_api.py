@@ -297,7 +297,7 @@ def test_a_shrunken_cap_holds(driver: FakeDriver, pid: str) -> None:
     assert [handle.closed for handle in handles] == [True, True, False]
 
 
-@pytest.mark.parametrize("session", [None, 5, "name", ("a",), object()], ids=repr)
+@pytest.mark.parametrize("session", [None, 5, "name", ("a",), object()], ids=lambda it: type(it).__name__)
 def test_a_session_has_to_be_one_that_can_be_seen_dying(driver: FakeDriver, pid: str, session: Any) -> None:
     """What can't be weakly referred to can't hold a lock: TypeError, and the connection stays idle."""
     PoolManager.create(pid)

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import psutil
 import psycopg2
 import pytest
-from conftest import Observer
+from conftest import Observer, in_memory
 from fakes import SECONDS, Task
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine
@@ -49,7 +49,7 @@ class Way(NamedTuple):
 @pytest.fixture(scope="module")
 def server() -> Iterator[EmbeddedPostgres]:
     """One for the module: nobody else minds that it restarts."""
-    with EmbeddedPostgres() as server:
+    with EmbeddedPostgres(folder=in_memory()) as server:
         yield server
 
 
