@@ -4,6 +4,8 @@
 share one limit, and idle connections go away by themselves.
 """
 
+from .audit import Audit
+from .diagnostics import Diagnosis, Holder, Snapshot, Waiting, snapshot
 from .errors import (
     ActivePoolError,
     CheckoutReentered,
@@ -14,29 +16,45 @@ from .errors import (
     NoIdleConnectionsError,
     ParameterError,
     PoolConnectionException,
+    PoolDeadlock,
     PoolException,
     PoolFullError,
     QueriesException,
 )
+from .labels import checkout_label, labelled
 from .pool import Connection, Pool, PoolManager
 from .queries_pool import QueriesPool
+from .stats import BOUNDS, Histogram, ManagerStatistics, Statistics
 
 __all__ = [
+    "BOUNDS",
     "ActivePoolError",
+    "Audit",
     "CheckoutReentered",
     "CheckoutTimeout",
     "Connection",
     "ConnectionBusyError",
     "ConnectionException",
     "ConnectionNotFoundError",
+    "Diagnosis",
+    "Histogram",
+    "Holder",
+    "ManagerStatistics",
     "NoIdleConnectionsError",
     "ParameterError",
     "Pool",
     "PoolConnectionException",
+    "PoolDeadlock",
     "PoolException",
     "PoolFullError",
     "PoolManager",
     "QueriesException",
     "QueriesPool",
+    "Snapshot",
+    "Statistics",
+    "Waiting",
+    "checkout_label",
+    "labelled",
+    "snapshot",
 ]
 __version__ = "0.1.0"

@@ -37,29 +37,38 @@ class Finding(NamedTuple):
     what: str
 
 
-def findings(ledger: Ledger) -> Iterator[Finding]:
-    """What nobody can ever give back."""
-    listed = {entry.slot for a in ledger.everyone() for entry in (*a.idle, *a.hollow)}
-    for slot in ledger.slots:
-        state = slot.state
-        if state in (HELD, OPENING) and (slot.entry is None or slot.entry() is None):
-            yield Finding(slot, f"{state}, but its holder is gone")
-        elif state is IDLE and slot not in listed:
-            yield Finding(slot, "idle, but in no list")
-        elif state is LENT and not any(slot in a.lent for a in ledger.everyone()):
-            yield Finding(slot, "locked, but in no list")
-        elif state is CLOSING and ((item := ledger.closing.get(slot)) is None or item() is None):
-            yield Finding(slot, "to be closed, but nobody does")
-        elif state is GONE:
-            yield Finding(slot, "gone, but counted")
+def findings(ledger: Ledger) -> list[Finding]:
+    """What nobody can ever give back; or what is just under way, which is found once and not again."""
+    return [Finding(slot, what) for slot in ledger.slots if (what := _wrong(ledger, slot))]
+
+
+def _wrong(ledger: Ledger, slot: Slot) -> str | None:
+    state = slot.state
+    entry = slot.entry() if slot.entry is not None else None
+    if state in (HELD, OPENING):
+        return None if entry is not None else f"{state}, but its holder is gone"
+    if state is CLOSING:
+        item = ledger.closing.get(slot)
+        return None if item is not None and item() is not None else "to be closed, but nobody does"
+    if state is GONE:
+        return "gone, but counted"
+    home = slot.home() if slot.home is not None else None
+    if home is None:  # its engine has died; the entry does so next, and says so
+        return None if entry is not None else f"{state}, but its engine is gone"
+    entry = slot if slot.entry is None else entry
+    listed = slot in home.lent if state is LENT else entry in home.idle or entry in home.hollow
+    return None if listed else f"{state}, but in no list"
 
 
 def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], Work]:
     """Close what nobody can give back, and derive anew what follows from the slots; return what was wrong."""
     work: Work = []
+    wrong = [f"{slot!r}: {what}" for slot, what in found]
     for slot, _ in found:
-        work += ledger.cast_off(slot, now)
-    wrong = [f"{slot!r}: {what}" for slot, what in found] + list(_recount(ledger))
+        # What a living session has locked stays its own.
+        work += ledger.lost(slot, now) if slot.state is LENT else ledger.cast_off(slot, now)
+    wrong += _recount(ledger)
+    ledger.totals.mended += len(wrong)
     return wrong, work + ledger.relimit(now)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from sqlalchemy import exc
 
 
@@ -72,8 +74,18 @@ class PoolFullError(PoolException):
 class CheckoutTimeout(exc.TimeoutError):
     """No connection became free within the ``timeout`` of the engine that asked.
 
-    It is what QueuePool raises, a :class:`sqlalchemy.exc.TimeoutError`, with a message that names
-    the pool, its numbers, who holds its connections, and what to do.
+    It is what QueuePool raises, a :class:`sqlalchemy.exc.TimeoutError`.  The first line of its message names
+    the pool, its numbers, the likeliest cause and what to do; a report of who holds and who waits follows.
+    """
+
+    snapshot: Any = None
+    """The same as data: a :class:`~sqla_queries_pool.diagnostics.Snapshot`."""
+
+
+class PoolDeadlock(CheckoutTimeout):
+    """Checkouts wait for each other, and nothing has moved for ``deadlock_grace`` seconds.
+
+    Raised in the one that began to wait last, before its timeout; what it holds then serves the others.
     """
 
 

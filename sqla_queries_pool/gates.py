@@ -21,7 +21,7 @@ class ThreadGate:
     (``threading.Condition`` makes one such lock per wait itself).
     """
 
-    __slots__ = ("_closed", "answer", "attachment", "holder", "since")
+    __slots__ = ("_closed", "answer", "attachment", "holder", "label", "since")
 
     attachment: Attachment
     """For whom it waits."""
@@ -32,9 +32,13 @@ class ThreadGate:
     answer: Entry | None
     """What it was given; written once, by the ledger, inside the lock."""
 
-    def __init__(self, attachment: Attachment, holder: int) -> None:
+    label: str | None
+    """What its thread calls what it does (labels.py)."""
+
+    def __init__(self, attachment: Attachment, holder: int, label: str | None = None) -> None:
         self.attachment = attachment
         self.holder = holder
+        self.label = label
         self.since = 0.0
         self.answer = None
         self._closed = threading.Lock()

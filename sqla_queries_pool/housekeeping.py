@@ -21,6 +21,9 @@ from typing import Any, Protocol
 
 from .logs import logger
 
+LONGEST_SLEEP = 3600.0
+"""Seconds; Python can wait for some centuries at most, and people write larger numbers."""
+
 
 class Sweepable(Protocol):
     """What the housekeeper looks after: a pool."""
@@ -126,7 +129,8 @@ class Housekeeper:
         deaths = False
         while True:
             try:
-                item = mail.get(timeout=max(0.0, heap[0][0] - time.monotonic()) if heap else 0.0)
+                pause = min(LONGEST_SLEEP, max(0.0, heap[0][0] - time.monotonic())) if heap else 0.0
+                item = mail.get(timeout=pause)
             except Empty:
                 if not heap:
                     return

@@ -26,9 +26,11 @@ from __future__ import annotations
 import heapq
 import math
 import weakref
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .leaks import Leaks
 from .slots import (
     CLOSING,
     GONE,
@@ -53,6 +55,7 @@ from .slots import (
     Wake,
     Work,
 )
+from .stats import BOUNDS, Totals
 
 IDLE_TTL = "idle for its idle_ttl"
 DISPOSED = "its generation has ended"
@@ -130,6 +133,9 @@ class Ledger:
         """Seconds between attempts to connect, while there are refusals."""
         self.retry_at = -math.inf
         """While there are refusals: nobody tries to connect before that time."""
+        self.leaks = Leaks()
+        self.totals = Totals()
+        """What was done so far."""
         self.vacant_since: float | None = None
         """Since when there is neither a slot nor an engine; None while there is."""
 
@@ -146,6 +152,8 @@ class Ledger:
             slot.holder = holder
             slot.since = now
             slot.uses += 1
+            if len(self.slots) - len(attachment.idle) > self.totals.peak_held:
+                self._count_held()
             return entry
         if attachment.hollow and not attachment.line and self.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
@@ -161,6 +169,9 @@ class Ledger:
         slot = entry.slot
         if slot.state is not HELD or slot.home is not attachment.ref:
             raise NotHeld(f"{entry!r} was given back, but it is {slot.state}")
+        used = self.totals.used  # Durations.add() by hand
+        used.counts[bisect_left(BOUNDS, seconds := now - slot.since)] += 1
+        used.seconds += seconds
         slot.holder = None
         slot.since = now
         if (
@@ -177,6 +188,13 @@ class Ledger:
             return self._due(now + attachment.ttl)
         return None
 
+    def give_unused(self, attachment: Attachment, entry: Any, now: float) -> Work | None:
+        """:meth:`give`, of what was taken to be opened or passed on: no checkout."""
+        entry.slot.since = now
+        work = self.give(attachment, entry, now)
+        self.totals.used.counts[0] -= 1
+        return work
+
     # -- giving and taking, the rest ---------------------------------------------------------------
 
     def _hold(self, entry: Any, holder: int, now: float) -> Any:
@@ -185,7 +203,13 @@ class Ledger:
         slot.holder = holder
         slot.since = now
         slot.uses += 1
+        self._count_held()
         return entry
+
+    def _count_held(self) -> None:
+        """There may be more out than ever."""
+        if (held := self.numbers().held) > self.totals.peak_held:
+            self.totals.peak_held = held
 
     def _give_on(self, attachment: Attachment, entry: Any, slot: Slot, now: float) -> Work:
         """Give an entry that came home to whom it is due: a waiter, the closers, or the idle."""
@@ -231,15 +255,17 @@ class Ledger:
         oldest = min(others, key=_arrival, default=None)
         if own is None or oldest is None:
             return own or oldest
-        if oldest.since < own.since:
-            patience = max(PATIENCE, PATIENCE_FACTOR * self.mean_wait)
-            if hollow or now - oldest.since > patience:
-                return oldest
+        first = oldest.since < own.since
+        if first and (hollow or now - oldest.since > max(PATIENCE, PATIENCE_FACTOR * self.mean_wait)):
+            return oldest
         # Even with one slot less, mine would get more of what it wants than the other does: so slots
         # spread in proportion to demand, and never swing back.
         its = len(oldest.attachment.quota.slots)
         wanted, its_wanted = len(mine.slots) + len(attachment.line), its + len(oldest.attachment.line)
-        return oldest if (len(mine.slots) - 1) * its_wanted > its * wanted else own
+        if (len(mine.slots) - 1) * its_wanted > its * wanted:
+            return oldest
+        self.totals.bypasses += first
+        return own
 
     def _may_insist(self, waiter: Waiter, now: float) -> bool:
         """May it have the slot of a connection that its engine is about to use again?"""
@@ -363,6 +389,7 @@ class Ledger:
         waiter.answer = entry  # first: one that is out of line, but has no answer, would wait for ever
         self._out_of_line(waiter)
         self.mean_wait += (now - waiter.since - self.mean_wait) / 16
+        self.totals.waited.add(now - waiter.since)
         return Wake(waiter)
 
     def _serve(self, now: float) -> Work:
@@ -391,8 +418,11 @@ class Ledger:
         slot.instead_of = None
         slot.state = HELD
         slot.since = now
+        self._count_held()
         work = self._count_lifetime(slot)
         attachment = slot.home() if slot.home is not None else None
+        if attachment is not None and attachment.leak_after < math.inf:
+            work += self._due(now + attachment.leak_after)
         if attachment is not None and attachment.min_size:
             attachment.warm = True
             if attachment.min_size > self._size(attachment):
@@ -649,6 +679,7 @@ class Ledger:
         self.mean_wait = 0.0
         self.refusals = 0
         self.lifetimes.clear()
+        self.leaks.clear()
         self.renewing = None
         # Whose death nobody was told, because the letter lay in the parent's inbox.
         self.attachments = {ref: quota for ref, quota in self.attachments.items() if ref() is not None}
@@ -717,6 +748,10 @@ class Ledger:
                     work.append(self._close(entries.popleft(), IDLE_TTL))
                 if entries and spare > 0:
                     due = min(due, entries[0].slot.since + attachment.ttl)
+            leaks, look_at = self.leaks.look(attachment, now)
+            work += leaks
+            if look_at < due and attachment.quota.slots:
+                due = look_at
             if attachment.warm:
                 due = min(due, now + LOOK_EVERY)
                 if spare < 0:
@@ -748,7 +783,7 @@ class Ledger:
         attachment = slot.home() if slot.home is not None else None
         work: Work = []
         if slot.state is HELD and attachment is not None:
-            work = self.give(attachment, entry, now) or []
+            work = self.give_unused(attachment, entry, now) or []
             if slot.state is IDLE and slot.handle is not None:
                 work += self._count_lifetime(slot)
                 slot.since = since
@@ -806,6 +841,10 @@ class Ledger:
             if attachment is not None:
                 yield attachment
         yield self.by_hand
+
+    def waiters(self) -> list[Waiter]:
+        """All who wait, in no order."""
+        return [waiter for attachment in self.everyone() for waiter in list(attachment.line)]
 
     def numbers(self) -> Numbers:
         """Count; without the lock a moment may lie between one number and the next."""

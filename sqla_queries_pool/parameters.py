@@ -128,7 +128,41 @@ def queuepool_max_size(pool_size: object, max_overflow: object) -> int | Unstate
     if overflow is None or not (overflow >= -1 and float(overflow).is_integer()):
         remedy = "a whole number, or -1 for no limit (or use max_size)"
         raise _error("max_overflow", max_overflow, remedy)
-    return None if size == 0 or overflow == -1 else int(size + overflow)
+    if size == 0 or overflow == -1:
+        return None
+    if size + overflow == math.inf:
+        raise _error("pool_size", pool_size, "a whole number of connections that there may be")
+    return int(size + overflow)
+
+
+def one_of(name: str, value: object, words: tuple[str, ...]) -> str:
+    """Return one of some words.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    if not isinstance(value, str) or value not in words:
+        raise _error(name, value, " or ".join(map(repr, words)))
+    return value
+
+
+def reset_on_return(name: str, value: object) -> object:
+    """Return what SQLAlchemy's own pools take, which would show the whole value otherwise.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    if isinstance(value, str) and value not in ("rollback", "commit", "none"):
+        raise _error(name, value, "'rollback', 'commit' or None")
+    return value
+
+
+def logging_name(name: str, value: object) -> str | None:
+    """Return a name for the logger, or None.
+
+    :raises ParameterError: it is no text.
+    """
+    if value is not None and not isinstance(value, str):
+        raise _error(name, value, "a name, or None")
+    return value
 
 
 def _number(value: object) -> float | None:

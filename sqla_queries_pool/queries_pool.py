@@ -9,6 +9,7 @@ itself for ``recycle``, ``pre_ping`` and invalidation.
 from __future__ import annotations
 
 import math
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -18,15 +19,20 @@ from sqlalchemy import event, exc
 from sqlalchemy.pool import ConnectionPoolEntry
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
-from . import identity, liveness, logs, parameters, retirement, slots
+from . import deadlock, identity, liveness, logs, parameters, retirement, slots, stacks
 from .audit import Audit
-from .diagnostics import OPENING, PROBING, WAITING, Stages, checkout_timeout
+from .diagnostics import OPENING, PROBING, WAITING, Snapshot, Stages, checkout_timeout, snapshot, tell_of_leak
 from .errors import ParameterError
+from .gates import ThreadGate
+from .labels import checkout_label
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
 from .seams import AdhocProxiedConnection, ConnectionRecord
 from .slots import HELD, LENT, Attachment, Permit, Quota
+from .stats import Statistics
 
+_label = checkout_label.get
+DEADLOCKS = (deadlock.RAISE, deadlock.WARN, deadlock.IGNORE)
 LEAST_PING = 0.5
 """Seconds that a server has for the answer to a ping, however little is left of a checkout's timeout."""
 
@@ -176,6 +182,12 @@ class QueriesPool(SQLAlchemyPool):
         does not wait.
     :param min_size: how many connections are kept open for this engine, once one was opened, as far as the
         limit allows; they have no ``idle_ttl``, and others are opened in the background where some are lost.
+    :param track_stacks: remember where each connection was checked out, for reports; costs some microseconds.
+    :param leak_after: seconds after which a connection that is out is logged, once, with who has it; ``None``
+        for never.
+    :param deadlock_grace: seconds for which nothing may have moved among checkouts that wait for each other.
+    :param on_deadlock: what to do then: ``"raise"`` a :class:`PoolDeadlock` in the newest of them, ``"warn"``
+        in the log, or ``"ignore"`` it.
     :param read_only_is_disconnect: take an error that says that the server is read only (SQLSTATE 25006) for
         a disconnect: all connections are replaced, and new ones go where the URL points.  For a primary that
         may be demoted while connections stay open.
@@ -202,6 +214,10 @@ class QueriesPool(SQLAlchemyPool):
         ping_timeout: float | None = 5.0,
         close_timeout: float = 1.0,
         min_size: int = 0,
+        track_stacks: bool = False,
+        leak_after: float | None = None,
+        deadlock_grace: float = 1.0,
+        on_deadlock: str = deadlock.RAISE,
         read_only_is_disconnect: bool = False,
         **kw: Any,
     ) -> None:
@@ -217,6 +233,10 @@ class QueriesPool(SQLAlchemyPool):
         self._ping_timeout = parameters.seconds("ping_timeout", ping_timeout)
         self._close_timeout = parameters.finite_seconds("close_timeout", close_timeout)
         self._min_size = parameters.min_size("min_size", min_size)
+        self._track_stacks = parameters.flag("track_stacks", track_stacks)
+        self._leak_after = parameters.seconds("leak_after", leak_after)
+        self._deadlock_grace = parameters.finite_seconds("deadlock_grace", deadlock_grace)
+        self._on_deadlock = parameters.one_of("on_deadlock", on_deadlock, DEADLOCKS)
         self._read_only_is_disconnect = parameters.flag("read_only_is_disconnect", read_only_is_disconnect)
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
@@ -237,9 +257,13 @@ class QueriesPool(SQLAlchemyPool):
         self._attachment.opener = weakref.WeakMethod(self._open)
         if self._read_only_is_disconnect:
             listen_for_read_only(self._dialect)
-        if self._pre_ping and not event.contains(self, "checkout", _ping_is_over):
+        if self._pre_ping and _ping_is_over not in self.dispatch.checkout:  # a successor has it already
             event.listen(self, "checkout", _ping_is_over, insert=True)
+        self._attachment.leak_after = math.inf if self._leak_after is None else self._leak_after
+        if self._track_stacks:  # an attribute of its own, so that nobody else pays
+            self._do_get = self._do_get_tracked  # type: ignore[method-assign]
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
+        self._shared.on_leak = tell_of_leak
         if quota.stated == math.inf:
             self._shared.warn_of_no_limit()
 
@@ -269,12 +293,20 @@ class QueriesPool(SQLAlchemyPool):
         record = self._shared.take(self._attachment)
         if record.__class__ is Record:
             slot = record.slot
+            slot.label = _label()
             if not slot.suspect and not slot.poll(0):
                 # Whether it must be reopened (soft invalidation, recycle) SQLAlchemy asks next, in
                 # get_connection(), and sends it home if that fails.  The slot is held all the time, so it
                 # is bounded, and the seams see it; asking here too costs 0.3 microseconds.
                 return record
         return self._get(record)
+
+    def _do_get_tracked(self) -> ConnectionPoolEntry:
+        """With ``track_stacks``."""
+        found = stacks.calls(sys._getframe(1))
+        record: Any = QueriesPool._do_get(self)
+        record.slot.stack = found
+        return record  # type: ignore[no-any-return]
 
     def _get(self, entry: Any) -> ConnectionPoolEntry:
         """The long way: wait for a slot, open a connection, or look whether the one at hand is alive."""
@@ -284,17 +316,18 @@ class QueriesPool(SQLAlchemyPool):
         stages = Stages()
         refused = False
         refusal: Exception | None = None
+        in_vain = None if self._on_deadlock == deadlock.IGNORE else self._watch(since)
         while True:
-            if entry is None:
-                left = max(0.0, deadline - time.monotonic())
-                stages.enter(WAITING)
-                if not refused:
-                    entry = shared.wait(self._attachment, left, self._gc_on_wait)
-                elif left:
-                    entry = shared.wait(self._attachment, left, self._gc_on_wait, since)
             try:
                 if entry is None:
+                    stages.enter(WAITING)
+                    left = max(0.0, deadline - time.monotonic())
+                    if left or not refused:
+                        again = since if refused else None
+                        entry = shared.wait(self._attachment, left, self._gc_on_wait, again, in_vain)
+                if entry is None:
                     raise refusal or self._refusal() or checkout_timeout(shared, self._attachment, timeout)
+                entry.slot.label = _label()
                 if isinstance(entry, Permit):
                     stages.enter(OPENING)
                     return self._open(entry)
@@ -305,6 +338,25 @@ class QueriesPool(SQLAlchemyPool):
                 refusal = None  # its traceback refers to this frame
                 stages.note(error, shared.label)
                 raise
+
+    def _watch(self, since: float) -> Callable[[ThreadGate, float], None]:
+        """Return what looks for a deadlock while a checkout waits."""
+        watch = deadlock.Watch(PoolManager.everywhere, self._deadlock_grace)
+        told = False
+
+        def in_vain(waiter: ThreadGate, now: float) -> None:
+            nonlocal told
+            found = None if told else watch.hopeless(waiter, now)
+            if found is None:
+                return
+            if self._on_deadlock == deadlock.RAISE:
+                waited = self._shared.now() - since
+                raise checkout_timeout(self._shared, self._attachment, waited, found)
+            told = True
+            text = f"{found.cause}. {found.remedy}\n{found.details}"
+            self.logger.warning("%s: most likely %s", self._shared.label, text)
+
+        return in_vain
 
     def _refusal(self) -> Exception | None:
         """Why the pool was refused, if it is an error of this engine's driver, as callers catch it."""
@@ -336,6 +388,7 @@ class QueriesPool(SQLAlchemyPool):
             if record.dbapi_connection is not None:
                 if why := self._staleness(record):
                     self.logger.info("Connection %r %s; recycling", record.dbapi_connection, why)
+                    record.slot.reason = why
                     record.close()
                 elif not self._alive(record, deadline):
                     shared.found_dead(record.slot)
@@ -425,6 +478,7 @@ class QueriesPool(SQLAlchemyPool):
             # Read before connecting: what a dispose overtakes is of the old generation.
             generation = self._attachment.generation
             self._shared.wait_for_room(self._close_timeout)
+            begin = time.monotonic()
             try:
                 dbapi_connection = create(record)
             except Exception as error:
@@ -432,7 +486,8 @@ class QueriesPool(SQLAlchemyPool):
                 raise
             if isinstance(record, Record):
                 lifetime = retirement.lifetime(self._recycle)
-                self._shared.socket_opened(record.slot, dbapi_connection, generation, lifetime)
+                took = time.monotonic() - begin
+                self._shared.socket_opened(record.slot, dbapi_connection, generation, lifetime, took)
             return dbapi_connection
 
         return connect
@@ -457,6 +512,16 @@ class QueriesPool(SQLAlchemyPool):
         finally:
             self._shared.socket_closed(connection)
 
+    # -- what it says of itself -------------------------------------------------------------------
+
+    def statistics(self) -> Statistics:
+        """Return what the whole pool has now, and has done; takes no lock."""
+        return self._shared.statistics()
+
+    def snapshot(self) -> Snapshot:
+        """Return who has the connections of the whole pool, and who waits; takes no lock."""
+        return snapshot(self._shared)
+
     # -- the life of the pool ----------------------------------------------------------------------
 
     def dispose(self) -> None:
@@ -476,7 +541,7 @@ class QueriesPool(SQLAlchemyPool):
             while (permit := self._shared.reserve(self._attachment)) is not None:
                 permits.append(permit)
             while permits:
-                self._shared.give(self._attachment, self._open(permits.pop()))
+                self._shared.give_unused(self._attachment, self._open(permits.pop()))
         except _Refused as error:
             raise error.refusal or error from None
         finally:
@@ -521,6 +586,10 @@ class QueriesPool(SQLAlchemyPool):
             ping_timeout=self._ping_timeout,
             close_timeout=self._close_timeout,
             min_size=self._min_size,
+            track_stacks=self._track_stacks,
+            leak_after=self._leak_after,
+            deadlock_grace=self._deadlock_grace,
+            on_deadlock=self._on_deadlock,
             read_only_is_disconnect=self._read_only_is_disconnect,
             recycle=self._recycle,
             echo=self.echo,
@@ -605,7 +674,13 @@ def _stated_max_size(
 
 def _understood(kw: dict[str, Any]) -> dict[str, Any]:
     """What is SQLAlchemy's, with text understood: create_engine converts none, engine_from_config some."""
-    convert = {"recycle": parameters.recycle, "pre_ping": parameters.flag, "echo": parameters.echo}
+    convert: dict[str, Callable[[str, object], object]] = {
+        "recycle": parameters.recycle,
+        "pre_ping": parameters.flag,
+        "echo": parameters.echo,
+        "reset_on_return": parameters.reset_on_return,
+        "logging_name": parameters.logging_name,
+    }
     return {name: convert[name](name, kw[name]) if name in convert else kw[name] for name in kw}
 
 

@@ -55,11 +55,14 @@ class Slot:
         "holder",
         "home",
         "instead_of",
+        "label",
         "poll",
         "process",
         "quota",
+        "reason",
         "session",
         "since",
+        "stack",
         "state",
         "suspect",
         "uses",
@@ -92,8 +95,14 @@ class Slot:
         """The attachment's generation when the connecting of this socket began."""
         self.holder: int | None = None
         """Identifier of the thread that holds or opens it."""
+        self.label: str | None = None
+        """What its holder calls what he does (labels.py); his, and left as it is when he gives it back."""
+        self.stack: Any = ()
+        """Where it was checked out (stacks.py), with ``track_stacks``; as ``label``."""
         self.instead_of: Slot | None = None
         """While opening: the slot that gave way to it, and is perhaps not closed yet."""
+        self.reason: str | None = None
+        """Why its connection is about to be closed, where that is known; written by who closes it."""
         self.session: weakref.ref[Any] | None = None
         """Weak: the queries session that locked it, or the :class:`Resetter`; dead but not None means a stale
         lock."""
@@ -152,6 +161,7 @@ class Waiter(Protocol):
 
     attachment: Attachment
     holder: int
+    label: str | None
     since: float
     answer: Any
 
@@ -173,6 +183,7 @@ class Attachment:
         "generation",
         "hollow",
         "idle",
+        "leak_after",
         "lent",
         "line",
         "min_size",
@@ -199,6 +210,8 @@ class Attachment:
         """Weak: how the engine opens a connection by a permit, for whoever does so in its stead."""
         self.ping_after = ping_after
         """Seconds; a connection that was idle for as long is suspect."""
+        self.leak_after = math.inf
+        """Seconds after which one that is out is told of."""
         self.own_ttl = ttl
         """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
         self.ttl = ttl
@@ -267,13 +280,27 @@ class Fill(NamedTuple):
     attachment: Attachment
 
 
+class Leaked(NamedTuple):
+    """Work: say that a connection is out for long."""
+
+    slot: Slot
+    seconds: float
+
+
+class Returned(NamedTuple):
+    """Work: say that it came home after all."""
+
+    slot: Slot
+    seconds: float
+
+
 class Due(NamedTuple):
     """Work: see to it that somebody calls :meth:`Ledger.expire` at this time of the pool's clock."""
 
     at: float
 
 
-Work: TypeAlias = list[Wake | Close | Reset | Renew | Fill | Due]
+Work: TypeAlias = list[Wake | Close | Reset | Renew | Fill | Leaked | Returned | Due]
 
 
 class Numbers(NamedTuple):

@@ -22,6 +22,7 @@ from ..connect_errors import is_full, passes
 from ..errors import QueriesException
 from ..gates import ThreadGate
 from ..housekeeping import Housekeeper, Worker
+from ..labels import checkout_label
 from ..ledger import GAVE_WAY, LOOK_EVERY, PATIENCE, SPARE, Ledger
 from ..lingering import LONGEST, Lingering
 from ..logs import logger
@@ -33,10 +34,12 @@ from ..slots import (
     Due,
     EntryRef,
     Fill,
+    Leaked,
     NotHeld,
     Permit,
     Renew,
     Resetter,
+    Returned,
     Slot,
     Wake,
     Work,
@@ -46,8 +49,10 @@ from .garbage import GC_AFTER, collect_garbage
 from .guard import Guard
 
 LIFETIME = "its lifetime (pool_recycle) is over"
-UNDER_WAY = 1.0
-"""Seconds that an audit gives the worker to be done with what looks wrong."""
+DEAD = "found dead before it was used"
+INVALIDATED = "invalidated by its holder"
+UNDER_WAY = 0.02
+"""Seconds after which what looks wrong is looked at again: it may have been under way in another thread."""
 REMEMBERED = 30.0
 """Seconds for which a database that was there counts as one that will be there again."""
 every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
@@ -75,11 +80,15 @@ class Core(Guard):
         self.on_vacant: Callable[[Core], None] = _nothing
         """Called by the housekeeper when there were no slots and no engines for the idle TTL; the
         PoolManager's, for the pools that it knows."""
+        self.on_leak: Callable[[Any, Leaked | Returned], None] = _nothing_of_it
+        """Called by the housekeeper when a connection is out for long, or came home after all."""
         self._warned_of_no_limit = False
         self._last_open = -math.inf
         """When a connection was closed last: until then, at least, the database was there."""
         self._mended: deque[str] = deque(maxlen=100)
         """What was put right since the last audit."""
+        self._suspects: list[Finding] = []
+        """What looked wrong last time."""
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again."""
         self._worker = Worker()
@@ -124,7 +133,12 @@ class Core(Guard):
         self.housekeeper.schedule(self, 0.0)
 
     def wait(
-        self, attachment: Attachment, timeout: float, gc_on_wait: bool, since: float | None = None
+        self,
+        attachment: Attachment,
+        timeout: float,
+        gc_on_wait: bool,
+        since: float | None = None,
+        in_vain: Callable[[ThreadGate, float], None] | None = None,
     ) -> Any:
         """Wait in line for what :meth:`take` returns.
 
@@ -133,13 +147,15 @@ class Core(Guard):
         :param gc_on_wait: ask the collector for abandoned connections meanwhile.
         :param since: since when it waits, by the pool's clock, if it was in line before: it has its place
             again.
+        :param in_vain: called with the waiter and ``time.monotonic`` when the collector and a look at the
+            books have changed nothing; it may raise.
         :return: None if ``timeout`` was over first.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         begin = time.monotonic()
         deadline = begin + timeout
         gc_at = begin + min(GC_AFTER, timeout / 2)
-        waiter = ThreadGate(attachment, get_ident())
+        waiter = ThreadGate(attachment, get_ident(), checkout_label.get())
         entry = None
         try:
             entry = self._decide(self._ledger.join, waiter, self._clock(), since)
@@ -157,7 +173,11 @@ class Core(Guard):
                 if waiter.answer is None and now >= min(gc_at, deadline):
                     if gc_on_wait and now >= gc_at:
                         collect_garbage()
-                    self.mend()
+                    if self.mend():
+                        waiter.wait(UNDER_WAY)
+                        self.mend()
+                    if in_vain is not None and waiter.answer is None:
+                        in_vain(waiter, now)
                 entry = waiter.answer
                 if now >= deadline:
                     break
@@ -171,13 +191,20 @@ class Core(Guard):
                 self._hand_back(attachment, entry)
             raise
 
-    def mend(self) -> None:
-        """Put right what an exception from outside has cut in two, or kept from being told: see audit.py."""
-        wrong, work = self._decide(self._mend)
+    def mend(self) -> bool:
+        """Put right what an exception from outside has cut in two, or kept from being told: see audit.py.
+
+        :return: is there something that looks wrong for the first time?  It may be under way; call again.
+        """
+        found, before = self._decide(self._findings), self._suspects
+        self._suspects = found
+        sure = [finding for finding in found if finding in before]
+        wrong, work = self._decide(self._mend, sure)
         if wrong:
             self._mended.extend(wrong)
             logger.warning("%s: mended: %s", self.label, "; ".join(wrong))
         self._do(work)
+        return len(sure) < len(found)
 
     def audit(self) -> Audit:
         """Compare the bookkeeping with the sockets and with who is alive, and put right what is wrong.
@@ -190,15 +217,16 @@ class Core(Guard):
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         gc.collect()
+        connections = len(self._ledger.slots)
         dead = self._close_dead(list(self._ledger.everyone()))
         found, stray = self._decide(self._findings), self._stray()
         if found or stray:
             done = threading.Event()
             self._worker.submit(done.set)
-            done.wait(UNDER_WAY)
+            done.wait(1.0)
+            threading.Event().wait(UNDER_WAY)
             found = [finding for finding in self._decide(self._findings) if finding in found]
             stray = [slot for slot in self._stray() if slot in stray]
-        connections = len(self._ledger.slots)
         wrong, work = self._decide(self._mend, found)
         self._do(work)
         for slot in stray:
@@ -217,22 +245,31 @@ class Core(Guard):
         handles = list(self._by_handle.values())
         return [slot for slot in handles if slot not in counted and slot.handle is not None]
 
-    def _mend(self, found: list[Finding] | None = None) -> tuple[list[str], Work]:
-        return mend(self._ledger, self._findings() if found is None else found, self._clock())
+    def _mend(self, found: list[Finding]) -> tuple[list[str], Work]:
+        return mend(self._ledger, found, self._clock())
 
     def _findings(self) -> list[Finding]:
-        found = list(findings(self._ledger))
+        found = findings(self._ledger)
         # Whose closing is done by now has a letter in the inbox, put there before the work was dropped: so
         # look at the letters last.
         heard_of = {id(argument) for _, arguments in self._inbox.copy() for argument in arguments}
         return [finding for finding in found if id(finding.slot) not in heard_of]
+
+    @property
+    def at_rest(self) -> bool:
+        """Is there no letter to be read, and does the server let us in?"""
+        return not self._inbox and not self._ledger.refusals
 
     def _hand_back(self, attachment: Attachment, entry: Any) -> None:
         """Pass on what a waiter was given that can't use it."""
         if isinstance(entry, Permit):
             self.failed(entry, None)
         else:
-            self.give(attachment, entry)
+            self.give_unused(attachment, entry)
+
+    def give_unused(self, attachment: Attachment, entry: Any) -> None:
+        """:meth:`give`, of what was taken to be opened or passed on: no checkout."""
+        self._post(self._ledger.give_unused, attachment, entry)
 
     def give(self, attachment: Attachment, entry: Any) -> None:
         """Take an entry back.  Never waits, may be called by a finalizer.
@@ -325,6 +362,7 @@ class Core(Guard):
     def connect_failed(self, error: Exception) -> None:
         """Remember why opening failed, for the error of a checkout that gets nothing."""
         self.last_connect_error = _retold(error)
+        self.count("connect_errors")
 
     def close_evicted(self, permit: Permit) -> None:
         """Close what gave way, before the permit is used: at no time are there two sockets."""
@@ -363,8 +401,13 @@ class Core(Guard):
         numbers = self._ledger.numbers()
         return self._ledger.limit - numbers.total + numbers.hollow
 
-    def socket_opened(self, slot: Connection, handle: Any, generation: int, lifetime: float) -> None:
-        """A slot's holder has opened a socket for it.  Without the lock: the slot is its own."""
+    def socket_opened(
+        self, slot: Connection, handle: Any, generation: int, lifetime: float, seconds: float
+    ) -> None:
+        """A slot's holder has opened a socket for it.  Without the lock: the slot is its own.
+
+        :param seconds: how long it took.
+        """
         self.last_connect_error = None
         if slot.handle is not None:  # whoever closed it was interrupted
             self._by_handle.pop(id(slot.handle), None)
@@ -376,6 +419,7 @@ class Core(Guard):
         self._detached.pop(id(handle), None)  # the id of one that died unseen
         self._by_handle[id(handle)] = slot
         slot.handle = handle
+        self._post(self._ledger.totals.connected, seconds)
 
     def socket_closed(self, handle: Any) -> None:
         """A socket was closed, by the holder of its slot or by who detached it."""
@@ -385,11 +429,15 @@ class Core(Guard):
             del self._by_handle[id(handle)]
             slot.handle = slot.poll = None
             slot.suspect = True
+            reason, slot.reason = slot.reason or INVALIDATED, None
+            self._post(self._ledger.totals.closed, reason)
         else:
             self._detached.pop(id(handle), None)
 
     def found_dead(self, slot: Connection) -> None:
         """A connection was found dead before it was used: older ones are suspect."""
+        slot.reason = DEAD
+        self.count("dead")
         liveness.hang_up(slot.handle, socket.SHUT_WR)
         self._decide(self._ledger.suspect, self._clock())
 
@@ -436,6 +484,10 @@ class Core(Guard):
     def _entry_died(self, ref: EntryRef) -> None:
         self._post(self._ledger.lost, ref.slot)
 
+    def count(self, what: str) -> None:
+        """One more of what is just counted in :class:`Totals`."""
+        self._post(self._ledger.totals.one_more, what)
+
     def _new_connection(self) -> Connection:
         raise NotImplementedError
 
@@ -450,6 +502,7 @@ class Core(Guard):
                 self._post(self._ledger.closed, item.slot)
 
     def _say_closing(self, slot: Slot, entry: Any, reason: str) -> None:
+        slot.reason = reason
         _logger_of(entry).info("%s: closing %r: %s", self.label, slot, reason)
 
     def _close_entry(self, slot: Slot, entry: Any) -> None:
@@ -491,6 +544,7 @@ class Core(Guard):
                 handle.cursor().execute("ROLLBACK")
         except BaseException as error:
             logger.warning("%s: closing %r: rollback failed: %r", self.label, slot, error)
+            self.count("failed_resets")
             self._do(self._decide(self._ledger.close_one, slot, True))
             if not isinstance(error, Exception):
                 raise
@@ -514,7 +568,7 @@ class Core(Guard):
         opener = attachment.opener()
         try:
             while opener is not None and (permit := self.reserve(attachment)) is not None:
-                self.give(attachment, opener(permit))
+                self.give_unused(attachment, opener(permit))
         except Exception as error:
             why = error.__cause__ or error
             logger.warning("%s: could not open a spare connection: %r", self.label, why)
@@ -536,7 +590,9 @@ class Core(Guard):
         self._close_dead([a for a in self._ledger.everyone() if a.min_size])
         if self._clock() >= self._mend_at:  # it looks at each connection, so not whenever one is due
             self._mend_at = self._clock() + LOOK_EVERY
-            self.mend()
+            if self.mend():
+                self.housekeeper.schedule(self, UNDER_WAY)
+                self._mend_at = -math.inf
         work = self._decide(self._ledger.expire, self._clock())
         self._do_soon(work)
         if self._ledger.vacant(self._clock()):
@@ -582,6 +638,8 @@ class Core(Guard):
                     self._worker.submit(functools.partial(self._renew, item))
                 elif isinstance(item, Fill):
                     self._worker.submit(functools.partial(self._fill, item.attachment))
+                elif isinstance(item, Leaked | Returned):
+                    self.on_leak(self, item)
                 else:
                     self._reset(item.slot, True)
         except BaseException:
@@ -632,3 +690,6 @@ def _in_transaction(handle: Any) -> bool | None:
 
 
 def _nothing(_: Core) -> None: ...
+
+
+def _nothing_of_it(_: Core, __: object) -> None: ...

@@ -12,8 +12,9 @@ from ..audit import Audit
 from ..errors import ConnectionBusyError, PoolFullError
 from ..parameters import UNSTATED
 from ..slots import Attachment
+from ..stats import ManagerStatistics
 from .connection import Connection
-from .core import Core, close_quietly
+from .core import Core, close_quietly, every_pool
 from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool
 
 
@@ -29,6 +30,8 @@ class PoolManager:
     """Guards which pools there are; taken when pools come and go, never for a checkout.  It is taken
     before a pool's own lock, never after."""
     _pools: ClassVar[dict[str, Pool]] = {}
+    _gone: ClassVar[ManagerStatistics] = ManagerStatistics()
+    """What the pools have done that were forgotten; written under :attr:`_lock`."""
 
     @classmethod
     def instance(cls) -> PoolManager:
@@ -182,8 +185,8 @@ class PoolManager:
         pool.close()
         with cls._lock:
             pool.listed = False
-            if not pool._ledger.attachments and cls._pools.get(pid) is pool:
-                del cls._pools[pid]
+            if not pool._ledger.attachments:
+                cls._forget(pool)
         pool.unset()
 
     @classmethod
@@ -234,12 +237,27 @@ class PoolManager:
         return len(cls._listed(pid))
 
     @classmethod
+    def pools(cls) -> list[Pool]:
+        """Return all pools."""
+        return [pool for pool in list(cls._pools.values()) if pool.listed]
+
+    @classmethod
+    def everywhere(cls) -> list[Pool]:
+        """Return all pools of the process, also those that the manager does not know."""
+        return [pool for pool in list(every_pool) if isinstance(pool, Pool)]
+
+    @classmethod
+    def statistics(cls) -> ManagerStatistics:
+        """Return what all pools have now and have done, those that are gone included; takes no lock."""
+        return ManagerStatistics.of([pool.statistics() for pool in list(cls._pools.values())], cls._gone)
+
+    @classmethod
     def report(cls) -> dict[str, Any]:
         """Return the state of all pools."""
         return {
             "timestamp": datetime.datetime.now(datetime.timezone.utc).isoformat(),
             "process": os.getpid(),
-            "pools": {pid: pool.report() for pid, pool in list(cls._pools.items()) if pool.listed},
+            "pools": {pool.id: pool.report() for pool in cls.pools()},
         }
 
     @classmethod
@@ -275,5 +293,12 @@ class PoolManager:
         with cls._lock:  # an engine attaches under this lock: it can't come in between
             ledger = pool._ledger
             vacant = ledger.vacant_since is not None if at_once else ledger.vacant(pool._clock())
-            if vacant and cls._pools.get(pool.id) is pool:
-                del cls._pools[pool.id]
+            if vacant:
+                cls._forget(pool)
+
+    @classmethod
+    def _forget(cls, pool: Core) -> None:
+        known = cls._pools.get(pool.id)
+        if known is not None and known is pool:
+            cls._gone = ManagerStatistics.of([known.statistics()], cls._gone, show=False)
+            del cls._pools[pool.id]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from .. import liveness, parameters
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
+from ..ledger import GAVE_WAY
 from ..lingering import LONGEST
 from ..parameters import Unstated
-from ..slots import CLOSING, HELD, IDLE, OPENING, Attachment, Numbers, Slot
+from ..slots import CLOSING, HELD, IDLE, OPENING, Attachment, Numbers, Slot, Waiter
+from ..stats import Statistics, read_only
 from .connection import Connection
 from .core import Core, close_quietly
 
+MOST_TIMEOUTS = 20
+"""How many checkouts that got nothing are remembered."""
 DEFAULT_IDLE_TTL = 60.0
 """queries' default ``idle_ttl``, in seconds."""
 DEFAULT_MAX_SIZE = 1
@@ -39,6 +44,7 @@ class Pool(Core):
         time_method: Callable[[], float] | None = None,
     ) -> None:
         super().__init__(pool_id, time_method)
+        self._timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
         now = self._clock()
         self._ledger.set_ttl(_ttl(idle_ttl), now)
         self._ledger.set_limit(_limit(max_size), now)
@@ -299,6 +305,57 @@ class Pool(Core):
         return self._ledger.numbers()
 
     @property
+    def waiters(self) -> list[Waiter]:
+        """Who waits for a slot, in no order."""
+        return self._ledger.waiters()
+
+    def got_nothing(self, seen: Any) -> None:
+        """A checkout got nothing within its time; ``seen`` is a snapshot of why."""
+        self.count("timeouts")
+        if seen.diagnosis.kind == "deadlock":
+            self.count("deadlocks")
+        self._timeouts.append(seen)
+
+    @property
+    def last_timeouts(self) -> tuple[Any, ...]:
+        """Snapshots of the last checkouts that got nothing within their time, the newest last."""
+        return tuple(self._timeouts.copy())
+
+    def statistics(self) -> Statistics:
+        """Return what there is and what was done; takes no lock, from any thread."""
+        n, totals = self.numbers, self._ledger.totals
+        used, waited, connects = totals.used.frozen(), totals.waited.frozen(), totals.connects.frozen()
+        closes = read_only(totals.closes)
+        return Statistics(
+            pid=self.id,
+            label=self.label,
+            limit=self.max_size,
+            open=n.open,
+            idle=n.idle,
+            held=n.held,
+            opening=n.opening,
+            closing=n.closing,
+            waiting=n.waiting,
+            peak_held=totals.peak_held,
+            checkouts=used.count + n.held,
+            waits=waited.count,
+            timeouts=totals.timeouts,
+            deadlocks=totals.deadlocks,
+            bypasses=totals.bypasses,
+            connects=connects.count,
+            connect_errors=totals.connect_errors,
+            closes=closes,
+            evictions=closes.get(GAVE_WAY, 0),
+            dead=totals.dead,
+            failed_resets=totals.failed_resets,
+            mended=totals.mended,
+            wait_time=waited,
+            use_time=used,
+            connect_time=connects,
+            liveness="poll" if liveness.AVAILABLE else "ping",
+        )
+
+    @property
     def detached(self) -> int:
         """Connections that were detached from the pool and are, as far as one can see, open."""
         return len(self._detached)
@@ -325,6 +382,7 @@ class Pool(Core):
             "idle": {"duration": self.idle_duration, "ttl": self.idle_ttl},
             "label": self.label,
             "max_size": self.max_size,
+            "statistics": self.statistics().as_dict(),
         }
 
     def _find(self, connection: Any) -> Connection:

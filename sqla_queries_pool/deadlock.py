@@ -1,0 +1,130 @@
+"""Do checkouts wait for each other? (design 21)
+
+A thread that waits for a connection while it has one waits for those who have the others.  Where all of them
+wait as well, in this pool or another, nothing will move before somebody's timeout.  That can't be proved: a
+connection may be closed by another thread than the one that checked it out.  So it has to stand still for
+some time, and whoever is asked to give up is told why.
+
+Nothing of it is on the way of a checkout that need not wait.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from . import stacks
+from .diagnostics import DEEPEST_SHOWN, Diagnosis, of_server
+from .pool import Pool
+from .slots import HELD, Slot, Waiter
+
+RAISE, WARN, IGNORE = "raise", "warn", "ignore"
+"""What to do about one: ``on_deadlock``."""
+
+
+class Watch:
+    """What one waiting checkout has seen.
+
+    :param everywhere: returns all pools of the process.
+    :param grace: seconds for which nothing may have moved.
+    """
+
+    def __init__(self, everywhere: Callable[[], list[Pool]], grace: float) -> None:
+        self._everywhere, self._grace = everywhere, grace
+        self._seen: tuple[Any, float] | None = None
+        self._holds: bool | None = None
+
+    def hopeless(self, waiter: Waiter, now: float) -> Diagnosis | None:
+        """Is it this checkout that has to give up?  Say why, or return None.
+
+        :param waiter: the asker's, in line.
+        :param now: seconds, by ``time.monotonic``.
+        """
+        if self._holds is False:  # it can't take one while it waits
+            return None
+        pools, me = self._everywhere(), waiter.holder
+        self._holds = any(slot.holder == me for pool in pools for slot in pool.connections)
+        sides = _sides(me, pools) if self._holds else []
+        newest = max(sides, key=lambda side: (side[1].since, side[1].holder), default=None)
+        if newest is None or newest[1] is not waiter:
+            self._seen = None
+            return None
+        still = tuple(sorted(_moves(sides, pools)))
+        if self._seen is None or self._seen[0] != still:
+            self._seen = (still, now)
+            return None
+        return _told(sides, pools) if now - self._seen[1] >= self._grace else None
+
+
+def _sides(me: int, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
+    """Who waits for whom in a circle that ``me`` is in; none, where there is hope."""
+    waiting = {w.holder: (pool, w) for pool in pools for w in pool.waiters if w.answer is None}
+    stuck = dict(waiting)
+    while True:
+        free = [thread for thread, (pool, w) in stuck.items() if not _all_held_by(stuck, pool, w)]
+        if not free:
+            break
+        for thread in free:
+            del stuck[thread]
+    reached: dict[int, tuple[Pool, Waiter]] = {}
+    todo = [me]
+    while todo:
+        thread = todo.pop()
+        for slot in _could_serve(*stuck[thread]) if thread in stuck else ():
+            if slot.holder is not None and slot.holder not in reached and slot.holder in stuck:
+                reached[slot.holder] = stuck[slot.holder]
+                todo.append(slot.holder)
+    return list(reached.values()) if me in reached else []
+
+
+def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
+    """The slots of which any would do, if it came home."""
+    quota = waiter.attachment.quota
+    return list(quota.slots) if quota.full else list(pool.connections)
+
+
+def _all_held_by(threads: dict[int, Any], pool: Pool, waiter: Waiter) -> bool:
+    if not pool.at_rest:
+        return False
+    found = _could_serve(pool, waiter)
+    return bool(found) and all(_is_stuck(slot, threads) for slot in found)
+
+
+def _is_stuck(slot: Slot, threads: dict[int, Any]) -> bool:
+    if slot.state is not HELD or slot.holder not in threads:
+        return False
+    record = slot.entry() if slot.entry is not None else None
+    proxy = getattr(record, "fairy_ref", None)
+    if proxy is None or proxy() is None:  # it is on its way home
+        return False
+    return of_server(slot.handle)[1] != "executing"
+
+
+def _moves(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Iterator[tuple[Any, ...]]:
+    """What changes when any of them gets on."""
+    threads = {waiter.holder for _, waiter in sides}
+    for _, waiter in sides:
+        yield ("waits", waiter.holder, waiter.since, "")
+    for slot in (slot for pool in pools for slot in pool.connections if slot.holder in threads):
+        yield ("holds", id(slot), slot.uses, str(of_server(slot.handle)[1]))
+
+
+def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    details = []
+    for pool, waiter in sorted(sides, key=lambda side: side[1].since):
+        name = names.get(waiter.holder, f"thread {waiter.holder}")
+        label = f" [{waiter.label}]" if waiter.label else ""
+        held = [slot for other in pools for slot in other.connections if slot.holder == waiter.holder]
+        details.append(f"{name}{label} holds {len(held)} and waits for one of {pool.label}")
+        for slot in held:
+            details += [f"  checked out at {call}" for call in stacks.told(slot.stack)[-DEEPEST_SHOWN:]]
+        details += [f"  waits at {call}" for call in stacks.now(waiter.holder)[-2:]]
+    return Diagnosis(
+        "deadlock",
+        f"{len(sides)} checkouts wait for each other, and nothing has moved",
+        "Never ask for a second connection while holding the first, or raise max_size above the number of "
+        "threads that do. (If another thread was to close one of these: on_deadlock='warn'.)",
+        "\n".join(details),
+    )
