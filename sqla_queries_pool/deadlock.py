@@ -10,7 +10,6 @@ Nothing of it is on the way of a checkout that need not wait.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -111,16 +110,16 @@ def _moves(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Iterator[tupl
 
 
 def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
-    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    threads = stacks.Threads()
     details = []
     for pool, waiter in sorted(sides, key=lambda side: side[1].since):
-        name = names.get(waiter.holder, f"thread {waiter.holder}")
+        name = threads.name(waiter.holder)
         label = f" [{waiter.label}]" if waiter.label else ""
         held = [slot for other in pools for slot in other.connections if slot.holder == waiter.holder]
         details.append(f"{name}{label} holds {len(held)} and waits for one of {pool.label}")
         for slot in held:
             details += [f"  checked out at {call}" for call in stacks.told(slot.stack)[-DEEPEST_SHOWN:]]
-        details += [f"  waits at {call}" for call in stacks.now(waiter.holder)[-2:]]
+        details += [f"  waits at {call}" for call in threads.at(waiter.holder)[-2:]]
     return Diagnosis(
         "deadlock",
         f"{len(sides)} checkouts wait for each other, and nothing has moved",

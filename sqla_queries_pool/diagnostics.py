@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import math
@@ -175,14 +176,13 @@ def snapshot(pool: Pool) -> Snapshot:
 
 def holders(pool: Pool) -> list[Holder]:
     """Return who has the connections of a pool, longest first.  Takes no lock of the pool."""
-    now = pool.now()
-    names = _names()
+    threads = stacks.Threads()
     busy = (HELD, LENT, slots.OPENING)
-    found = [_holder(slot, now, names) for slot in pool.connections if slot.state in busy]
+    found = [_holder(slot, pool.now(), threads) for slot in pool.connections if slot.state in busy]
     return sorted(found, key=lambda holder: -holder.seconds)
 
 
-def _holder(slot: Slot, now: float, names: dict[int | None, str]) -> Holder:
+def _holder(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
     ident, session = slot.holder, slot.session
     if session is not None:
         alive = session()
@@ -192,7 +192,7 @@ def _holder(slot: Slot, now: float, names: dict[int | None, str]) -> Holder:
     elif ident is None:
         name = "the pool itself"
     else:
-        name = names.get(ident, f"thread {ident}, which has ended")
+        name = threads.name(ident)
     backend, transaction = of_server(slot.handle)
     return Holder(
         thread=None if session is not None else ident,
@@ -204,29 +204,24 @@ def _holder(slot: Slot, now: float, names: dict[int | None, str]) -> Holder:
         backend_pid=backend,
         transaction=transaction,
         stack=stacks.told(slot.stack),
-        now_at=() if session is not None else stacks.now(ident),
+        now_at=() if session is not None else threads.at(ident),
     )
 
 
 def waiting(pool: Pool) -> list[Waiting]:
     """Return who waits for a connection of a pool, longest first.  Takes no lock of the pool."""
-    now = pool.now()
-    names = _names()
+    now, threads = pool.now(), stacks.Threads()
     found = [
         Waiting(
             thread=w.holder,
-            name=names.get(w.holder, f"thread {w.holder}"),
+            name=threads.name(w.holder),
             label=w.label,
             seconds=max(0.0, now - w.since),
-            now_at=stacks.now(w.holder),
+            now_at=threads.at(w.holder),
         )
         for w in pool.waiters
     ]
     return sorted(found, key=lambda waiting: -waiting.seconds)
-
-
-def _names() -> dict[int | None, str]:
-    return {thread.ident: thread.name for thread in threading.enumerate()}
 
 
 def of_server(handle: Any) -> tuple[int | None, str | None]:
@@ -327,7 +322,7 @@ def _told(diagnosis: Diagnosis | None) -> str:
 
 def tell_of_leak(pool: Pool, item: Leaked | Returned) -> None:
     """Log that a connection is out for long, or came home after all."""
-    holder = _holder(item.slot, pool.now(), _names())
+    holder = _holder(item.slot, pool.now(), stacks.Threads())
     if isinstance(item, Returned):
         logger.warning("%s: a connection came home after all, after %.1f s", pool.label, item.seconds)
         return
@@ -357,5 +352,6 @@ class Stages:
         """Say in which stage an error came (PEP 678; before Python 3.11 tracebacks don't show notes)."""
         self.enter(stage := self._stage)
         spent = ", ".join(f"{seconds:.1f} s {stage}" for stage, seconds in self._spent.items())
-        others = [note for note in getattr(error, "__notes__", []) if not note.startswith(_WE)]
-        error.__notes__ = [*others, f"{_WE} {label} was {stage}; it has spent {spent}"]
+        with contextlib.suppress(Exception):  # one that takes no notes
+            others = [note for note in getattr(error, "__notes__", []) if not note.startswith(_WE)]
+            error.__notes__ = [*others, f"{_WE} {label} was {stage}; it has spent {spent}"]

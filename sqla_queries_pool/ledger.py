@@ -169,10 +169,11 @@ class Ledger:
         slot = entry.slot
         if slot.state is not HELD or slot.home is not attachment.ref:
             raise NotHeld(f"{entry!r} was given back, but it is {slot.state}")
-        used = self.totals.used  # Durations.add() by hand
-        used.counts[bisect_left(BOUNDS, seconds := now - slot.since)] += 1
-        used.seconds += seconds
-        slot.holder = None
+        if slot.holder is not None:
+            used = self.totals.used  # Durations.add() by hand
+            used.counts[bisect_left(BOUNDS, seconds := now - slot.since)] += 1
+            used.seconds += seconds
+            slot.holder = None
         slot.since = now
         if (
             self.lines
@@ -190,10 +191,8 @@ class Ledger:
 
     def give_unused(self, attachment: Attachment, entry: Any, now: float) -> Work | None:
         """:meth:`give`, of what was taken to be opened or passed on: no checkout."""
-        entry.slot.since = now
-        work = self.give(attachment, entry, now)
-        self.totals.used.counts[0] -= 1
-        return work
+        entry.slot.holder = None
+        return self.give(attachment, entry, now)
 
     # -- giving and taking, the rest ---------------------------------------------------------------
 
@@ -483,6 +482,7 @@ class Ledger:
 
     def let_go(self, slot: Slot, now: float) -> Work:
         """A connection was detached by its holder, who owns it from now on."""
+        self.totals.left += 1
         return self._free(slot, now)
 
     def lost(self, slot: Slot, now: float) -> Work:
@@ -499,6 +499,10 @@ class Ledger:
             return self._serve(now)  # it no longer counts against the ceiling of its engine
         if slot.state is CLOSING and slot.entry is None:
             return []  # its closing is under way, see below
+        return self.cast_off(slot, now)
+
+    def cast_off(self, slot: Slot, now: float) -> Work:
+        """Nobody has it: close its connection, if there is one, and free it."""
         evicted, slot.instead_of = slot.instead_of, None
         if slot.state is OPENING and evicted is not None and evicted.handle is not None:
             # The permit died before what gave way was closed: that counts again until it is.
@@ -509,10 +513,7 @@ class Ledger:
             if evicted.quota is not None:
                 evicted.quota.slots.add(evicted)
             return [self._closing(evicted, None, ABANDONED)]
-        return self.cast_off(slot, now)
-
-    def cast_off(self, slot: Slot, now: float) -> Work:
-        """Nobody has it: close its connection, if there is one, and free it."""
+        self.totals.left += slot.state is HELD
         if slot.handle is None:
             return self._free(slot, now)
         if slot not in self.slots:
@@ -679,6 +680,7 @@ class Ledger:
         self.mean_wait = 0.0
         self.refusals = 0
         self.lifetimes.clear()
+        self.totals = Totals()
         self.leaks.clear()
         self.renewing = None
         # Whose death nobody was told, because the letter lay in the parent's inbox.

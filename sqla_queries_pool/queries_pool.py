@@ -8,6 +8,7 @@ itself for ``recycle``, ``pre_ping`` and invalidation.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
@@ -21,7 +22,17 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from . import deadlock, identity, liveness, logs, parameters, retirement, slots, stacks
 from .audit import Audit
-from .diagnostics import OPENING, PROBING, WAITING, Snapshot, Stages, checkout_timeout, snapshot, tell_of_leak
+from .diagnostics import (
+    OPENING,
+    PROBING,
+    WAITING,
+    Diagnosis,
+    Snapshot,
+    Stages,
+    checkout_timeout,
+    snapshot,
+    tell_of_leak,
+)
 from .errors import ParameterError
 from .gates import ThreadGate
 from .labels import checkout_label
@@ -320,13 +331,13 @@ class QueriesPool(SQLAlchemyPool):
         while True:
             try:
                 if entry is None:
-                    stages.enter(WAITING)
                     left = max(0.0, deadline - time.monotonic())
                     if left or not refused:
+                        stages.enter(WAITING)
                         again = since if refused else None
                         entry = shared.wait(self._attachment, left, self._gc_on_wait, again, in_vain)
                 if entry is None:
-                    raise refusal or self._refusal() or checkout_timeout(shared, self._attachment, timeout)
+                    raise refusal or self._refusal() or self._got_nothing(timeout)
                 entry.slot.label = _label()
                 if isinstance(entry, Permit):
                     stages.enter(OPENING)
@@ -339,6 +350,13 @@ class QueriesPool(SQLAlchemyPool):
                 stages.note(error, shared.label)
                 raise
 
+    def _got_nothing(self, seconds: float, found: Diagnosis | None = None) -> Exception:
+        """Return the error of a checkout that waited in vain, for so long; ``found``: for a deadlock."""
+        error = checkout_timeout(self._shared, self._attachment, seconds, found)
+        level = logging.INFO if found is None else logging.WARNING
+        self.logger.log(level, "%s", error.args[0].partition("\n")[0])
+        return error
+
     def _watch(self, since: float) -> Callable[[ThreadGate, float], None]:
         """Return what looks for a deadlock while a checkout waits."""
         watch = deadlock.Watch(PoolManager.everywhere, self._deadlock_grace)
@@ -350,10 +368,9 @@ class QueriesPool(SQLAlchemyPool):
             if found is None:
                 return
             if self._on_deadlock == deadlock.RAISE:
-                waited = self._shared.now() - since
-                raise checkout_timeout(self._shared, self._attachment, waited, found)
+                raise self._got_nothing(self._shared.now() - since, found)
             told = True
-            text = f"{found.cause}. {found.remedy}\n{found.details}"
+            text = f"{found.cause}: {'; '.join(found.details.splitlines())}. {found.remedy}"
             self.logger.warning("%s: most likely %s", self._shared.label, text)
 
         return in_vain
@@ -383,9 +400,9 @@ class QueriesPool(SQLAlchemyPool):
     def _examine(self, record: Record, deadline: float, stages: Stages) -> Record:
         """Return a record that can be used: whose connection is alive, or else was replaced."""
         shared = self._shared
-        stages.enter(PROBING)
         try:
             if record.dbapi_connection is not None:
+                stages.enter(PROBING)
                 if why := self._staleness(record):
                     self.logger.info("Connection %r %s; recycling", record.dbapi_connection, why)
                     record.slot.reason = why
@@ -488,6 +505,7 @@ class QueriesPool(SQLAlchemyPool):
                 lifetime = retirement.lifetime(self._recycle)
                 took = time.monotonic() - begin
                 self._shared.socket_opened(record.slot, dbapi_connection, generation, lifetime, took)
+                self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
             return dbapi_connection
 
         return connect

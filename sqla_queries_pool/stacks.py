@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from types import CodeType, FrameType
 
 import sqlalchemy
@@ -12,7 +13,9 @@ DEEPEST = 20
 """How many calls are kept, the innermost ones."""
 Calls = tuple[tuple[CodeType, int], ...]
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
-_OURS = (os.path.dirname(__file__) + os.sep, os.path.dirname(sqlalchemy.__file__) + os.sep)
+_HERE = os.path.dirname(__file__) + os.sep
+_OURS = (_HERE, os.path.dirname(sqlalchemy.__file__) + os.sep)
+_APPLICATIONS = (os.path.join(_HERE, "demo", ""), os.path.join(_HERE, "monitor", ""))
 
 
 def calls(frame: FrameType | None) -> Calls:
@@ -20,7 +23,8 @@ def calls(frame: FrameType | None) -> Calls:
     found: list[tuple[CodeType, int]] = []
     while frame is not None and len(found) < DEEPEST:
         code = frame.f_code
-        if not code.co_filename.startswith(_OURS):
+        file = code.co_filename
+        if not file.startswith(_OURS) or file.startswith(_APPLICATIONS):
             found.append((code, frame.f_lineno))
         frame = frame.f_back
     return tuple(found)
@@ -36,10 +40,18 @@ def _is_pythons(file: str) -> bool:
     return file.startswith(_PYTHONS) and "site-packages" not in file
 
 
-def now(thread: int | None) -> tuple[str, ...]:
-    """Return where a thread is at this moment; empty where it has ended."""
-    frames = sys._current_frames()
-    try:
-        return told(calls(frames.get(thread))) if thread is not None else ()
-    finally:
-        del frames  # it has this very frame
+class Threads:
+    """The threads of the process at this moment."""
+
+    def __init__(self) -> None:
+        self._names = {thread.ident: thread.name for thread in threading.enumerate()}
+        # Not the frames themselves: they would keep all that their threads have.
+        self._at = {ident: calls(frame) for ident, frame in sys._current_frames().items()}
+
+    def name(self, ident: int) -> str:
+        """The name of a thread."""
+        return self._names.get(ident) or f"thread {ident}, which has ended"
+
+    def at(self, ident: int | None) -> tuple[str, ...]:
+        """Where it is, outermost call first; empty where it has ended."""
+        return told(self._at.get(ident, ())) if ident is not None else ()

@@ -88,13 +88,15 @@ class Totals:
     """What one pool has done; written under its lock alone."""
 
     __slots__ = (
-        *("bypasses", "closes", "connect_errors", "connects", "dead", "deadlocks", "failed_resets", "mended"),
-        *("peak_held", "timeouts", "used", "waited"),
+        *("bypasses", "closes", "connect_errors", "connects", "dead", "deadlocks", "failed_resets", "left"),
+        *("mended", "peak_held", "timeouts", "used", "waited"),
     )
 
     def __init__(self) -> None:
         self.used = Durations()
         """From checkout to check-in; one for each connection that came home."""
+        self.left = 0
+        """Connections that were out and never came home: detached, or lost with their holder."""
         self.waited = Durations()
         """How long those waited in line that were served."""
         self.connects = Durations()
@@ -153,7 +155,7 @@ class Statistics:
     peak_held: int
     """The most connections that were out at once."""
     checkouts: int
-    """Connections that were handed out, also those that are still out."""
+    """Connections that were handed out and came home, or left for good; not those that are out."""
     waits: int
     """Checkouts that were served after a wait in line."""
     timeouts: int

@@ -87,8 +87,8 @@ class Core(Guard):
         """When a connection was closed last: until then, at least, the database was there."""
         self._mended: deque[str] = deque(maxlen=100)
         """What was put right since the last audit."""
-        self._suspects: list[Finding] = []
-        """What looked wrong last time."""
+        self._suspects: dict[Finding, float] = {}
+        """What looked wrong last time, and since when."""
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again."""
         self._worker = Worker()
@@ -174,7 +174,7 @@ class Core(Guard):
                     if gc_on_wait and now >= gc_at:
                         collect_garbage()
                     if self.mend():
-                        waiter.wait(UNDER_WAY)
+                        waiter.wait(2 * UNDER_WAY)
                         self.mend()
                     if in_vain is not None and waiter.answer is None:
                         in_vain(waiter, now)
@@ -196,9 +196,9 @@ class Core(Guard):
 
         :return: is there something that looks wrong for the first time?  It may be under way; call again.
         """
-        found, before = self._decide(self._findings), self._suspects
-        self._suspects = found
-        sure = [finding for finding in found if finding in before]
+        found, now = self._decide(self._findings), time.monotonic()
+        self._suspects = {finding: self._suspects.get(finding, now) for finding in found}
+        sure = [finding for finding, since in self._suspects.items() if now - since >= UNDER_WAY]
         wrong, work = self._decide(self._mend, sure)
         if wrong:
             self._mended.extend(wrong)
@@ -460,7 +460,15 @@ class Core(Guard):
 
     def attach(self, attachment: Attachment) -> Work:
         """An engine begins to use the pool; the work is the caller's to have done."""
-        return self._decide(self._ledger.attach, attachment, self._engine_died, self._clock())
+        before = self._ledger.limit
+        work = self._decide(self._ledger.attach, attachment, self._engine_died, self._clock())
+        self.say_limit(before)
+        return work
+
+    def say_limit(self, before: float) -> None:
+        """Log the limit if it is another one than before."""
+        if (limit := self._ledger.limit) != before:
+            logger.info("%s: limit %g instead of %g", self.label, limit, before)
 
     def dispose(self, attachment: Attachment) -> None:
         """Close an engine's idle connections, and end its generation of connections."""
@@ -591,7 +599,7 @@ class Core(Guard):
         if self._clock() >= self._mend_at:  # it looks at each connection, so not whenever one is due
             self._mend_at = self._clock() + LOOK_EVERY
             if self.mend():
-                self.housekeeper.schedule(self, UNDER_WAY)
+                self.housekeeper.schedule(self, 2 * UNDER_WAY)
                 self._mend_at = -math.inf
         work = self._decide(self._ledger.expire, self._clock())
         self._do_soon(work)

@@ -14,6 +14,7 @@ import threading
 from typing import Any
 
 from ..housekeeping import Housekeeper
+from ..stats import ManagerStatistics
 from . import garbage
 from .core import Core, every_pool
 from .manager import PoolManager
@@ -22,6 +23,7 @@ from .manager import PoolManager
 def start_anew() -> None:
     """In the child: forget all connections, and have locks and threads of its own."""
     PoolManager._lock = threading.RLock()
+    PoolManager._gone = ManagerStatistics()
     Core.housekeeper = Housekeeper()
     garbage.start_anew()
     for pool in list(every_pool):

@@ -219,7 +219,9 @@ class Pool(Core):
 
         :raises ParameterError: the number has no meaning.
         """
+        before = self._ledger.limit
         self._do(self._decide(self._ledger.set_limit, _limit(size), self._clock()))
+        self.say_limit(before)
 
     def unset(self) -> None:
         """Forget what was set for the pool: its engines' own parameters hold."""
@@ -337,7 +339,7 @@ class Pool(Core):
             closing=n.closing,
             waiting=n.waiting,
             peak_held=totals.peak_held,
-            checkouts=used.count + n.held,
+            checkouts=used.count + totals.left,
             waits=waited.count,
             timeouts=totals.timeouts,
             deadlocks=totals.deadlocks,
