@@ -10,11 +10,13 @@ Nothing of it is on the way of a checkout that need not wait.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from . import stacks
-from .diagnostics import DEEPEST_SHOWN, Diagnosis, of_server
+from .callers import Caller
+from .diagnostics import DEEPEST_SHOWN, Diagnosis, named, of_server
 from .pool import Pool
 from .slots import HELD, Slot, Waiter
 
@@ -43,9 +45,9 @@ class Watch:
         if self._holds is False:  # it can't take one while it waits
             return None
         pools, me = self._everywhere(), waiter.holder
-        self._holds = any(slot.holder == me for pool in pools for slot in pool.connections)
+        self._holds = any(slot.holder is me for pool in pools for slot in pool.connections)
         sides = _sides(me, pools) if self._holds else []
-        newest = max(sides, key=lambda side: (side[1].since, side[1].holder), default=None)
+        newest = max(sides, key=lambda side: (side[1].since, side[1].holder.ident), default=None)
         if newest is None or newest[1] is not waiter:
             self._seen = None
             return None
@@ -53,10 +55,14 @@ class Watch:
         if self._seen is None or self._seen[0] != still:
             self._seen = (still, now)
             return None
-        return _told(sides, pools) if now - self._seen[1] >= self._grace else None
+        if now - self._seen[1] < self._grace:
+            return None
+        gc.collect()  # who waits has the collector asked, but not always
+        sides = _sides(me, pools)
+        return _told(sides, pools) if still == tuple(sorted(_moves(sides, pools))) else None
 
 
-def _sides(me: int, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
+def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
     """Who waits for whom in a circle that ``me`` is in; none, where there is hope."""
     waiting = {w.holder: (pool, w) for pool in pools for w in pool.waiters if w.answer is None}
     stuck = dict(waiting)
@@ -66,7 +72,7 @@ def _sides(me: int, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
             break
         for thread in free:
             del stuck[thread]
-    reached: dict[int, tuple[Pool, Waiter]] = {}
+    reached: dict[Caller, tuple[Pool, Waiter]] = {}
     todo = [me]
     while todo:
         thread = todo.pop()
@@ -83,14 +89,14 @@ def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
     return list(quota.slots) if quota.full else list(pool.connections)
 
 
-def _all_held_by(threads: dict[int, Any], pool: Pool, waiter: Waiter) -> bool:
+def _all_held_by(threads: dict[Caller, Any], pool: Pool, waiter: Waiter) -> bool:
     if not pool.at_rest:
         return False
     found = _could_serve(pool, waiter)
     return bool(found) and all(_is_stuck(slot, threads) for slot in found)
 
 
-def _is_stuck(slot: Slot, threads: dict[int, Any]) -> bool:
+def _is_stuck(slot: Slot, threads: dict[Caller, Any]) -> bool:
     if slot.state is not HELD or slot.holder not in threads:
         return False
     record = slot.entry() if slot.entry is not None else None
@@ -104,7 +110,7 @@ def _moves(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Iterator[tupl
     """What changes when any of them gets on."""
     threads = {waiter.holder for _, waiter in sides}
     for _, waiter in sides:
-        yield ("waits", waiter.holder, waiter.since, "")
+        yield ("waits", waiter.holder.ident, waiter.since, "")
     for slot in (slot for pool in pools for slot in pool.connections if slot.holder in threads):
         yield ("holds", id(slot), slot.uses, str(of_server(slot.handle)[1]))
 
@@ -113,10 +119,9 @@ def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
     threads = stacks.Threads()
     details = []
     for pool, waiter in sorted(sides, key=lambda side: side[1].since):
-        name = threads.name(waiter.holder)
-        label = f" [{waiter.label}]" if waiter.label else ""
-        held = [slot for other in pools for slot in other.connections if slot.holder == waiter.holder]
-        details.append(f"{name}{label} holds {len(held)} and waits for one of {pool.label}")
+        name = named(threads.name(waiter.holder), waiter.label)
+        held = [slot for other in pools for slot in other.connections if slot.holder is waiter.holder]
+        details.append(f"{name} holds {len(held)} and waits for one of {pool.label}")
         for slot in held:
             details += [f"  checked out at {call}" for call in stacks.told(slot.stack)[-DEEPEST_SHOWN:]]
         details += [f"  waits at {call}" for call in threads.at(waiter.holder)[-2:]]

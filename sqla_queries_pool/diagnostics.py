@@ -26,6 +26,8 @@ DEEPEST_SHOWN = 5
 """How many calls of a stack a report shows, the innermost ones."""
 MOST_STACKS = 3
 """Of how many of them a report shows where the connection was checked out."""
+LONGEST_NAME = 80
+"""How many characters of a name or a label are shown."""
 LONG = 10.0
 """Seconds for which a connection must be out to look forgotten, at least ..."""
 LONGER = 10.0
@@ -38,12 +40,18 @@ _TRANSACTIONS = {0: "idle", 1: "executing", 2: "in transaction", 3: "in error", 
 """libpq's ``PQtransactionStatus``, which psycopg2 and psycopg hand on without asking the server."""
 
 
+def named(name: str, label: str | None) -> str:
+    """For one line: a label may be a request's path, and so anybody's text."""
+    shown = [" ".join(text.split())[:LONGEST_NAME] for text in (name, label or "")]
+    return f"{shown[0]} [{shown[1]}]" if shown[1] else shown[0]
+
+
 @dataclass(frozen=True)
 class Holder:
     """Who has one connection."""
 
     thread: int | None
-    """The identifier of the thread; None for a session's."""
+    """The identifier of the thread; None for a session's, and for one that has ended."""
     name: str
     """The thread's name, or the kind of the session that locked it."""
     label: str | None
@@ -69,7 +77,7 @@ class Holder:
             about.append("opening")
         elif self.transaction not in (None, "idle", "unknown"):
             about.append(str(self.transaction))
-        return f"{self.name}{f' [{self.label}]' if self.label else ''} ({', '.join(about)})"
+        return f"{named(self.name, self.label)} ({', '.join(about)})"
 
 
 @dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Waiting:
     """Where it waits, outermost call first."""
 
     def __str__(self) -> str:
-        return f"{self.name}{f' [{self.label}]' if self.label else ''} ({self.seconds:.1f} s)"
+        return f"{named(self.name, self.label)} ({self.seconds:.1f} s)"
 
 
 @dataclass(frozen=True)
@@ -183,19 +191,17 @@ def holders(pool: Pool) -> list[Holder]:
 
 
 def _holder(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
-    ident, session = slot.holder, slot.session
+    caller, session = slot.holder, slot.session
     if session is not None:
         alive = session()
         name = "dead session" if alive is None else f"session {type(alive).__name__}"
         if isinstance(alive, Resetter):
             name = "the pool itself, which resets it"
-    elif ident is None:
-        name = "the pool itself"
     else:
-        name = threads.name(ident)
+        name = "the pool itself" if caller is None else threads.name(caller)
     backend, transaction = of_server(slot.handle)
     return Holder(
-        thread=None if session is not None else ident,
+        thread=caller.ident if session is None and caller is not None and caller.alive else None,
         name=name,
         label=slot.label,
         seconds=max(0.0, now - slot.since),
@@ -204,7 +210,7 @@ def _holder(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         backend_pid=backend,
         transaction=transaction,
         stack=stacks.told(slot.stack),
-        now_at=() if session is not None else threads.at(ident),
+        now_at=() if session is not None else threads.at(caller),
     )
 
 
@@ -213,7 +219,7 @@ def waiting(pool: Pool) -> list[Waiting]:
     now, threads = pool.now(), stacks.Threads()
     found = [
         Waiting(
-            thread=w.holder,
+            thread=w.holder.ident,
             name=threads.name(w.holder),
             label=w.label,
             seconds=max(0.0, now - w.since),

@@ -8,7 +8,7 @@ wake-up lost to an exception in the other thread costs it the rest of a slice, n
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .slots import Attachment, Entry
@@ -25,8 +25,8 @@ class ThreadGate:
 
     attachment: Attachment
     """For whom it waits."""
-    holder: int
-    """The identifier of the waiting thread: it will hold what it is given."""
+    holder: Any
+    """The waiting thread (callers.py): it will hold what it is given."""
     since: float
     """When it joined the line, by the pool's clock; written by the ledger."""
     answer: Entry | None
@@ -35,7 +35,7 @@ class ThreadGate:
     label: str | None
     """What its thread calls what it does (labels.py)."""
 
-    def __init__(self, attachment: Attachment, holder: int, label: str | None = None) -> None:
+    def __init__(self, attachment: Attachment, holder: Any, label: str | None = None) -> None:
         self.attachment = attachment
         self.holder = holder
         self.label = label

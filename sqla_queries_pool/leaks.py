@@ -33,7 +33,8 @@ class Leaks:
                 self._told[slot] = (slot.uses, slot.since)
                 work.append(Leaked(slot, now - slot.since))
         for slot, (uses, since) in list(self._told.items()):
-            if slot.home is attachment.ref and (slot.state is not HELD or slot.uses != uses):
+            theirs = slot.home is not None and slot.home() not in (None, attachment)
+            if not theirs and (slot.state is not HELD or slot.uses != uses):
                 del self._told[slot]
                 # In its place by now, or used again since: when it came home is known only of the first.
                 home = slot.since if slot.uses == uses and slot.state is not HELD else now

@@ -141,7 +141,7 @@ class Ledger:
 
     # -- the hot path ------------------------------------------------------------------------------
 
-    def take(self, attachment: Attachment, holder: int, now: float) -> Any:
+    def take(self, attachment: Attachment, holder: Any, now: float) -> Any:
         """Return an entry for this engine, now held (or opening, if a :class:`Permit`), or None."""
         if attachment.idle:
             entry = attachment.pop()
@@ -152,8 +152,8 @@ class Ledger:
             slot.holder = holder
             slot.since = now
             slot.uses += 1
-            if len(self.slots) - len(attachment.idle) > self.totals.peak_held:
-                self._count_held()
+            if len(attachment.quota.slots) - len(attachment.idle) > attachment.peak:
+                self._count_held(attachment)
             return entry
         if attachment.hollow and not attachment.line and self.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
@@ -196,17 +196,19 @@ class Ledger:
 
     # -- giving and taking, the rest ---------------------------------------------------------------
 
-    def _hold(self, entry: Any, holder: int, now: float) -> Any:
+    def _hold(self, entry: Any, holder: Any, now: float) -> Any:
         slot = entry.slot
         slot.state = HELD
         slot.holder = holder
         slot.since = now
         slot.uses += 1
-        self._count_held()
+        self._count_held(None)
         return entry
 
-    def _count_held(self) -> None:
-        """There may be more out than ever."""
+    def _count_held(self, attachment: Attachment | None) -> None:
+        """There may be more out than ever: an engine has, or somebody waited, or one was opened."""
+        if attachment is not None:
+            attachment.peak = len(attachment.quota.slots) - len(attachment.idle)
         if (held := self.numbers().held) > self.totals.peak_held:
             self.totals.peak_held = held
 
@@ -271,7 +273,7 @@ class Ledger:
         quota = waiter.attachment.quota
         return not quota.slots or now - waiter.since >= PATIENCE
 
-    def _open(self, attachment: Attachment, holder: int, now: float, insist: bool) -> Permit | None:
+    def _open(self, attachment: Attachment, holder: Any, now: float, insist: bool) -> Permit | None:
         """Return the right to open a connection, or None: all full and nobody can give way.
 
         :param insist: have somebody give way who does not like to.
@@ -301,7 +303,7 @@ class Ledger:
         self.retry_at = now + self.retry_after
         return True
 
-    def _permit(self, attachment: Attachment, holder: int, now: float, evicts: Any) -> Permit:
+    def _permit(self, attachment: Attachment, holder: Any, now: float, evicts: Any) -> Permit:
         slot = self._new_slot()
         slot.state = OPENING
         slot.holder = holder
@@ -417,7 +419,7 @@ class Ledger:
         slot.instead_of = None
         slot.state = HELD
         slot.since = now
-        self._count_held()
+        self._count_held(None)
         work = self._count_lifetime(slot)
         attachment = slot.home() if slot.home is not None else None
         if attachment is not None and attachment.leak_after < math.inf:

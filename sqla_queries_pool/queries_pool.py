@@ -38,7 +38,7 @@ from .gates import ThreadGate
 from .labels import checkout_label
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
-from .seams import AdhocProxiedConnection, ConnectionRecord
+from .seams import FINALIZER, AdhocProxiedConnection, ConnectionRecord
 from .slots import HELD, LENT, Attachment, Permit, Quota
 from .stats import Statistics
 
@@ -78,6 +78,8 @@ class Record(ConnectionRecord):
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
         """As SQLAlchemy's; a soft one is looked at before its next use."""
+        if sys._getframe(1).f_code is FINALIZER:  # its rollback has failed
+            self.owner._shared.count("failed_resets")
         super().invalidate(e, soft)
         if soft:
             self.slot.suspect = True
@@ -315,11 +317,15 @@ class QueriesPool(SQLAlchemyPool):
     def _do_get_tracked(self) -> ConnectionPoolEntry:
         """With ``track_stacks``."""
         found = stacks.calls(sys._getframe(1))
-        record: Any = QueriesPool._do_get(self)
-        record.slot.stack = found
-        return record  # type: ignore[no-any-return]
+        record = self._shared.take(self._attachment)
+        if record.__class__ is Record:
+            slot = record.slot
+            slot.label, slot.stack = _label(), found
+            if not slot.suspect and not slot.poll(0):
+                return record
+        return self._get(record, found)
 
-    def _get(self, entry: Any) -> ConnectionPoolEntry:
+    def _get(self, entry: Any, found: stacks.Calls = ()) -> ConnectionPoolEntry:
         """The long way: wait for a slot, open a connection, or look whether the one at hand is alive."""
         shared = self._shared
         timeout = math.inf if self._timeout is None else self._timeout
@@ -338,7 +344,7 @@ class QueriesPool(SQLAlchemyPool):
                         entry = shared.wait(self._attachment, left, self._gc_on_wait, again, in_vain)
                 if entry is None:
                     raise refusal or self._refusal() or self._got_nothing(timeout)
-                entry.slot.label = _label()
+                entry.slot.label, entry.slot.stack = _label(), found
                 if isinstance(entry, Permit):
                     stages.enter(OPENING)
                     return self._open(entry)

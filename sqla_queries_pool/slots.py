@@ -93,8 +93,8 @@ class Slot:
         :attr:`handle`."""
         self.generation = 0
         """The attachment's generation when the connecting of this socket began."""
-        self.holder: int | None = None
-        """Identifier of the thread that holds or opens it."""
+        self.holder: Any = None
+        """The thread that holds or opens it (callers.py); None for nobody, or the pool itself."""
         self.label: str | None = None
         """What its holder calls what he does (labels.py); his, and left as it is when he gives it back."""
         self.stack: Any = ()
@@ -160,7 +160,7 @@ class Waiter(Protocol):
     """One blocked checkout; gates.py has the one for threads."""
 
     attachment: Attachment
-    holder: int
+    holder: Any
     label: str | None
     since: float
     answer: Any
@@ -189,6 +189,7 @@ class Attachment:
         "min_size",
         "opener",
         "own_ttl",
+        "peak",
         "ping_after",
         "pop",
         "quota",
@@ -212,6 +213,8 @@ class Attachment:
         """Seconds; a connection that was idle for as long is suspect."""
         self.leak_after = math.inf
         """Seconds after which one that is out is told of."""
+        self.peak = 0
+        """The most slots that its connections were not idle in, when one was taken."""
         self.own_ttl = ttl
         """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
         self.ttl = ttl

@@ -9,6 +9,8 @@ from types import CodeType, FrameType
 
 import sqlalchemy
 
+from .callers import Caller
+
 DEEPEST = 20
 """How many calls are kept, the innermost ones."""
 Calls = tuple[tuple[CodeType, int], ...]
@@ -48,10 +50,12 @@ class Threads:
         # Not the frames themselves: they would keep all that their threads have.
         self._at = {ident: calls(frame) for ident, frame in sys._current_frames().items()}
 
-    def name(self, ident: int) -> str:
+    def name(self, caller: Caller) -> str:
         """The name of a thread."""
-        return self._names.get(ident) or f"thread {ident}, which has ended"
+        if not caller.alive:
+            return f"thread {caller.ident}, which has ended"
+        return self._names.get(caller.ident) or f"thread {caller.ident}"
 
-    def at(self, ident: int | None) -> tuple[str, ...]:
+    def at(self, caller: Caller | None) -> tuple[str, ...]:
         """Where it is, outermost call first; empty where it has ended."""
-        return told(self._at.get(ident, ())) if ident is not None else ()
+        return told(self._at.get(caller.ident, ())) if caller is not None and caller.alive else ()

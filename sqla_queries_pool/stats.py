@@ -11,7 +11,6 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, Final
 
 BOUNDS: Final = (
@@ -213,7 +212,7 @@ class ManagerStatistics:
         :param show: show each of them, too.
         """
         return cls(
-            pools=MappingProxyType({pool.pid: pool for pool in pools} if show else {}),
+            pools={pool.pid: pool for pool in pools} if show else {},
             checkouts=gone.checkouts + sum(pool.checkouts for pool in pools),
             waits=gone.waits + sum(pool.waits for pool in pools),
             timeouts=gone.timeouts + sum(pool.timeouts for pool in pools),
@@ -222,8 +221,3 @@ class ManagerStatistics:
             connect_errors=gone.connect_errors + sum(pool.connect_errors for pool in pools),
             closes=gone.closes + sum(sum(pool.closes.values()) for pool in pools),
         )
-
-
-def read_only(counter: Mapping[str, int]) -> Mapping[str, int]:
-    """A copy that nobody can change."""
-    return MappingProxyType(dict(counter))

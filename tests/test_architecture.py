@@ -31,16 +31,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "gates": {"slots"},  # for the type checker alone, see below
     "housekeeping": {"logs"},
     "identity": {"seams"},
+    "callers": set(),
     "labels": set(),
-    "stacks": set(),
+    "stacks": {"callers"},
     "stats": set(),
     "leaks": {"slots"},
     "ledger": {"leaks", "slots", "stats"},
-    "deadlock": {"diagnostics", "pool", "slots", "stacks"},
+    "deadlock": {"callers", "diagnostics", "pool", "slots", "stacks"},
     "audit": {"ledger", "slots"},
     "pool": {
         *(
             "audit",
+            "callers",
             "connect_errors",
             "errors",
             "gates",

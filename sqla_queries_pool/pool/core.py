@@ -13,11 +13,11 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
-from threading import get_ident
 from typing import Any, ClassVar
 
 from .. import liveness
 from ..audit import Audit, Finding, findings, mend
+from ..callers import here
 from ..connect_errors import is_full, passes
 from ..errors import QueriesException
 from ..gates import ThreadGate
@@ -51,6 +51,8 @@ from .guard import Guard
 LIFETIME = "its lifetime (pool_recycle) is over"
 DEAD = "found dead before it was used"
 INVALIDATED = "invalidated by its holder"
+AT_ONCE = (Wake, Due, Leaked, Returned)
+"""Work that takes no time."""
 UNDER_WAY = 0.02
 """Seconds after which what looks wrong is looked at again: it may have been under way in another thread."""
 REMEMBERED = 30.0
@@ -117,7 +119,7 @@ class Core(Guard):
                 self._inside = True
                 try:
                     now = self._clock()
-                    entry = ledger.take(attachment, get_ident(), now)
+                    entry = ledger.take(attachment, here.caller, now)
                 finally:
                     self._inside = False
         finally:
@@ -155,7 +157,7 @@ class Core(Guard):
         begin = time.monotonic()
         deadline = begin + timeout
         gc_at = begin + min(GC_AFTER, timeout / 2)
-        waiter = ThreadGate(attachment, get_ident(), checkout_label.get())
+        waiter = ThreadGate(attachment, here.caller, checkout_label.get())
         entry = None
         try:
             entry = self._decide(self._ledger.join, waiter, self._clock(), since)
@@ -656,8 +658,8 @@ class Core(Guard):
 
     def _do_soon(self, work: Work) -> None:
         """Do at once what takes no time; the worker closes and resets."""
-        self._do([item for item in work if isinstance(item, Wake | Due)])
-        slow: Work = [item for item in work if not isinstance(item, Wake | Due)]
+        self._do([item for item in work if isinstance(item, AT_ONCE)])
+        slow: Work = [item for item in work if not isinstance(item, AT_ONCE)]
         if slow:
             self._worker.submit(lambda: self._do(slow))
 

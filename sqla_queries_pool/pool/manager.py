@@ -244,7 +244,11 @@ class PoolManager:
     @classmethod
     def everywhere(cls) -> list[Pool]:
         """Return all pools of the process, also those that the manager does not know."""
-        return [pool for pool in list(every_pool) if isinstance(pool, Pool)]
+        while True:
+            try:
+                return [pool for pool in every_pool if isinstance(pool, Pool)]
+            except RuntimeError:  # one came or went meanwhile
+                continue
 
     @classmethod
     def statistics(cls) -> ManagerStatistics:

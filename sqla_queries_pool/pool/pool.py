@@ -14,7 +14,7 @@ from ..ledger import GAVE_WAY
 from ..lingering import LONGEST
 from ..parameters import Unstated
 from ..slots import CLOSING, HELD, IDLE, OPENING, Attachment, Numbers, Slot, Waiter
-from ..stats import Statistics, read_only
+from ..stats import Statistics
 from .connection import Connection
 from .core import Core, close_quietly
 
@@ -327,7 +327,7 @@ class Pool(Core):
         """Return what there is and what was done; takes no lock, from any thread."""
         n, totals = self.numbers, self._ledger.totals
         used, waited, connects = totals.used.frozen(), totals.waited.frozen(), totals.connects.frozen()
-        closes = read_only(totals.closes)
+        closes = dict(totals.closes)
         return Statistics(
             pid=self.id,
             label=self.label,
