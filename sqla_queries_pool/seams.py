@@ -12,12 +12,19 @@ from threading import get_ident
 from typing import Any, Final
 
 from sqlalchemy import event
+from sqlalchemy.pool.base import _AdhocProxiedConnection as AdhocProxiedConnection
+from sqlalchemy.pool.base import _ConnectionRecord as ConnectionRecord
 from sqlalchemy.pool.base import _finalize_fairy
 
 __all__ = [
-    *("FINALIZER", "PRIVATE", "AdhocProxiedConnection", "ConnectionRecord"),
-    *("connect_arguments", "made_by_engine"),
+    "FINALIZER",
+    "PRIVATE",
+    "AdhocProxiedConnection",
+    "ConnectionRecord",
+    "connect_arguments",
+    "made_by_engine",
 ]
+
 FINALIZER: Final = _finalize_fairy.__code__
 """What calls a record's ``invalidate()`` where its rollback has failed at check-in."""
 
@@ -48,7 +55,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_fairy_was_created": "a parameter of checkin(): False where a checkout failed before it had a fairy",
     "finalize_callback": "of a record: what dialects want called when it comes home, or is closed",
     "_connection_record": "of a connection's proxy: its record, None once it came home",
-    "_finalize_fairy": "the function that invalidates a record whose rollback has failed at check-in: known by its code",
+    "_finalize_fairy": "a function, known by its code: invalidates a record whose rollback has failed",
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
     # Of an engine: see connect_arguments.
     "sqlalchemy.engine.create": "the module of the creator that create_engine makes",
