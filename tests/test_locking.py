@@ -429,7 +429,7 @@ def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
     pool._timeout = timeout
 
 
-OTHERS = {"__init__", "check", "_could_be_served", "numbers", "vacant", "start_anew"}
+OTHERS = {"__init__", "check", "_could_be_served", "numbers", "vacant", "waiters", "start_anew"}
 """Those that only read, and those that nobody else can be inside of."""
 METHODS = sorted(
     name for name, value in vars(Ledger).items() if isinstance(value, FunctionType) and name not in OTHERS
