@@ -77,6 +77,9 @@ def _recount(ledger: Ledger) -> Iterator[str]:
     if ledger.opening != (opening := {slot for slot in slots if slot.state is OPENING}):
         ledger.opening = opening
         yield "what is being opened was miscounted"
+    if ledger.out != (out := sum(slot.state in (HELD, LENT) for slot in slots)):
+        ledger.out = out
+        yield "what is out was miscounted"
     for slot in [slot for slot in ledger.closing if slot not in slots or slot.state is not CLOSING]:
         del ledger.closing[slot]
         yield "what is being closed was miscounted"

@@ -57,6 +57,7 @@ from .slots import (
 )
 from .stats import BOUNDS, Totals
 
+OUT = (HELD, LENT)
 IDLE_TTL = "idle for its idle_ttl"
 DISPOSED = "its generation has ended"
 GAVE_WAY = "gave way to another engine"
@@ -96,6 +97,8 @@ class Ledger:
         self._new_slot = new_slot
         self.slots: set[Slot] = set()
         """Every slot that counts."""
+        self.out = 0
+        """How many slots are held or locked; counted by hand, for a checkout has no time to count them."""
         self.opening: set[Slot] = set()
         self.closing: dict[Slot, weakref.ref[Close]] = {}
         """Slots whose connection is being closed, and the work that says so: dead where it got lost."""
@@ -152,8 +155,9 @@ class Ledger:
             slot.holder = holder
             slot.since = now
             slot.uses += 1
-            if len(attachment.quota.slots) - len(attachment.idle) > attachment.peak:
-                self._count_held(attachment)
+            self.out += 1
+            if self.out > self.totals.peak_held:
+                self.totals.peak_held = self.out
             return entry
         if attachment.hollow and not attachment.line and self.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
@@ -169,6 +173,8 @@ class Ledger:
         slot = entry.slot
         if slot.state is not HELD or slot.home is not attachment.ref:
             raise NotHeld(f"{entry!r} was given back, but it is {slot.state}")
+        slot.state = IDLE
+        self.out -= 1
         if slot.holder is not None:
             used = self.totals.used  # Durations.add() by hand
             used.counts[bisect_left(BOUNDS, seconds := now - slot.since)] += 1
@@ -183,7 +189,6 @@ class Ledger:
             or now >= slot.expires
         ):
             return self._give_on(attachment, entry, slot, now)
-        slot.state = IDLE
         attachment.idle.append(entry)
         if now + attachment.ttl < self.due:
             return self._due(now + attachment.ttl)
@@ -202,15 +207,9 @@ class Ledger:
         slot.holder = holder
         slot.since = now
         slot.uses += 1
-        self._count_held(None)
+        self.out += 1
+        self.totals.peak_held = max(self.totals.peak_held, self.out)
         return entry
-
-    def _count_held(self, attachment: Attachment | None) -> None:
-        """There may be more out than ever: an engine has, or somebody waited, or one was opened."""
-        if attachment is not None:
-            attachment.peak = len(attachment.quota.slots) - len(attachment.idle)
-        if (held := self.numbers().held) > self.totals.peak_held:
-            self.totals.peak_held = held
 
     def _give_on(self, attachment: Attachment, entry: Any, slot: Slot, now: float) -> Work:
         """Give an entry that came home to whom it is due: a waiter, the closers, or the idle."""
@@ -236,7 +235,6 @@ class Ledger:
 
     def _idle_again(self, attachment: Attachment, entry: Any, now: float) -> Work:
         slot = entry.slot
-        slot.state = IDLE
         (attachment.idle if slot.handle is not None else attachment.hollow).append(entry)
         return self._due(now + attachment.ttl)
 
@@ -417,9 +415,12 @@ class Ledger:
         """A connection was opened, or reopened: its opener holds it."""
         self.opening.discard(slot)
         slot.instead_of = None
-        slot.state = HELD
+        if slot.state is OPENING:
+            slot.state = HELD
+            self.out += 1
+            if slot.holder is not None:
+                self.totals.peak_held = max(self.totals.peak_held, self.out)
         slot.since = now
-        self._count_held(None)
         work = self._count_lifetime(slot)
         attachment = slot.home() if slot.home is not None else None
         if attachment is not None and attachment.leak_after < math.inf:
@@ -532,6 +533,7 @@ class Ledger:
 
     def _strike(self, slot: Slot) -> None:
         """Off the books."""
+        self.out -= slot.state in OUT
         slot.state = GONE
         self.slots.discard(slot)
         self.opening.discard(slot)
@@ -547,6 +549,7 @@ class Ledger:
         return self._closing(entry.slot, entry, reason)
 
     def _closing(self, slot: Slot, entry: Any, reason: str) -> Close:
+        self.out -= slot.state in OUT
         slot.state = CLOSING
         slot.session = None
         item = Close(slot, entry, reason)
@@ -626,6 +629,8 @@ class Ledger:
         attachment.lent[slot] = entry  # first: nobody else keeps one that was added by hand
         attachment.idle.remove(entry)
         slot.state = LENT
+        self.out += 1
+        self.totals.peak_held = max(self.totals.peak_held, self.out)
         slot.session = session
         slot.since = now
         slot.uses += 1
@@ -678,6 +683,7 @@ class Ledger:
         for slots in (self.slots, self.opening, self.closing):
             slots.clear()
         self.lines.clear()
+        self.out = 0
         self.due = math.inf
         self.mean_wait = 0.0
         self.refusals = 0
@@ -778,6 +784,7 @@ class Ledger:
             attachment.idle.remove(entry)
             self.renewing = slot
             slot.state, slot.holder, since = HELD, None, slot.since
+            self.out += 1
             return [Renew(slot, entry, since)]
         return self._due(self.lifetimes[0][0]) if self.lifetimes and self.renewing is None else []
 
@@ -877,6 +884,7 @@ class Ledger:
         assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
         assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
         assert lent == states[LENT], "3: lent"
+        assert self.out == len(states[HELD]) + len(lent), "3: out"
         for attachment in everyone:
             assert (attachment in self.lines) == bool(attachment.line), "4: lines"
             for waiter in attachment.line:

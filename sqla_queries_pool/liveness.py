@@ -95,13 +95,16 @@ def hang_up(handle: Any, how: int = socket.SHUT_RDWR) -> None:
 
 @contextlib.contextmanager
 def borrowed(fd: int) -> Iterator[socket.socket]:
-    """A socket object for a descriptor that is and remains another's."""
+    """A socket object for a descriptor that is and remains another's.
+
+    It has a duplicate: an exception from outside may leave it to the collector, which closes what it has.
+    """
     blocking = os.get_blocking(fd)
-    end = socket.socket(fileno=fd)
+    end = socket.socket(fileno=os.dup(fd))
     try:
         yield end
     finally:
-        end.detach()
+        end.close()
         if os.get_blocking(fd) != blocking:  # socket.setdefaulttimeout() was called
             os.set_blocking(fd, blocking)
 

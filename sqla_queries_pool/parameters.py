@@ -9,6 +9,8 @@ import enum
 import math
 from typing import Final, Literal
 
+from sqlalchemy.pool.base import ResetStyle
+
 from .errors import ParameterError
 
 
@@ -78,7 +80,8 @@ def flag(name: str, value: object) -> bool:
 
     :raises ParameterError: for anything else, with the parameter's name and what to write.
     """
-    text = str(value).strip().lower() if isinstance(value, (bool, int, str)) else ""
+    known = isinstance(value, str) or value in (True, False)
+    text = str(value).strip().lower() if known else ""
     if text in ("true", "yes", "on", "1"):
         return True
     if text in ("false", "no", "off", "0"):
@@ -150,9 +153,11 @@ def reset_on_return(name: str, value: object) -> object:
 
     :raises ParameterError: for anything else, with the parameter's name and what to write.
     """
-    if isinstance(value, str) and value not in ("rollback", "commit", "none"):
-        raise _error(name, value, "'rollback', 'commit' or None")
-    return value
+    if isinstance(value, ResetStyle) or (isinstance(value, str) and value in ("rollback", "commit", "none")):
+        return value
+    if value is None or isinstance(value, bool):
+        return value
+    raise _error(name, value, "'rollback', 'commit' or None")
 
 
 def logging_name(name: str, value: object) -> str | None:

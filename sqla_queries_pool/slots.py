@@ -189,7 +189,6 @@ class Attachment:
         "min_size",
         "opener",
         "own_ttl",
-        "peak",
         "ping_after",
         "pop",
         "quota",
@@ -213,8 +212,6 @@ class Attachment:
         """Seconds; a connection that was idle for as long is suspect."""
         self.leak_after = math.inf
         """Seconds after which one that is out is told of."""
-        self.peak = 0
-        """The most slots that its connections were not idle in, when one was taken."""
         self.own_ttl = ttl
         """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
         self.ttl = ttl

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import random
+import signal
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -106,17 +107,65 @@ def test_a_role_that_may_connect_as_often_as_the_pool_is_never_refused(
     assert refusals.seen == []
 
 
-@pytest.mark.slow
-def test_without_it_the_server_refuses_some(limited: Callable[..., Engine]) -> None:
-    """With ``close_timeout=0`` the same work meets refusals, which are tried again."""
+@pytest.fixture
+def last_words(pg_observer: Observer) -> Iterator[Callable[[Engine], Callable[[], None]]]:
+    """Closes an engine's connection while its backend is stopped, so that the server goes on counting it."""
+    stopped: list[int] = []
+
+    def goes_on() -> None:
+        while stopped:
+            os.kill(stopped.pop(), signal.SIGCONT)
+
+    def close(engine: Engine) -> Callable[[], None]:
+        connection = engine.connect()
+        stopped.append(int(connection.scalar(text("SELECT pg_backend_pid()")) or 0))
+        os.kill(stopped[-1], signal.SIGSTOP)
+        connection.invalidate()
+        connection.close()
+        return goes_on
+
+    yield close
+    goes_on()
+
+
+def test_who_connects_at_the_limit_waits_for_the_server(
+    limited: Callable[..., Engine], last_words: Callable[[Engine], Callable[[], None]], eventually: Eventually
+) -> None:
+    """As long as the backend is there nobody tries to connect; then the connection is opened, at once."""
     refusals = Refusals()
-    engines = [refusals.of(limited(close_timeout=0, pool_timeout=30)) for _ in range(3)]
-    for seed in range(20):
-        churn(engines, 20, seed)
-        if refusals.seen:
-            break
-    assert refusals.seen
-    assert all("too many connections" in said for said in refusals.seen)
+    engine = refusals.of(limited(close_timeout=30))
+    held = [engine.connect() for _ in range(LIMIT - 1)]
+    goes_on = last_words(engine)
+    lingering: Any = engine.pool._shared.lingering  # type: ignore[attr-defined]
+    connects = refusals.connects
+    looks = itertools.count()
+    wait = lingering.wait
+    lingering.wait = lambda room, seconds: wait(lambda: (next(looks), room())[1], seconds)
+    checkout = Thread(engine.connect)
+    eventually(lambda: next(looks) > 10, "it waits")
+    assert refusals.connects == connects
+    goes_on()
+    held.append(checkout.join())
+    assert refusals.seen == []
+    for connection in held:
+        connection.close()
+
+
+def test_without_it_the_server_refuses(
+    limited: Callable[..., Engine], last_words: Callable[[Engine], Callable[[], None]], eventually: Eventually
+) -> None:
+    """With ``close_timeout=0`` the server is asked too early; it is tried again, and callers see nothing."""
+    refusals = Refusals()
+    engine = refusals.of(limited(close_timeout=0))
+    held = [engine.connect() for _ in range(LIMIT - 1)]
+    goes_on = last_words(engine)
+    checkout = Thread(engine.connect)
+    eventually(lambda: refusals.seen, "it was refused")
+    goes_on()
+    held.append(checkout.join())
+    assert all("too many connections for role" in said for said in refusals.seen)
+    for connection in held:
+        connection.close()
 
 
 def test_nobody_waits_who_closes(limited: Callable[..., Engine], eventually: Eventually) -> None:
