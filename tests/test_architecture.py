@@ -205,7 +205,8 @@ def test_importing_the_package_starts_nothing() -> None:
     """No thread, and neither a driver nor what is around the core."""
     code = (
         f"import sys, threading, {NAME}; assert threading.active_count() == 1;"
-        f"assert not [m for m in sys.modules if m.startswith(('{NAME}.demo', '{NAME}.embedded', 'psycopg2'))]"
+        f"around = tuple('{NAME}.' + room for room in {sorted(AROUND)});"
+        "assert not [m for m in sys.modules if m.startswith((*around, 'psycopg2'))]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
 

@@ -1,0 +1,184 @@
+"""All pools of the process as OpenTelemetry metrics, by the semantic conventions for connection pools.
+
+    from sqla_queries_pool.exporters import opentelemetry
+
+    opentelemetry.instrument()
+
+https://opentelemetry.io/docs/specs/semconv/db/database-metrics/#connection-pools
+
+Numbers are read when a reader collects: a checkout knows nothing of it.  OpenTelemetry has no instrument
+that is asked for a histogram (https://github.com/open-telemetry/opentelemetry-python/issues/4768), so what
+took time since the last collection is recorded then: as many as there were in each bucket, with values that
+add up to the true sum.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+
+try:
+    from opentelemetry import metrics
+    from opentelemetry.metrics import CallbackOptions, MeterProvider, Observation
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "sqla_queries_pool.exporters.opentelemetry needs the library opentelemetry-api: "
+        "pip install 'sqla-queries-pool[opentelemetry]'"
+    ) from error
+
+from ..pool import Pool, PoolManager
+from ..stats import BOUNDS, Histogram, Statistics
+
+PREFIX = "db.client.connection."
+NAME, STATE = f"{PREFIX}pool.name", f"{PREFIX}state"
+OBSERVED: tuple[tuple[str, str, str, Callable[[Statistics], float | None]], ...] = (
+    ("max", "{connection}", "The maximum number of open connections allowed.", lambda pool: pool.limit),
+    # Of as many as there may be, any number may be idle.
+    (
+        "idle.max",
+        "{connection}",
+        "The maximum number of idle open connections allowed.",
+        lambda pool: pool.limit,
+    ),
+    (
+        "pending_requests",
+        "{request}",
+        "The number of current pending requests for an open connection.",
+        lambda pool: pool.waiting,
+    ),
+)
+TIMES: tuple[tuple[str, str, Callable[[Statistics], Histogram]], ...] = (
+    ("create_time", "The time it took to create a new connection.", lambda pool: pool.connect_time),
+    (
+        "wait_time",
+        "The time it took to obtain an open connection from the pool.",
+        lambda pool: pool.wait_time,
+    ),
+    (
+        "use_time",
+        "The time between borrowing a connection and returning it to the pool.",
+        lambda pool: pool.use_time,
+    ),
+)
+
+
+def instrument(meter_provider: MeterProvider | None = None) -> None:
+    """Tell the readers of a meter provider the numbers of all pools, and what they do from now on.
+
+    :param meter_provider: by default the global one, which may be set later.  A second call for the same one
+        adds nothing.
+    """
+    _Feed(metrics.get_meter("sqla_queries_pool", meter_provider=meter_provider))
+
+
+@dataclass(frozen=True)
+class _Told:
+    """What was told of a pool so far."""
+
+    timeouts: int = 0
+    times: tuple[Histogram, ...] = field(default=(Histogram(),) * len(TIMES))
+
+    @classmethod
+    def by(cls, pool: Statistics) -> _Told:
+        """All that there is to tell."""
+        return cls(pool.timeouts, tuple(times(pool) for _, _, times in TIMES))
+
+    def exceeds(self, other: _Told) -> bool:
+        """Is it more?  Then the other began anew, as after a fork."""
+        pairs = zip(self.times, other.times, strict=True)
+        return self.timeouts > other.timeouts or any(a.count > b.count for a, b in pairs)
+
+
+class _Feed:
+    """The instruments of one provider."""
+
+    def __init__(self, meter: metrics.Meter) -> None:
+        self._lock = threading.Lock()
+        self._told: weakref.WeakKeyDictionary[Pool, _Told] = weakref.WeakKeyDictionary()
+        for pool in PoolManager.pools():
+            self._told[pool] = _Told.by(pool.statistics())
+        self._timeouts = meter.create_counter(
+            f"{PREFIX}timeouts",
+            "{timeout}",
+            "The number of connection timeouts that have occurred trying to obtain a connection "
+            "from the pool.",
+        )
+        self._times = [
+            meter.create_histogram(f"{PREFIX}{name}", "s", text, explicit_bucket_boundaries_advisory=BOUNDS)
+            for name, text, _ in TIMES
+        ]
+        for name, unit, text, number in OBSERVED:
+            meter.create_observable_up_down_counter(f"{PREFIX}{name}", [_observer(number)], unit, text)
+        meter.create_observable_up_down_counter(
+            f"{PREFIX}count",
+            [self._observe],
+            "{connection}",
+            "The number of connections that are currently in state described by the `state` attribute.",
+        )
+
+    def _observe(self, _: CallbackOptions) -> Iterator[Observation]:
+        """Called for each collection, and what it records is collected with it."""
+        for pool, attributes in _named():
+            with self._lock:  # readers may collect at the same time
+                now = pool.statistics()
+                self._record(pool, _Told.by(now), attributes)
+            yield Observation(now.idle, {**attributes, STATE: "idle"})
+            yield Observation(now.held, {**attributes, STATE: "used"})
+
+    def _record(self, pool: Pool, now: _Told, attributes: dict[str, str]) -> None:
+        """Record what came since the last time."""
+        told = self._told.get(pool, _Told())
+        if told.exceeds(now):
+            told = _Told()
+        self._timeouts.add(now.timeouts - told.timeouts, attributes)
+        recorded = []
+        for instrument, before, after in zip(self._times, told.times, now.times, strict=True):
+            seconds = before.seconds
+            for value, number in values(after - before):
+                for _ in range(number):
+                    instrument.record(value, attributes)
+                seconds += value * number
+            # As recorded: where a sum was read later than its buckets, the rest follows.
+            recorded.append(Histogram(after.counts, seconds))
+        self._told[pool] = _Told(now.timeouts, tuple(recorded))
+
+
+def values(histogram: Histogram) -> Iterator[tuple[float, int]]:
+    """Make up durations, and how many of each there were, with the buckets and the sum of a histogram.
+
+    Each bucket has one, and all lie at the same part of the way from one bound to the next.
+    """
+    lows = (0.0, *BOUNDS)
+    more = max(0.0, histogram.seconds - sum(n * low for n, low in zip(histogram.counts, lows, strict=True)))
+    longest = more / max(1, histogram.counts[-1])  # if all the rest belongs to those above all bounds
+    highs = (*BOUNDS, BOUNDS[-1] + longest)
+    buckets = list(zip(histogram.counts, lows, highs, strict=True))
+    room = sum(n * (high - low) for n, low, high in buckets)
+    part = min(1.0, more / room) if room else 0.0
+    for n, low, high in buckets:
+        if n:
+            # A bound belongs to the bucket below it.
+            yield max(math.nextafter(low, math.inf), min(high, low + part * (high - low))), n
+
+
+def _observer(
+    number: Callable[[Statistics], float | None],
+) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    def observe(_: CallbackOptions) -> Iterator[Observation]:
+        for pool, attributes in _named():
+            if (now := number(pool.statistics())) is not None:
+                yield Observation(now, attributes)
+
+    return observe
+
+
+def _named() -> Iterator[tuple[Pool, dict[str, str]]]:
+    """All pools with their names: what the database is called, and the pool id where two are called so."""
+    pools = PoolManager.pools()
+    called = Counter(pool.label for pool in pools)
+    for pool in pools:
+        yield pool, {NAME: pool.label if called[pool.label] == 1 else f"{pool.label} ({pool.id})"}

@@ -1,0 +1,143 @@
+"""All pools of the process as Prometheus metrics.
+
+    from sqla_queries_pool.exporters import prometheus
+
+    prometheus.register()
+
+Numbers are read when they are asked for: a checkout knows nothing of it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry
+    from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+    from prometheus_client.registry import Collector
+except ModuleNotFoundError as error:
+    raise ImportError(
+        "sqla_queries_pool.exporters.prometheus needs the library prometheus_client: "
+        "pip install 'sqla-queries-pool[prometheus]'"
+    ) from error
+
+from ..ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
+from ..pool import PoolManager
+from ..pool.core import DEAD, INVALIDATED, LIFETIME
+from ..stats import BOUNDS, Histogram, Statistics
+
+PREFIX = "sqla_queries_pool_"
+LABELS = ("pool", "database")
+"""The pool id, and which database it is, without the password."""
+STATES = ("idle", "held", "opening", "closing")
+
+GAUGES: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
+    (
+        "connections_max",
+        "The largest number of connections of the database, +Inf for no limit.",
+        lambda pool: math.inf if pool.limit is None else pool.limit,
+    ),
+    ("connections_peak", "The most connections that were out at once.", lambda pool: pool.peak_held),
+    ("waiting_checkouts", "Checkouts that are blocked now.", lambda pool: pool.waiting),
+)
+COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
+    (
+        "checkouts",
+        "Connections that were handed out and came home, or left for good.",
+        lambda pool: pool.checkouts,
+    ),
+    ("timeouts", "Checkouts that got nothing within their time.", lambda pool: pool.timeouts),
+    (
+        "deadlocks",
+        "Timeouts of checkouts that could only have waited for themselves.",
+        lambda pool: pool.deadlocks,
+    ),
+    ("connects", "Connections that were opened.", lambda pool: pool.connects),
+    ("connect_errors", "Attempts to open a connection that failed.", lambda pool: pool.connect_errors),
+    ("evictions", "Idle connections that gave way to another engine's.", lambda pool: pool.evictions),
+    ("dead", "Connections that were found dead before they were used.", lambda pool: pool.dead),
+    (
+        "failed_resets",
+        "Connections that could not be rolled back when they came home.",
+        lambda pool: pool.failed_resets,
+    ),
+    (
+        "bypasses",
+        "Connections that went to their own engine's waiter although another's had waited longer.",
+        lambda pool: pool.bypasses,
+    ),
+    ("mended", "What had to be put right in the books.", lambda pool: pool.mended),
+)
+HISTOGRAMS: tuple[tuple[str, str, Callable[[Statistics], Histogram]], ...] = (
+    ("wait_seconds", "How long those waited in line that were served.", lambda pool: pool.wait_time),
+    ("use_seconds", "From checkout to check-in.", lambda pool: pool.use_time),
+    ("connect_seconds", "How long it took to open a connection.", lambda pool: pool.connect_time),
+)
+REASONS = (ABANDONED, DEAD, DISPOSED, GAVE_WAY, IDLE_TTL, INVALIDATED, LIFETIME, LOWERED, REMOVED)
+"""Told from 0 on: the first one of a reason is no increase where there was no number before."""
+LE = (*map(str, BOUNDS), "+Inf")
+
+
+class QueriesPoolCollector(Collector):
+    """Tells the numbers of all pools, each time that it is asked."""
+
+    def collect(self) -> Iterator[Metric]:
+        """Return all metrics, those without a pool to tell of included."""
+        pools = list(PoolManager.statistics().pools.values())
+        yield _connections(pools)
+        for name, text, number in GAUGES:
+            gauge = GaugeMetricFamily(PREFIX + name, text, labels=LABELS)
+            for pool in pools:
+                gauge.add_metric(_labels(pool), number(pool))
+            yield gauge
+        for name, text, number in COUNTERS:
+            counter = CounterMetricFamily(PREFIX + name, text, labels=LABELS)
+            for pool in pools:
+                counter.add_metric(_labels(pool), number(pool))
+            yield counter
+        yield _closes(pools)
+        for name, text, times in HISTOGRAMS:
+            histogram = HistogramMetricFamily(PREFIX + name, text, labels=LABELS)
+            for pool in pools:
+                taken = times(pool)
+                buckets = list(zip(LE, itertools.accumulate(taken.counts), strict=True))
+                histogram.add_metric(_labels(pool), buckets, taken.seconds)
+            yield histogram
+
+
+def register(registry: CollectorRegistry = REGISTRY) -> QueriesPoolCollector:
+    """Have a registry, and so what serves it, tell the numbers of all pools of the process.
+
+    :param registry: by default prometheus_client's own.
+    :return: what was registered, for ``registry.unregister``.
+    :raises ValueError: the registry has one already.
+    """
+    collector = QueriesPoolCollector()
+    registry.register(collector)
+    return collector
+
+
+def _connections(pools: Iterable[Statistics]) -> Metric:
+    connections = GaugeMetricFamily(
+        f"{PREFIX}connections", "Connections by what they are at.", labels=(*LABELS, "state")
+    )
+    for pool in pools:
+        for state in STATES:
+            connections.add_metric((*_labels(pool), state), getattr(pool, state))
+    return connections
+
+
+def _closes(pools: Iterable[Statistics]) -> Metric:
+    closes = CounterMetricFamily(
+        f"{PREFIX}closes", "Connections that were closed, by reason.", labels=(*LABELS, "reason")
+    )
+    for pool in pools:
+        for reason, number in {**dict.fromkeys(REASONS, 0), **pool.closes}.items():
+            closes.add_metric((*_labels(pool), reason), number)
+    return closes
+
+
+def _labels(pool: Statistics) -> tuple[str, str]:
+    return pool.pid, pool.label
