@@ -64,10 +64,22 @@ _set_async_exc.argtypes = [ctypes.c_ulong, ctypes.py_object]
 injected: Counter[str] = Counter()
 
 
+FEWEST = 10_000
+ran: set[str] = set()
+
+
 @pytest.fixture(autouse=True, scope="module")
-def _count() -> Iterator[None]:
+def _count(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Enough was injected, if the whole module ran in this process."""
     yield
     print(f"\ninjected: {sum(injected.values())} {dict(injected)}, seed {SEED}")
+    if ran >= {item.nodeid for item in request.node.collect()}:
+        assert sum(injected.values()) > FEWEST
+
+
+@pytest.fixture(autouse=True)
+def _ran(request: pytest.FixtureRequest) -> None:
+    ran.add(request.node.nodeid)
 
 
 class Injector:
@@ -167,6 +179,16 @@ class Wired(Handle):
         self.theirs.close()
 
 
+class ServersEnd:
+    """The server's end of a connection that it has not let go of."""
+
+    def __init__(self, connection: Wired) -> None:
+        self._socket = connection.theirs.dup()
+
+    def __del__(self) -> None:
+        self._socket.close()
+
+
 class Session:
     """Who locks connections through the queries API."""
 
@@ -196,6 +218,13 @@ class Stage:
         for fairy in [pool.connect() for _ in range(n)]:
             fairy.close()
         return pool
+
+    def lingering(self) -> Wired:
+        """A creator: the server lets go of its connections when what the stage has kept goes."""
+        made = Wired()
+        if not self.ended:
+            self.kept.append(ServersEnd(made))
+        return made
 
     def when_waiting(self, do: Act) -> None:
         """Another thread does something as soon as somebody waits, or when it is over."""
@@ -304,6 +333,30 @@ def evicts(stage: Stage) -> Act:
     """Another engine's idle connection is closed and makes room."""
     stage.idle(2)
     return partial(use, stage.pool())
+
+
+def lingers(stage: Stage) -> Act:
+    """The same, and the server does not let go of the one that was closed: it is waited for."""
+    stage.idle(2, stage.lingering, close_timeout=0.002)
+    return partial(use, stage.pool(stage.lingering, close_timeout=0.002))
+
+
+def lets_go(stage: Stage) -> Act:
+    """An opening waits for the server to let go of the connection that was closed, and it does."""
+    pool = stage.idle(1, stage.lingering, max_size=1, close_timeout=0.2)
+    lingering = pool._shared.lingering
+
+    def let_go() -> None:
+        while not (lingering or stage.ended):
+            time.sleep(0.0001)
+        stage.kept.clear()
+
+    def act() -> None:
+        pool.connect().invalidate()
+        use(pool)
+
+    stage.threads.append(Thread(let_go))
+    return act
 
 
 def recycled(stage: Stage) -> Act:
@@ -528,6 +581,8 @@ SCENES = [
     pytest.param(collects, marks=pytest.mark.slow),
     reopened,
     evicts,
+    pytest.param(lingers, marks=pytest.mark.slow),
+    pytest.param(lets_go, marks=pytest.mark.slow),
     recycled,
     dead,
     unasked,
@@ -616,7 +671,8 @@ def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseExcep
     gc.collect()
     for thread in stage.threads:
         thread.join(3.0)
-    shared.mend()  # what whoever waits does
+    while shared.mend():  # what whoever waits does: what looks wrong is mended at the second look
+        time.sleep(0.01)
     shared._ledger.let_in(shared._clock())  # a pause after a refusal is soon over
     return stage
 
@@ -809,29 +865,162 @@ def test_a_step_that_fails_or_takes_long_stops_nobody_else(
     assert_nothing_lost([a, b], eventually, lambda: len(Handle.live))
 
 
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.parametrize("step", STEPS)
 @pytest.mark.usefixtures("quiet")
-def test_a_connection_that_never_comes_is_waited_for_until_the_timeout(eventually: Eventually) -> None:
-    """Opening blocks: those who wait for the same slot give up at their timeout, and get it afterwards."""
-    stop = Stop()
-    first = [True]
+def test_a_step_that_never_ends_costs_its_own_slot_and_nothing_else(
+    step: str, kind: type[BaseException] | None, eventually: Eventually
+) -> None:
+    """Both engines work on with what is left; who wants the slot times out; let go at last, all is there.
+
+    :param kind: what ends the step in the end; None where it ends as if nothing had been.
+    """
+    stop, todo, owner = Stop(), [True], list[int]()
+
+    def here(*_: Any) -> None:
+        if todo and threading.get_ident() in owner:
+            todo.clear()
+            stop.here()
+            if kind is not None:
+                raise kind
+
+    class Pinged(Handle):
+        def ping(self) -> None:
+            if step == "ping":
+                here()
 
     def creator() -> Handle:
-        if first:
-            first.clear()
-            stop.here()
-        return Handle()
+        if step == "creator":
+            here()
+        return Pinged()
 
     Handle.live = weakref.WeakSet()
     stage = Stage()
-    pool = stage.pool(creator, max_size=1, timeout=0.05)
-    thread = Thread(use, pool)
+    # SQLAlchemy has let go of a connection that is detached before it says so.
+    taken, size = (0, 2) if step == "detach" else (1, 2)
+    a, b = (stage.pool(creator, ping_after=0, max_size=size) for _ in range(2))
+    if step == "connect":
+        use(a)  # SQLAlchemy lets nobody else of the engine connect while its very first connection is made
+    if step not in ("creator", "ping"):
+        event.listen(a, step, here)
+
+    def work() -> None:
+        owner.append(threading.get_ident())
+        with contextlib.suppress(*KINDS):
+            use(a)
+            a.connect().invalidate()
+            fairy = a.connect()
+            fairy.detach()
+            fairy.close()
+
+    stuck = Thread(work)
     stop.reached()
+    for pool in (a, b):
+        pool._timeout = 0.02
     for _ in range(3):
+        for pool in (a, b):
+            Thread(use, pool).join()
+    out = [b.connect() for _ in range(size - taken)]
+    for pool in (a, b):
         with pytest.raises(CheckoutTimeout):
-            pool.connect()
+            Thread(pool.connect).join()
+    assert stuck.alive
+    assert a._shared.numbers.total == size
+    while out:
+        out.pop().close()
+    Thread(use, a).join()
     stop.go()
-    thread.join()
-    assert_nothing_lost([pool], eventually, lambda: len(Handle.live))
+    stuck.join()
+    injected["never"] += 1
+    del stuck
+    for pool in (a, b):
+        pool._timeout = DEADLINE
+    gc.collect()
+    assert_nothing_lost([a, b], eventually, lambda: len(Handle.live))
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.usefixtures("quiet")
+def test_closing_what_gave_way_that_never_ends_costs_one_slot(
+    kind: type[BaseException] | None, eventually: Eventually
+) -> None:
+    """The one that makes room is closed by who opens: he alone waits for it, and has the slot of both."""
+    stop, todo = Stop(), [True]
+
+    class Stuck(Handle):
+        def close(self) -> None:
+            super().close()
+            if todo:
+                todo.clear()
+                stop.here()
+                if kind is not None:
+                    raise kind
+
+    Handle.live = weakref.WeakSet()
+    stage = Stage()
+    a = stage.idle(2, Stuck, timeout=0.02)
+    b = stage.pool(timeout=0.02)
+
+    def work() -> None:
+        with contextlib.suppress(*KINDS):
+            use(b)
+
+    stuck = Thread(work)
+    stop.reached()
+    for pool in (a, b, a, b):
+        Thread(use, pool).join()
+    held = a.connect()
+    for pool in (a, b):
+        with pytest.raises(CheckoutTimeout):
+            Thread(pool.connect).join()
+    held.close()
+    assert stuck.alive
+    stop.go()
+    stuck.join()
+    injected["never"] += 1
+    del stuck, held
+    gc.collect()
+    assert_nothing_lost([a, b], eventually, lambda: len(Handle.live))
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.usefixtures("quiet")
+def test_a_close_in_the_background_that_never_ends_stops_no_checkout(
+    kind: type[BaseException] | None, eventually: Eventually
+) -> None:
+    """The worker is stuck in it: its slot stays taken, what is left is used, and closed by who has it."""
+    stop, todo = Stop(), [True]
+
+    class Stuck(Handle):
+        def close(self) -> None:
+            super().close()
+            if todo:
+                todo.clear()
+                stop.here()
+                if kind is not None:
+                    raise kind
+
+    Handle.live = weakref.WeakSet()
+    stage = Stage()
+    a, b = (stage.pool(Stuck, timeout=0.02) for _ in range(2))
+    use(a)
+    shared = a._shared
+    PoolManager.set_idle_ttl(stage.pid, 60)
+    shared._do_soon(shared._decide(shared._ledger.close_idle, a._attachment, "test"))
+    stop.reached()
+    for pool in (a, b, a, b):
+        Thread(use, pool).join()
+    Thread(lambda: a.connect().invalidate()).join()
+    held = b.connect()
+    with pytest.raises(CheckoutTimeout):
+        Thread(a.connect).join()
+    held.close()
+    assert shared.numbers.closing == 1
+    stop.go()
+    injected["never"] += 1
+    del held
+    gc.collect()
+    assert_nothing_lost([a, b], eventually, lambda: len(Handle.live))
 
 
 # -- (d) PostgreSQL ---------------------------------------------------------------------------------

@@ -1,0 +1,561 @@
+"""What a checkout was at when its error came, and that SQLAlchemy's own ping can't hang."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+from fakes import FakeConnection, FakeDriver
+from hazards import Thread, new_pid, new_pool
+from proxy import Proxy
+from sqlalchemy import Engine, create_engine, event, exc, make_url
+
+from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.diagnostics import OPENING, PROBING, WAITING, Stages
+
+Eventually = Callable[..., None]
+NewEngine = Callable[..., Engine]
+DRIVERS = ("psycopg2", "psycopg")
+CONNECT = {"connect_timeout": 2}
+"""The shortest that all versions of libpq take as it is."""
+PASSWORD = "Conspicuous/Pa55word"
+_numbers = itertools.count(1)
+
+
+@pytest.fixture
+def new_engine() -> Iterator[NewEngine]:
+    """``create_engine`` with a QueriesPool, disposed of at the end."""
+    engines: list[Engine] = []
+
+    def new(url: Any, **kw: Any) -> Engine:
+        engines.append(create_engine(url, **({"poolclass": QueriesPool} | kw)))
+        return engines[-1]
+
+    yield new
+    for engine in engines:
+        engine.dispose()
+
+
+@pytest.fixture
+def proxy(pg_server: Any) -> Iterator[Proxy]:
+    """In front of the tests' server."""
+    with Proxy(pg_server.host, pg_server.port) as proxy:
+        yield proxy
+
+
+def behind(proxy: Proxy, url: str, driver: str = "psycopg2") -> str:
+    """The URL through the proxy, for a driver."""
+    reached = make_url(proxy.url(url)).set(drivername=f"postgresql+{driver}")
+    return reached.render_as_string(hide_password=False)
+
+
+def past(proxy: Proxy, engine: Engine, server: Any) -> None:
+    """Have an engine connect straight to the server from now on."""
+
+    @event.listens_for(engine, "do_connect")
+    def straight(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> None:
+        params |= {"host": server.host, "port": server.port}
+
+
+def fake_engine(new_engine: NewEngine, **kw: Any) -> tuple[Any, FakeDriver]:
+    """An engine without a server, and its driver."""
+    driver = FakeDriver()
+    return new_engine(f"fake://me@host/stages_{next(_numbers)}", module=driver, **kw), driver
+
+
+def notes(error: BaseException | None) -> list[str]:
+    """What was noted on an error; where SQLAlchemy has wrapped it, on the driver's."""
+    return list(getattr(getattr(error, "orig", error), "__notes__", []))
+
+
+def spent(error: BaseException | None) -> tuple[str, dict[str, float]]:
+    """The stage in which an error came, and how many seconds each stage has taken."""
+    (note,) = notes(error)
+    found = re.fullmatch(r"QueriesPool (\S+) was (.*); it has spent (.*)", note)
+    assert found, note
+    each = [part.partition(" s ") for part in found[3].split(", ")]
+    assert len({stage for _, _, stage in each}) == len(each), "a stage twice"
+    return found[2], {stage: float(seconds) for seconds, _, stage in each}
+
+
+# -- which stage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("timeout", [0, 0.3])
+def test_a_timeout_says_that_it_was_waiting(new_engine: NewEngine, timeout: float) -> None:
+    """And for how long, which is the timeout at least."""
+    engine, _ = fake_engine(new_engine, max_size=1, pool_timeout=timeout)
+    began = time.monotonic()
+    with engine.connect(), pytest.raises(CheckoutTimeout) as raised:
+        engine.connect()
+    took = time.monotonic() - began
+    stage, seconds = spent(raised.value)
+    assert stage == WAITING
+    assert list(seconds) == [WAITING]
+    assert timeout <= seconds[WAITING] + 0.05
+    assert seconds[WAITING] <= took + 0.05
+
+
+def test_an_opening_that_fails_says_so(new_engine: NewEngine) -> None:
+    """The note is on the driver's error, which SQLAlchemy wraps."""
+    engine, driver = fake_engine(new_engine)
+    driver.failures = 1
+    with pytest.raises(exc.DBAPIError) as raised:
+        engine.connect()
+    assert isinstance(raised.value.orig, FakeDriver.OperationalError)
+    stage, seconds = spent(raised.value)
+    assert stage == OPENING
+    assert list(seconds) == [OPENING]
+
+
+def test_who_waits_and_then_opens_says_both(eventually: Eventually) -> None:
+    """Another engine's slot came free; the time before is the waiting's."""
+    pid, driver = new_pid(), FakeDriver()
+    other = new_pool(pid, driver.connect, max_size=1)
+    pool = new_pool(pid, driver.connect, max_size=1)
+    held = other.connect()
+    waiting = Thread(pool.connect)
+    eventually(lambda: pool._attachment.line)
+    driver.failures = 1
+    held.close()
+    with pytest.raises(FakeDriver.OperationalError) as raised:
+        waiting.join()
+    stage, seconds = spent(raised.value)
+    assert stage == OPENING
+    assert list(seconds) == [WAITING, OPENING]
+
+
+def test_what_was_pinged_in_vain_and_could_not_be_replaced_says_both(new_engine: NewEngine) -> None:
+    """Probing, then opening."""
+    engine, driver = fake_engine(new_engine, max_size=1, ping_after=0)
+    engine.connect().close()
+
+    def ping(_: FakeConnection) -> None:
+        driver.failures = 1
+        raise FakeDriver.OperationalError
+
+    driver.on_ping = ping
+    with pytest.raises(exc.DBAPIError) as raised:
+        engine.connect()
+    stage, seconds = spent(raised.value)
+    assert stage == OPENING
+    assert list(seconds) == [PROBING, OPENING]
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.parametrize("fault", ["blackhole", "accept_and_hang"])
+@pytest.mark.slow
+def test_a_server_that_says_nothing_was_being_opened(
+    driver: str, fault: str, proxy: Proxy, pg_url: str, new_engine: NewEngine
+) -> None:
+    """The driver gives up after its own limit, and the note says where the time went."""
+    engine = new_engine(behind(proxy, pg_url, driver), connect_args=CONNECT, pool_timeout=0)
+    getattr(proxy, fault)()
+    began = time.monotonic()
+    with pytest.raises(exc.OperationalError) as raised:
+        engine.connect()
+    took = time.monotonic() - began
+    stage, seconds = spent(raised.value)
+    assert stage == OPENING
+    assert list(seconds) == [OPENING]
+    assert 0.9 <= seconds[OPENING] <= took + 0.05
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.slow
+def test_who_waited_pinged_and_opened_in_vain_reads_all_three(
+    driver: str, proxy: Proxy, pg_url: str, new_engine: NewEngine, eventually: Eventually
+) -> None:
+    """One after the other, each with its seconds; together they are no more than the checkout took."""
+    engine: Any = new_engine(
+        behind(proxy, pg_url, driver),
+        connect_args=CONNECT,
+        max_size=1,
+        ping_after=0,
+        ping_timeout=0.5,
+        pool_timeout=1,
+        pool_reset_on_return=None,
+    )
+    shared, line = engine.pool._shared, engine.pool._attachment.line
+    held = engine.raw_connection()
+    began = time.monotonic()
+    waiting = Thread(engine.connect)
+    eventually(lambda: line)
+    since = next(iter(line)).since
+    eventually(lambda: shared.now() - since > 0.3)
+    proxy.blackhole()
+    held.close()
+    with pytest.raises(exc.OperationalError) as raised:
+        waiting.join()
+    took = time.monotonic() - began
+    _, seconds = spent(raised.value)
+    assert list(seconds) == [WAITING, PROBING, OPENING]
+    assert seconds[WAITING] >= 0.2
+    assert seconds[PROBING] >= 0.4
+    assert seconds[OPENING] >= 0.9
+    assert sum(seconds.values()) <= took + 0.15
+
+
+def test_a_checkout_that_is_tried_again_has_each_stage_once(new_engine: NewEngine) -> None:
+    """Refused, waited for the pause, refused again: the seconds of each stage are added up."""
+    engine, driver = fake_engine(new_engine, pool_timeout=0.4)
+    engine.connect().close()
+    engine.dispose()
+    connect, tried = driver.connect, []
+
+    def refuse(*args: Any, **kw: Any) -> Any:
+        tried.append(1)
+        raise ConnectionRefusedError("Connection refused")
+
+    driver.connect = refuse  # type: ignore[method-assign]
+    with pytest.raises(ConnectionRefusedError) as raised:
+        engine.raw_connection()
+    driver.connect = connect  # type: ignore[method-assign]
+    assert len(tried) > 1
+    _, seconds = spent(raised.value)
+    assert list(seconds) == [OPENING, WAITING]
+
+
+# -- the note ----------------------------------------------------------------------------------------
+
+
+def test_a_note_names_the_pool_and_is_printed(new_engine: NewEngine) -> None:
+    """By its label, in the traceback, from Python 3.11 on; the message of the error is as it was."""
+    engine, driver = fake_engine(new_engine)
+    driver.failures = 1
+    with pytest.raises(exc.DBAPIError) as raised:
+        engine.connect()
+    (note,) = notes(raised.value)
+    assert note.startswith(f"QueriesPool {engine.pool._shared.label} was opening a connection; it has spent ")
+    assert str(raised.value.orig) == "the server is not there"
+    printed = "".join(traceback.format_exception(raised.value))
+    assert note in printed or not hasattr(raised.value, "add_note")
+
+
+def test_one_error_that_is_raised_again_has_one_note(new_engine: NewEngine) -> None:
+    """The last; what others have noted stays, in its order."""
+    error = ValueError("no such database")
+    error.__notes__ = ["the administrator's note"]  # type: ignore[attr-defined]
+
+    def creator() -> Any:
+        raise error
+
+    pool = new_pool(creator=creator)
+    for _ in range(5):
+        with pytest.raises(ValueError, match="no such database"):
+            pool.connect()
+    first, second = notes(error)
+    assert first == "the administrator's note"
+    assert second.startswith("QueriesPool ")
+
+
+def test_notes_of_two_pools_do_not_pile_up(new_engine: NewEngine) -> None:
+    """An error that passes through both has the note of the last one that raised it."""
+    error = ValueError("no such database")
+
+    def creator() -> Any:
+        raise error
+
+    inner = new_pool(creator=creator)
+    outer = new_pool(creator=lambda: inner.connect().dbapi_connection)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="no such database"):
+            outer.connect()
+    assert len(notes(error)) == 1
+    assert outer._shared.label in notes(error)[0]
+
+
+def test_the_seconds_are_those_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stage that is entered again adds up; the one that it is in counts until now."""
+    now = [10.0]
+    monkeypatch.setattr("sqla_queries_pool.diagnostics.time.monotonic", lambda: now[0])
+    stages, error = Stages(), ValueError()
+    for stage, seconds in [(WAITING, 1.0), (OPENING, 2.0), (WAITING, 4.0), (PROBING, 8.5)]:
+        stages.enter(stage)
+        now[0] += seconds
+    stages.note(error, "label")
+    assert spent(error) == (PROBING, {WAITING: 5.0, OPENING: 2.0, PROBING: 8.5})
+    now[0] += 1.0
+    stages.note(error, "label")
+    assert spent(error)[1][PROBING] == 9.5
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_no_password_is_in_a_note(driver: str, pg_url: str, new_engine: NewEngine) -> None:
+    """Neither the right one nor the wrong one; the database is named without."""
+    url = make_url(pg_url).set(drivername=f"postgresql+{driver}", password=PASSWORD, username="nobody_at_all")
+    engine: Any = new_engine(url, max_size=1, pool_timeout=0)
+    with pytest.raises(exc.OperationalError) as failed:
+        engine.connect()
+    assert make_url(pg_url).database in notes(failed.value)[0]
+    holder = engine.pool._shared.take(engine.pool._attachment)
+    with pytest.raises(CheckoutTimeout) as timeout:
+        engine.connect()
+    engine.pool._shared.failed(holder, None)
+    for error in (failed.value, timeout.value):
+        assert len(notes(error)) == 1
+        assert "Pa55word" not in notes(error)[0]
+        assert "Pa55word" not in "".join(traceback.format_exception(error))
+
+
+def test_an_error_that_takes_no_notes_is_raised_all_the_same(new_engine: NewEngine) -> None:
+    """Whatever a driver raises gets to the caller."""
+
+    class Closed(Exception):
+        __slots__ = ()
+
+        def __setattr__(self, name: str, value: object) -> None:
+            raise AttributeError(name)
+
+    def creator() -> Any:
+        raise Closed("no")
+
+    with pytest.raises(Closed):
+        new_pool(creator=creator).connect()
+
+
+# -- SQLAlchemy's own ping ---------------------------------------------------------------------------
+
+
+class Probe:
+    """Is told when the housekeeper comes by."""
+
+    def __init__(self) -> None:
+        self.swept = threading.Event()
+
+    def sweep(self) -> None:
+        self.swept.set()
+
+    def neglected(self) -> None: ...
+
+
+def after(engine: Any, seconds: float) -> None:
+    """Wait until the housekeeper has done all that is due by then."""
+    probe = Probe()
+    engine.pool._shared.housekeeper.schedule(probe, seconds)
+    assert probe.swept.wait(20.0), "the housekeeper does not come by"
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_pre_ping_that_nobody_answers_ends_and_the_checkout_gets_another_connection(
+    driver: str, proxy: Proxy, pg_server: Any, pg_url: str, new_engine: NewEngine
+) -> None:
+    """After ``ping_timeout``: what is idle is behind a black hole, the server can be reached past it."""
+    engine = new_engine(
+        behind(proxy, pg_url, driver), pool_pre_ping=True, ping_timeout=0.1, connect_args=CONNECT
+    )
+    engine.connect().close()
+    proxy.blackhole()
+    past(proxy, engine, pg_server)
+    with Thread(engine.connect).join() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+@pytest.mark.slow
+def test_a_pre_ping_that_nobody_answers_ends_in_an_error_where_nobody_can_connect(
+    driver: str, proxy: Proxy, pg_url: str, new_engine: NewEngine
+) -> None:
+    """After ``ping_timeout`` and the driver's own limit; nothing stays taken."""
+    engine: Any = new_engine(
+        behind(proxy, pg_url, driver), pool_pre_ping=True, ping_timeout=0.1, connect_args=CONNECT, max_size=1
+    )
+    engine.connect().close()
+    proxy.blackhole()
+    with pytest.raises(exc.DBAPIError):
+        Thread(engine.connect).join()
+    assert engine.pool.checkedout() == 0
+    proxy.pass_on()
+    with engine.connect() as connection:
+        assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+
+
+def test_a_pre_ping_has_no_more_time_than_the_checkout(
+    proxy: Proxy, pg_server: Any, pg_url: str, new_engine: NewEngine
+) -> None:
+    """But for half a second; a ping that could take an hour ends with the checkout's own time."""
+    engine = new_engine(
+        behind(proxy, pg_url), pool_pre_ping=True, ping_timeout=3600, pool_timeout=0, connect_args=CONNECT
+    )
+    engine.connect().close()
+    proxy.blackhole()
+    past(proxy, engine, pg_server)
+    Thread(engine.connect).join().close()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_pre_ping_that_answers_leaves_nothing_that_could_hang_up(
+    driver: str, pg_url: str, new_engine: NewEngine
+) -> None:
+    """A connection may be out for longer than ``ping_timeout``: the housekeeper comes by, and lets it be."""
+    url = make_url(pg_url).set(drivername=f"postgresql+{driver}")
+    engine = new_engine(url, pool_pre_ping=True, ping_timeout=0.05)
+    engine.connect().close()
+    held = engine.raw_connection()
+    record: Any = held._connection_record  # type: ignore[attr-defined]
+    backend = held.cursor()
+    backend.execute("SELECT pg_backend_pid()")
+    (first,) = backend.fetchone()  # type: ignore[misc]
+    after(engine, 0.06)
+    assert record.fuse is None
+    backend.execute("SELECT pg_backend_pid()")
+    assert backend.fetchone() == (first,)
+    held.close()
+
+
+def test_a_pre_ping_is_bounded_while_it_lasts(new_engine: NewEngine) -> None:
+    """And no longer: the record has something that ends it before, and nothing after."""
+    engine, driver = fake_engine(new_engine, pool_pre_ping=True)
+    engine.connect().close()
+    seen: list[Any] = []
+    (record,) = engine.pool._attachment.idle
+    driver.on_ping = lambda _: seen.append(record.fuse)
+    with engine.connect():
+        assert seen != [None]
+        assert len(seen) == 1
+        assert record.fuse is None
+        assert seen[0]._handle is None
+        assert not seen[0].blown
+    seen.clear()
+    driver.on_ping = lambda _: seen.append(record.fuse)
+    with engine.connect():
+        assert len(seen) == 1
+
+
+def test_a_connection_that_has_just_been_opened_is_not_bounded(new_engine: NewEngine) -> None:
+    """SQLAlchemy does not ping it."""
+    engine, driver = fake_engine(new_engine, pool_pre_ping=True)
+    pinged: list[Any] = []
+    driver.on_ping = pinged.append
+    fairy: Any = engine.raw_connection()
+    assert fairy._connection_record.fuse is None
+    assert not pinged
+    fairy.close()
+
+
+def test_listeners_of_a_checkout_run_when_the_ping_is_over(new_engine: NewEngine) -> None:
+    """One that takes longer than ``ping_timeout`` costs no connection."""
+    engine, _ = fake_engine(new_engine, pool_pre_ping=True)
+    seen: list[Any] = []
+
+    @event.listens_for(engine, "checkout")
+    def checkout(_: Any, record: Any, __: Any) -> None:
+        seen.append(record.fuse)
+
+    engine.connect().close()
+    engine.connect().close()
+    assert seen == [None, None]
+
+
+def test_listeners_that_came_with_the_pool_run_when_the_ping_is_over(new_engine: NewEngine) -> None:
+    """``pool_events`` are there before the pool's own."""
+    seen: list[Any] = []
+
+    def checkout(_: Any, record: Any, __: Any) -> None:
+        seen.append(record.fuse)
+
+    engine, _ = fake_engine(new_engine, pool_pre_ping=True, pool_events=[(checkout, "checkout")])
+    engine.connect().close()
+    engine.connect().close()
+    assert seen == [None, None]
+
+
+def test_listeners_of_errors_have_their_say_about_a_pre_ping(
+    proxy: Proxy, pg_server: Any, pg_url: str, new_engine: NewEngine
+) -> None:
+    """``is_pre_ping`` is told to them, and what they make of the error holds: a disconnect, or not."""
+    engine: Any = new_engine(
+        behind(proxy, pg_url), pool_pre_ping=True, ping_timeout=0.1, connect_args=CONNECT, max_size=1
+    )
+    seen: list[tuple[bool, bool]] = []
+    verdict = [True]
+
+    @event.listens_for(engine, "handle_error")
+    def handle(context: Any) -> None:
+        seen.append((context.is_pre_ping, context.is_disconnect))
+        context.is_disconnect = verdict[0]
+
+    engine.connect().close()
+    proxy.blackhole()
+    past(proxy, engine, pg_server)
+    Thread(engine.connect).join().close()
+    assert seen == [(True, True)]
+
+
+def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
+    new_engine: NewEngine,
+) -> None:
+    """Then it is raised, as SQLAlchemy has it; the slot comes home, and nothing stays that could hang up."""
+    engine, driver = fake_engine(new_engine, pool_pre_ping=True, max_size=1)
+    dialect = engine.dialect
+    seen: list[bool] = []
+
+    @event.listens_for(engine, "handle_error")
+    def handle(context: Any) -> None:
+        seen.append(context.is_pre_ping)
+        context.is_disconnect = False
+
+    def do_ping(dbapi_connection: Any) -> bool:
+        raise FakeDriver.OperationalError("no")
+
+    engine.connect().close()
+    dialect.do_ping = do_ping
+    with pytest.raises(FakeDriver.OperationalError):
+        engine.raw_connection()
+    del dialect.do_ping
+    assert seen == [True]
+    assert engine.pool.checkedout() == 0
+    (record,) = [*engine.pool._attachment.idle, *engine.pool._attachment.hollow]
+    engine.connect().close()
+    assert record.fuse is None
+    assert driver.numbers() == [2]
+
+
+def count(pool: Any) -> int:
+    """How often a pool is told that a ping is over."""
+    return sum(listener.__module__ == "sqla_queries_pool.queries_pool" for listener in pool.dispatch.checkout)
+
+
+def test_the_listener_is_there_once(new_engine: NewEngine) -> None:
+    """Of a new pool, of what it is recreated as, each time, and of one that shares another's listeners."""
+    engine, _ = fake_engine(new_engine, pool_pre_ping=True)
+    assert count(engine.pool) == 1
+    for _ in range(3):
+        engine.dispose()
+        assert count(engine.pool) == 1
+    again = engine.pool.recreate()
+    assert count(again) == 1
+    assert count(again.recreate()) == 1
+
+
+def test_two_engines_of_one_database_have_one_listener_each(new_engine: NewEngine) -> None:
+    """They share the budget, and no listeners."""
+    url = f"fake://me@host/stages_{next(_numbers)}"
+    driver = FakeDriver()
+    with_ping = [new_engine(url, module=driver, pool_pre_ping=True) for _ in range(2)]
+    without = new_engine(url, module=driver)
+    assert [count(engine.pool) for engine in with_ping] == [1, 1]
+    assert count(without.pool) == 0
+
+
+def test_pools_that_are_given_the_same_listeners_have_the_listener_once() -> None:
+    """``events`` and ``_dispatch`` are how SQLAlchemy hands listeners on."""
+    first = new_pool(pre_ping=True)
+    second = new_pool(pre_ping=True, _dispatch=first.dispatch)
+    third = new_pool(pre_ping=True, _dispatch=second.dispatch)
+    assert [count(pool) for pool in (first, second, third)] == [1, 1, 1]
+
+
+def test_a_pool_without_pre_ping_is_told_nothing(new_engine: NewEngine) -> None:
+    """It has no listener, so that a checkout costs none."""
+    pool = new_pool()
+    assert count(pool) == 0
+    pid = new_pid()
+    PoolManager.create(pid)
+    PoolManager.remove(pid)
