@@ -10,11 +10,12 @@ Called under the pool's lock, like the ledger, and as pure.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .ledger import Ledger
+from .ledger import SPARE, Ledger
 from .slots import CLOSING, GONE, HELD, IDLE, LENT, OPENING, Slot, Work
 
 
@@ -105,3 +106,56 @@ def _recount(ledger: Ledger) -> Iterator[str]:
         if quota.slots != (its := {slot for slot in slots if slot.quota is quota}):
             quota.slots = its
             yield "an engine's connections were miscounted"
+
+
+def check(ledger: Ledger, now: float = -math.inf) -> None:
+    """Assert what ledger.py promises, every waiter having insisted at ``now``; for tests."""
+    everyone = list(ledger.everyone())
+    idle = [(a, e) for a in everyone for e in a.idle]
+    hollow = [(a, e) for a in everyone for e in a.hollow]
+    lent = {slot for a in everyone for slot in a.lent}
+    states: dict[str, set[Slot]] = {s: set() for s in (OPENING, IDLE, HELD, LENT, CLOSING, GONE)}
+    for slot in ledger.slots:
+        states[slot.state].add(slot)
+    in_use = len(ledger.slots) - len(ledger.closing)
+    assert in_use <= ledger.limit or not (idle or hollow), "1: idle above the limit"
+    assert not _could_be_served(ledger, now), "2: somebody waits who could be served"
+    assert (states[OPENING], states[CLOSING]) == (ledger.opening, set(ledger.closing)), "3"
+    assert not states[GONE], "3: gone, but counted"
+    assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
+    assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
+    assert lent == states[LENT], "3: lent"
+    assert ledger.out == len(states[HELD]) + len(lent), "3: out"
+    for attachment in everyone:
+        assert (attachment in ledger.lines) == bool(attachment.line), "4: lines"
+        for waiter in attachment.line:
+            assert waiter.answer is None, "4: answered, but still in line"
+            assert waiter.attachment is attachment, "4: in another engine's line"
+    assert all(e.slot.handle is not None for _, e in idle), "6: idle without a connection"
+    assert all(e.slot.generation >= a.retired for a, e in idle), "6: idle of a dead generation"
+    quotas = {*ledger.attachments.values(), ledger.by_hand.quota}
+    for quota in quotas:
+        assert quota.slots <= ledger.slots, "7: a quota counts what is gone"
+        assert quota.stated is None or len(quota.slots) <= quota.stated, "7: ceiling"
+    assert ledger.slots == set().union(*(s.quota.slots for s in ledger.slots if s.quota)), "7"
+
+
+def _could_be_served(ledger: Ledger, now: float) -> bool:
+    if any(attachment.idle for attachment in ledger.lines):
+        return True
+    if ledger.refusals and now < ledger.retry_at:
+        return False
+    for attachment in ledger.lines:
+        quota = attachment.quota
+        if not quota.full and len(ledger.slots) < ledger.limit:
+            return True
+        insist = ledger.may_insist(next(iter(attachment.line)), now)
+        before = now if insist else now - SPARE
+        for other in ledger.everyone():
+            if quota.full and other.quota is not quota:
+                continue
+            if other.hollow or any(slot.stale for slot in other.lent):
+                return True
+            if other.idle and (other.quota is quota or other.idle[0].slot.since <= before):
+                return True
+    return False

@@ -5,11 +5,7 @@ method with its lock held and passes the time in; what has to be done outside th
 reset, look again later) is returned as a list of work.  Reads by properties take no lock and may be
 a moment old.
 
-The ledger refers to slots strongly and to
-entries and engines weakly, for two reasons: it keeps no engine alive, and an entry that dies
-(abandoned in a cycle, lost to an exception) gives its slot back through :meth:`Ledger.lost`.
-
-What always holds when no method is running; :meth:`Ledger.check` asserts it:
+What always holds when no method is running; :func:`audit.check` asserts it:
 
 1. The slots in use do not exceed the limit; where a lowered limit left more, they only get fewer.
 2. Nobody waits who could be served: by a free slot, or by one that somebody else can spare (design 6
@@ -27,10 +23,10 @@ import heapq
 import math
 import weakref
 from bisect import bisect_left
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-from .leaks import Leaks
+from .books import Books
 from .slots import (
     CLOSING,
     GONE,
@@ -40,11 +36,8 @@ from .slots import (
     OPENING,
     Attachment,
     Close,
-    Due,
-    EntryRef,
     Fill,
     NotHeld,
-    Numbers,
     Permit,
     Quota,
     Renew,
@@ -57,7 +50,6 @@ from .slots import (
 )
 from .stats import BOUNDS, Totals
 
-OUT = (HELD, LENT)
 IDLE_TTL = "idle for its idle_ttl"
 DISPOSED = "its generation has ended"
 GAVE_WAY = "gave way to another engine"
@@ -80,67 +72,10 @@ engine go first although it came first itself."""
 
 LOOK_EVERY = 5.0
 """Seconds between two looks at whether an engine still has its ``min_size`` of living connections."""
-SUSPECTED_FOR = 1.0
-"""Seconds for which one connection that was found dead makes only those suspect that are idle then."""
 
 
-class Ledger:
-    """The bookkeeping of one pool.
-
-    :param lost: called with an :class:`EntryRef` whose entry died, in any thread and at any moment,
-        inside another method of the ledger too; it must put the call of :meth:`lost` aside.
-    :param new_slot: makes a slot.
-    """
-
-    def __init__(self, lost: Callable[[EntryRef], None], new_slot: Callable[[], Slot] = Slot) -> None:
-        self._on_lost = lost
-        self._new_slot = new_slot
-        self.slots: set[Slot] = set()
-        """Every slot that counts."""
-        self.out = 0
-        """How many slots are held or locked; counted by hand, for a checkout has no time to count them."""
-        self.opening: set[Slot] = set()
-        self.closing: dict[Slot, weakref.ref[Close]] = {}
-        """Slots whose connection is being closed, and the work that says so: dead where it got lost."""
-        self.attachments: dict[weakref.ref[Attachment], Quota] = {}
-        """The attached engines.  The quota stays known when the engine is dead."""
-        self.by_hand = Attachment(Quota(None), 60.0)
-        """The connections that were added by hand: nobody's line, an engine's to evict at most.
-        Where the pool has no idle TTL set, they follow that of the engine that attached last."""
-        self.lines: dict[Attachment, None] = {}
-        """The attachments in whose line somebody waits."""
-        self.set_limit_to: float | None = None
-        """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
-        self.default_limit = 15.0
-        """The limit where nobody said anything (design 3)."""
-        self.limit = self.default_limit
-        """The limit in force, ``inf`` for none."""
-        self.ttl: float | None = None
-        """What ``create`` or ``set_idle_ttl`` said for all, ``inf`` for never; None: each its own."""
-        self.due = math.inf
-        """When :meth:`expire` is to be called next, as far as anybody was told."""
-        self.mean_wait = 0.0
-        """Moving mean of how long the served waited, in seconds."""
-        self.lifetimes: list[tuple[float, int, weakref.ref[Slot]]] = []
-        """Heap: when the lifetime of a connection is over; also of some that are gone by then."""
-        self.renewing: Slot | None = None
-        """The connection that is being renewed: one at a time, so that few are missed."""
-        self.suspected_at = -math.inf
-        """When all idle connections were last suspected together."""
-        self.refusals = 0
-        """How many pauses there were, one after the other, since the server has refused a connection; 0 while
-        it lets us in."""
-        self.probing = False
-        """Does somebody try to connect after the last pause?"""
-        self.retry_after = 0.0
-        """Seconds between attempts to connect, while there are refusals."""
-        self.retry_at = -math.inf
-        """While there are refusals: nobody tries to connect before that time."""
-        self.leaks = Leaks()
-        self.totals = Totals()
-        """What was done so far."""
-        self.vacant_since: float | None = None
-        """Since when there is neither a slot nor an engine; None while there is."""
+class Ledger(Books):
+    """The bookkeeping of one pool: who gets which slot."""
 
     # -- the hot path ------------------------------------------------------------------------------
 
@@ -250,7 +185,7 @@ class Ledger:
             and (other.quota is mine or not other.quota.full)
         ]
         if own is None and not hollow:  # then it stays, unless somebody may insist
-            others = [w for w in others if w.attachment.quota is mine or self._may_insist(w, now)]
+            others = [w for w in others if w.attachment.quota is mine or self.may_insist(w, now)]
         oldest = min(others, key=_arrival, default=None)
         if own is None or oldest is None:
             return own or oldest
@@ -266,7 +201,7 @@ class Ledger:
         self.totals.bypasses += first
         return own
 
-    def _may_insist(self, waiter: Waiter, now: float) -> bool:
+    def may_insist(self, waiter: Waiter, now: float) -> bool:
         """May it have the slot of a connection that its engine is about to use again?"""
         quota = waiter.attachment.quota
         return not quota.slots or now - waiter.since >= PATIENCE
@@ -363,7 +298,7 @@ class Ledger:
         if waiter not in line:
             return []
         first = next(iter(line))  # nobody overtakes, also not by insisting
-        insist = last or self._may_insist(first, now)
+        insist = last or self.may_insist(first, now)
         permit = self._open(first.attachment, first.holder, now, insist)
         return [] if permit is None else [self._answer(first, permit, now)]
 
@@ -371,18 +306,6 @@ class Ledger:
         """Take a waiter out of the line; return what it was given meanwhile, or None."""
         self._out_of_line(waiter)
         return waiter.answer
-
-    def _heads(self) -> list[Waiter]:
-        """Who waits in front, in each line.  A line that an interrupt has left behind empty goes."""
-        for attachment in [a for a in self.lines if not a.line]:
-            del self.lines[attachment]
-        return [next(iter(attachment.line)) for attachment in self.lines]
-
-    def _out_of_line(self, waiter: Waiter) -> None:
-        attachment = waiter.attachment
-        attachment.line.pop(waiter, None)
-        if not attachment.line:
-            self.lines.pop(attachment, None)
 
     def _answer(self, waiter: Waiter, entry: Any, now: float) -> Wake:
         waiter.answer = entry  # first: one that is out of line, but has no answer, would wait for ever
@@ -396,7 +319,7 @@ class Ledger:
         work: Work = []
         while self.lines:
             for waiter in sorted(self._heads(), key=_arrival):
-                insist = self._may_insist(waiter, now)
+                insist = self.may_insist(waiter, now)
                 permit = self._open(waiter.attachment, waiter.holder, now, insist)
                 if permit is not None:
                     work.append(self._answer(waiter, permit, now))
@@ -406,10 +329,6 @@ class Ledger:
         return work
 
     # -- opening and closing -----------------------------------------------------------------------
-
-    def bind(self, slot: Slot, entry: Any) -> None:
-        """Say what the holder of a slot has in hand from now on."""
-        slot.entry = EntryRef(entry, self._on_lost, slot)
 
     def opened(self, slot: Slot, now: float) -> Work:
         """A connection was opened, or reopened: its opener holds it."""
@@ -431,18 +350,6 @@ class Ledger:
                 work += self._due(now)  # the first of several
         return work + self.let_in(now)
 
-    def _count_lifetime(self, slot: Slot) -> Work:
-        if slot.expires == math.inf:
-            return []
-        heapq.heappush(self.lifetimes, (slot.expires, id(slot), weakref.ref(slot)))
-        return self._due(slot.expires)
-
-    @staticmethod
-    def _size(attachment: Attachment) -> int:
-        """How many connections an engine has, or has somebody open."""
-        slots = [slot for slot in attachment.quota.slots if slot.home is attachment.ref]
-        return sum(slot.state is not CLOSING for slot in slots) - len(attachment.hollow)
-
     def refused(self, pauses: Callable[[int], float], now: float) -> None:
         """The server has refused a connection, and it is worth trying again: after a pause.
 
@@ -455,25 +362,12 @@ class Ledger:
         self.retry_after = pauses(self.refusals)
         self.retry_at = now + self.retry_after
 
-    def suspect_own(self, attachment: Attachment) -> None:
-        """Suspect all that an engine has, also what is out: each is looked at before its next use."""
-        for slot in attachment.quota.slots:
-            slot.suspect = True
-
     def let_in(self, now: float) -> Work:
         """The server refuses nobody any more, or it is no use to wait for it: everybody may try."""
         if not self.refusals:
             return []
         self.refusals = 0
         return self._serve(now)
-
-    def suspect(self, now: float) -> None:
-        """One was found dead: suspect all that are idle, once per second at most."""
-        if now - self.suspected_at >= SUSPECTED_FOR:
-            self.suspected_at = now
-            for attachment in self.everyone():
-                for entry in attachment.idle:
-                    entry.slot.suspect = True
 
     def failed(self, slot: Slot, now: float) -> Work:
         """A connection could not be opened: the next waiter may try for itself."""
@@ -524,45 +418,9 @@ class Ledger:
         self.opening.discard(slot)
         return [self._closing(slot, None, ABANDONED)]
 
-    def _enter(self, slot: Slot, attachment: Attachment) -> None:
-        slot.quota = attachment.quota
-        slot.home = attachment.ref
-        slot.quota.slots.add(slot)
-        self.slots.add(slot)
-        self.vacant_since = None
-
-    def _strike(self, slot: Slot) -> None:
-        """Off the books."""
-        self.out -= slot.state in OUT
-        slot.state = GONE
-        self.slots.discard(slot)
-        self.opening.discard(slot)
-        self.closing.pop(slot, None)
-        if slot.quota is not None:
-            slot.quota.slots.discard(slot)
-
     def _free(self, slot: Slot, now: float) -> Work:
         self._strike(slot)
         return self._serve(now) + self._vacancy(now)
-
-    def _close(self, entry: Any, reason: str) -> Close:
-        return self._closing(entry.slot, entry, reason)
-
-    def _closing(self, slot: Slot, entry: Any, reason: str) -> Close:
-        self.out -= slot.state in OUT
-        slot.state = CLOSING
-        slot.session = None
-        item = Close(slot, entry, reason)
-        self.closing[slot] = weakref.ref(item)
-        return item
-
-    def close_idle(self, attachment: Attachment, reason: str) -> Work:
-        """Close what this attachment has idle."""
-        work: Work = []
-        for entries in (attachment.idle, attachment.hollow):
-            while entries:
-                work.append(self._close(entries.popleft(), reason))
-        return work
 
     def close_all(self) -> Work | Slot:
         """Close every connection, or none and return one that is busy."""
@@ -636,15 +494,6 @@ class Ledger:
         slot.uses += 1
         return True
 
-    def unlock(self, slot: Slot, by: weakref.ref[Resetter], if_stale: bool = False) -> bool:
-        """Take the lock from a session; the resetter resets the connection and then gives it back."""
-        if slot.state is not LENT or slot.session is None or (if_stale and not slot.stale):
-            return False
-        if isinstance(slot.session(), Resetter):
-            return False
-        slot.session = by
-        return True
-
     def give_lent(self, slot: Slot, now: float) -> Work:
         """Take back what :meth:`unlock` released, after its reset."""
         attachment = slot.home() if slot.home is not None else None
@@ -662,10 +511,6 @@ class Ledger:
         if slot.session is not session:
             return []
         return self._serve(now) + self._due(now + GRACE)
-
-    def stale(self, attachment: Attachment) -> list[Slot]:
-        """What sessions have locked that have died."""
-        return [slot for slot in attachment.lent if slot.stale]
 
     def start_anew(self, now: float) -> Work:
         """In a forked child: engines and limits stay, slots and waiters are the parent's.
@@ -739,10 +584,6 @@ class Ledger:
         self.ttl = ttl
         self._apply_ttl()
         return self.expire(now)
-
-    def _apply_ttl(self) -> None:
-        for attachment in self.everyone():
-            attachment.ttl = attachment.own_ttl if self.ttl is None else self.ttl
 
     def expire(self, now: float) -> Work:
         """Close what was idle for too long, reset what dead sessions left, and say when to look again."""
@@ -820,103 +661,6 @@ class Ledger:
         permit = self._permit(attachment, 0, now, None)
         permit.slot.holder = None
         return permit
-
-    def _due(self, at: float) -> Work:
-        if at >= self.due:
-            return []
-        self.due = at
-        return [Due(at)]
-
-    def _vacancy(self, now: float) -> Work:
-        if self.slots or self.attachments:
-            return []
-        if self.vacant_since is None:
-            self.vacant_since = now
-        return [] if self.vacant(now) else self._due(self.vacant_since + self.leave_after)
-
-    @property
-    def leave_after(self) -> float:
-        """Seconds after which a vacant pool is of no use to anyone: the idle TTL where it is one."""
-        return max(1.0, self.by_hand.ttl) if self.by_hand.ttl < math.inf else 60.0
-
-    def vacant(self, now: float) -> bool:
-        """Has it been without slots and engines for its idle TTL?"""
-        return self.vacant_since is not None and now - self.vacant_since >= self.leave_after
-
-    # -- reading -----------------------------------------------------------------------------------
-
-    def everyone(self) -> Iterator[Attachment]:
-        """The living attachments and the one for what was added by hand."""
-        for ref in list(self.attachments):
-            attachment = ref()
-            if attachment is not None:
-                yield attachment
-        yield self.by_hand
-
-    def waiters(self) -> list[Waiter]:
-        """All who wait, in no order."""
-        return [waiter for attachment in self.everyone() for waiter in list(attachment.line)]
-
-    def numbers(self) -> Numbers:
-        """Count; without the lock a moment may lie between one number and the next."""
-        everyone = list(self.everyone())
-        total, opening, closing = len(self.slots), len(self.opening), len(self.closing)
-        idle = sum(len(a.idle) for a in everyone)
-        hollow = sum(len(a.hollow) for a in everyone)
-        waiting = sum(len(a.line) for a in everyone)
-        held = max(0, total - opening - closing - idle - hollow)
-        return Numbers(total, held, idle, opening, closing, hollow, waiting)
-
-    def check(self, now: float = -math.inf) -> None:
-        """Assert what the module's text promises, every waiter having insisted at ``now``."""
-        everyone = list(self.everyone())
-        idle = [(a, e) for a in everyone for e in a.idle]
-        hollow = [(a, e) for a in everyone for e in a.hollow]
-        lent = {slot for a in everyone for slot in a.lent}
-        states: dict[str, set[Slot]] = {s: set() for s in (OPENING, IDLE, HELD, LENT, CLOSING, GONE)}
-        for slot in self.slots:
-            states[slot.state].add(slot)
-        in_use = len(self.slots) - len(self.closing)
-        assert in_use <= self.limit or not (idle or hollow), "1: idle above the limit"
-        assert not self._could_be_served(now), "2: somebody waits who could be served"
-        assert (states[OPENING], states[CLOSING]) == (self.opening, set(self.closing)), "3"
-        assert not states[GONE], "3: gone, but counted"
-        assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
-        assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
-        assert lent == states[LENT], "3: lent"
-        assert self.out == len(states[HELD]) + len(lent), "3: out"
-        for attachment in everyone:
-            assert (attachment in self.lines) == bool(attachment.line), "4: lines"
-            for waiter in attachment.line:
-                assert waiter.answer is None, "4: answered, but still in line"
-                assert waiter.attachment is attachment, "4: in another engine's line"
-        assert all(e.slot.handle is not None for _, e in idle), "6: idle without a connection"
-        assert all(e.slot.generation >= a.retired for a, e in idle), "6: idle of a dead generation"
-        quotas = {*self.attachments.values(), self.by_hand.quota}
-        for quota in quotas:
-            assert quota.slots <= self.slots, "7: a quota counts what is gone"
-            assert quota.stated is None or len(quota.slots) <= quota.stated, "7: ceiling"
-        assert self.slots == set().union(*(s.quota.slots for s in self.slots if s.quota)), "7"
-
-    def _could_be_served(self, now: float) -> bool:
-        if any(attachment.idle for attachment in self.lines):
-            return True
-        if self.refusals and now < self.retry_at:
-            return False
-        for attachment in self.lines:
-            quota = attachment.quota
-            if not quota.full and len(self.slots) < self.limit:
-                return True
-            insist = self._may_insist(next(iter(attachment.line)), now)
-            before = now if insist else now - SPARE
-            for other in self.everyone():
-                if quota.full and other.quota is not quota:
-                    continue
-                if other.hollow or any(slot.stale for slot in other.lent):
-                    return True
-                if other.idle and (other.quota is quota or other.idle[0].slot.since <= before):
-                    return True
-        return False
 
 
 def _arrival(waiter: Waiter) -> float:

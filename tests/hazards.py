@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
+from sqla_queries_pool.audit import check
 from sqla_queries_pool.pool import Pool
 
 DEADLINE = 20.0
@@ -113,7 +114,7 @@ def assert_whole(pool: QueriesPool, eventually: Callable[..., None], size: int |
     """Everything was given back, and the whole budget can be had again."""
     shared = pool._shared
     eventually(lambda: settled(shared), f"everything given back: {shared!r}")
-    shared._decide(shared._ledger.check)
+    shared._decide(check, shared._ledger)
     timeout, pool._timeout = pool._timeout, 0
     try:
         out = [pool.connect() for _ in range(size or pool.size())]

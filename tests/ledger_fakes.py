@@ -11,6 +11,7 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
+from sqla_queries_pool.audit import check
 from sqla_queries_pool.ledger import GRACE, LOWERED, PATIENCE, Ledger
 from sqla_queries_pool.slots import (
     HELD,
@@ -144,7 +145,7 @@ class Books:
         self.settle()
         for waiter in [waiter for line in self.lines.values() for waiter in line]:
             self.insist(waiter)
-        self.ledger.check(self.now)
+        check(self.ledger, self.now)
         if self.refusals:
             return  # it may wait for the server, whatever is idle
         idle = any(a.idle for a in self.lines) or self.ledger.by_hand.idle
@@ -189,7 +190,7 @@ class Books:
     def check(self) -> None:
         """Everything that the ledger promises, and what it can't know itself."""
         ledger = self.ledger
-        ledger.check()
+        check(ledger)
         everyone = [a for ref in ledger.attachments if (a := ref())]
         for attachment in everyone:
             assert list(attachment.line) == self.lines[attachment], "the line is not the one that formed"

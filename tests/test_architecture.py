@@ -36,7 +36,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stacks": {"callers"},
     "stats": set(),
     "leaks": {"slots"},
-    "ledger": {"leaks", "slots", "stats"},
+    "books": {"leaks", "slots", "stats"},
+    "ledger": {"books", "slots", "stats"},
     "deadlock": {"callers", "diagnostics", "pool", "slots", "stacks"},
     "audit": {"ledger", "slots"},
     "pool": {
@@ -82,7 +83,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What is not the core; it may import what it likes of the core.
 AROUND = {"embedded", "demo", "exporters", "monitor", "__main__"}
-PURE = {"audit", "leaks", "ledger", "slots", "stats"}
+PURE = {"audit", "books", "leaks", "ledger", "slots", "stats"}
 FRAMES = [
     "QueriesPool._do_get",
     "Core.take",

@@ -18,7 +18,7 @@ from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, new_pid, new_poo
 from sqlalchemy import Engine, create_engine, make_url
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
-from sqla_queries_pool.audit import Audit
+from sqla_queries_pool.audit import Audit, check
 from sqla_queries_pool.gates import ThreadGate
 from sqla_queries_pool.pool import Pool
 from sqla_queries_pool.slots import CLOSING, GONE, HELD, LENT, OPENING, Permit
@@ -81,7 +81,7 @@ class Scene:
         shared = self.shared
         eventually(lambda: len(self.driver.live) == shared.numbers.open == len(shared._by_handle), "sockets")
         assert self.driver.peak <= 2 + len([one for one in self.kept if one is STRAY])
-        shared._decide(self.ledger.check)
+        shared._decide(check, self.ledger)
 
 
 def mend(shared: Pool) -> None:

@@ -26,6 +26,7 @@ from hazards import DEADLINE, Ring, Stop, Thread, assert_whole
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.audit import check
 from sqla_queries_pool.ledger import Ledger
 from sqla_queries_pool.pool import Pool, garbage
 
@@ -149,7 +150,7 @@ def live(engine: Engine) -> list[int]:
     assert shared(other) is shared(engine)
     with other.connect() as connection:
         found.append(connection.scalar(BACKEND))
-    shared(engine)._decide(shared(engine)._ledger.check)
+    shared(engine)._decide(check, shared(engine)._ledger)
     return found
 
 

@@ -34,6 +34,8 @@ from sqla_queries_pool import (
     PoolManager,
     QueriesPool,
 )
+from sqla_queries_pool.audit import check
+from sqla_queries_pool.books import Books
 from sqla_queries_pool.diagnostics import holders
 from sqla_queries_pool.gates import ThreadGate
 from sqla_queries_pool.housekeeping import Housekeeper
@@ -429,10 +431,12 @@ def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
     pool._timeout = timeout
 
 
-OTHERS = {"__init__", "check", "_could_be_served", "numbers", "vacant", "waiters", "start_anew"}
+OTHERS = {"__init__", "everyone", "numbers", "vacant", "waiters", "start_anew"}
 """Those that only read, and those that nobody else can be inside of."""
 METHODS = sorted(
-    name for name, value in vars(Ledger).items() if isinstance(value, FunctionType) and name not in OTHERS
+    name
+    for name, value in {**vars(Books), **vars(Ledger)}.items()
+    if isinstance(value, FunctionType) and name not in OTHERS
 )
 
 
@@ -465,7 +469,7 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
 
     def step() -> None:
         eventually(lambda: not shared._inbox, "letters are read")  # the housekeeper may have the lock
-        shared._decide(shared._ledger.check)
+        shared._decide(check, shared._ledger)
         abandoning.again()
 
     a_day(a, b, step, eventually)
@@ -488,7 +492,7 @@ def test_a_connection_that_comes_home_in_the_middle_of_an_engines_dispose_is_clo
     pool.dispose()
     fairy.close()
     pool.recreate()
-    pool._shared._decide(pool._shared._ledger.check)
+    pool._shared._decide(check, pool._shared._ledger)
     assert handle.closed
     assert_whole(pool, eventually)
 

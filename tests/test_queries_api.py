@@ -32,6 +32,7 @@ from sqla_queries_pool import (
     QueriesPool,
     pool,
 )
+from sqla_queries_pool.audit import check
 
 Eventually = Callable[..., None]
 NAMES = [
@@ -863,7 +864,7 @@ def test_locks_and_checkouts_at_once_never_share_a_connection(driver: FakeDriver
     for task in [Task(work) for work in (check_out, lock) * 3]:
         task.result()
     assert not shared
-    PoolManager._pools[pid]._ledger.check()
+    check(PoolManager._pools[pid]._ledger)
     assert PoolManager.size(pid) == engine_pool.checkedin() == 3
 
 
@@ -939,7 +940,7 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
     gc.collect()
     PoolManager.clean(pid)
     eventually(lambda: not found.locked_connections and found.numbers.closing == 0, "all are back")
-    found._ledger.check()
+    check(found._ledger)
     assert not shared
     assert found.numbers.total <= limit
     assert {c.handle for c in found.connections if c.handle is not None and not c.closed} == driver.live

@@ -1,0 +1,244 @@
+"""The books of one database's budget: which slots there are, whose they are, and in which state.
+
+What is here only notes down; who gets what is decided in ledger.py, which says what always holds.  No lock,
+no thread, no clock, no I/O, nothing of SQLAlchemy.
+
+The books refer to slots strongly and to entries and engines weakly, for two reasons: they keep no engine
+alive, and an entry that dies (abandoned in a cycle, lost to an exception) gives its slot back through
+:meth:`Ledger.lost`.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .leaks import Leaks
+from .slots import (
+    CLOSING,
+    GONE,
+    HELD,
+    LENT,
+    Attachment,
+    Close,
+    Due,
+    EntryRef,
+    Numbers,
+    Quota,
+    Resetter,
+    Slot,
+    Waiter,
+    Work,
+)
+from .stats import Totals
+
+OUT = (HELD, LENT)
+"""The states of what somebody has."""
+SUSPECTED_FOR = 1.0
+"""Seconds for which one connection that was found dead makes only those suspect that are idle then."""
+
+
+class Books:
+    """The state of one pool, and the smallest steps that keep it right.
+
+    :param lost: called with an :class:`EntryRef` whose entry died, in any thread and at any moment,
+        inside another method too; it must put the call of :meth:`Ledger.lost` aside.
+    :param new_slot: makes a slot.
+    """
+
+    def __init__(self, lost: Callable[[EntryRef], None], new_slot: Callable[[], Slot] = Slot) -> None:
+        self._on_lost = lost
+        self._new_slot = new_slot
+        self.slots: set[Slot] = set()
+        """Every slot that counts."""
+        self.out = 0
+        """How many slots are held or locked; counted by hand, for a checkout has no time to count them."""
+        self.opening: set[Slot] = set()
+        self.closing: dict[Slot, weakref.ref[Close]] = {}
+        """Slots whose connection is being closed, and the work that says so: dead where it got lost."""
+        self.attachments: dict[weakref.ref[Attachment], Quota] = {}
+        """The attached engines.  The quota stays known when the engine is dead."""
+        self.by_hand = Attachment(Quota(None), 60.0)
+        """The connections that were added by hand: nobody's line, an engine's to evict at most.
+        Where the pool has no idle TTL set, they follow that of the engine that attached last."""
+        self.lines: dict[Attachment, None] = {}
+        """The attachments in whose line somebody waits."""
+        self.set_limit_to: float | None = None
+        """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
+        self.default_limit = 15.0
+        """The limit where nobody said anything (design 3)."""
+        self.limit = self.default_limit
+        """The limit in force, ``inf`` for none."""
+        self.ttl: float | None = None
+        """What ``create`` or ``set_idle_ttl`` said for all, ``inf`` for never; None: each its own."""
+        self.due = math.inf
+        """When :meth:`expire` is to be called next, as far as anybody was told."""
+        self.mean_wait = 0.0
+        """Moving mean of how long the served waited, in seconds."""
+        self.lifetimes: list[tuple[float, int, weakref.ref[Slot]]] = []
+        """Heap: when the lifetime of a connection is over; also of some that are gone by then."""
+        self.renewing: Slot | None = None
+        """The connection that is being renewed: one at a time, so that few are missed."""
+        self.suspected_at = -math.inf
+        """When all idle connections were last suspected together."""
+        self.refusals = 0
+        """How many pauses there were, one after the other, since the server has refused a connection; 0 while
+        it lets us in."""
+        self.probing = False
+        """Does somebody try to connect after the last pause?"""
+        self.retry_after = 0.0
+        """Seconds between attempts to connect, while there are refusals."""
+        self.retry_at = -math.inf
+        """While there are refusals: nobody tries to connect before that time."""
+        self.leaks = Leaks()
+        self.totals = Totals()
+        """What was done so far."""
+        self.vacant_since: float | None = None
+        """Since when there is neither a slot nor an engine; None while there is."""
+
+    # -- what changes state ------------------------------------------------------------------------
+
+    def bind(self, slot: Slot, entry: Any) -> None:
+        """Say what the holder of a slot has in hand from now on."""
+        slot.entry = EntryRef(entry, self._on_lost, slot)
+
+    def _enter(self, slot: Slot, attachment: Attachment) -> None:
+        slot.quota = attachment.quota
+        slot.home = attachment.ref
+        slot.quota.slots.add(slot)
+        self.slots.add(slot)
+        self.vacant_since = None
+
+    def _strike(self, slot: Slot) -> None:
+        """Off the books."""
+        self.out -= slot.state in OUT
+        slot.state = GONE
+        self.slots.discard(slot)
+        self.opening.discard(slot)
+        self.closing.pop(slot, None)
+        if slot.quota is not None:
+            slot.quota.slots.discard(slot)
+
+    def _close(self, entry: Any, reason: str) -> Close:
+        return self._closing(entry.slot, entry, reason)
+
+    def _closing(self, slot: Slot, entry: Any, reason: str) -> Close:
+        self.out -= slot.state in OUT
+        slot.state = CLOSING
+        slot.session = None
+        item = Close(slot, entry, reason)
+        self.closing[slot] = weakref.ref(item)
+        return item
+
+    def close_idle(self, attachment: Attachment, reason: str) -> Work:
+        """Close what this attachment has idle."""
+        work: Work = []
+        for entries in (attachment.idle, attachment.hollow):
+            while entries:
+                work.append(self._close(entries.popleft(), reason))
+        return work
+
+    # -- locks, lines, ages ------------------------------------------------------------------------
+
+    def unlock(self, slot: Slot, by: weakref.ref[Resetter], if_stale: bool = False) -> bool:
+        """Take the lock from a session; the resetter resets the connection and then gives it back."""
+        if slot.state is not LENT or slot.session is None or (if_stale and not slot.stale):
+            return False
+        if isinstance(slot.session(), Resetter):
+            return False
+        slot.session = by
+        return True
+
+    def stale(self, attachment: Attachment) -> list[Slot]:
+        """What sessions have locked that have died."""
+        return [slot for slot in attachment.lent if slot.stale]
+
+    def _heads(self) -> list[Waiter]:
+        """Who waits in front, in each line.  A line that an interrupt has left behind empty goes."""
+        for attachment in [a for a in self.lines if not a.line]:
+            del self.lines[attachment]
+        return [next(iter(attachment.line)) for attachment in self.lines]
+
+    def _out_of_line(self, waiter: Waiter) -> None:
+        attachment = waiter.attachment
+        attachment.line.pop(waiter, None)
+        if not attachment.line:
+            self.lines.pop(attachment, None)
+
+    def suspect(self, now: float) -> None:
+        """One was found dead: suspect all that are idle, once per second at most."""
+        if now - self.suspected_at >= SUSPECTED_FOR:
+            self.suspected_at = now
+            for attachment in self.everyone():
+                for entry in attachment.idle:
+                    entry.slot.suspect = True
+
+    def suspect_own(self, attachment: Attachment) -> None:
+        """Suspect all that an engine has, also what is out: each is looked at before its next use."""
+        for slot in attachment.quota.slots:
+            slot.suspect = True
+
+    def _count_lifetime(self, slot: Slot) -> Work:
+        if slot.expires == math.inf:
+            return []
+        heapq.heappush(self.lifetimes, (slot.expires, id(slot), weakref.ref(slot)))
+        return self._due(slot.expires)
+
+    def _apply_ttl(self) -> None:
+        for attachment in self.everyone():
+            attachment.ttl = attachment.own_ttl if self.ttl is None else self.ttl
+
+    def _due(self, at: float) -> Work:
+        if at >= self.due:
+            return []
+        self.due = at
+        return [Due(at)]
+
+    def _vacancy(self, now: float) -> Work:
+        if self.slots or self.attachments:
+            return []
+        if self.vacant_since is None:
+            self.vacant_since = now
+        return [] if self.vacant(now) else self._due(self.vacant_since + self.leave_after)
+
+    # -- reading -----------------------------------------------------------------------------------
+
+    def everyone(self) -> Iterator[Attachment]:
+        """The living attachments and the one for what was added by hand."""
+        for ref in list(self.attachments):
+            attachment = ref()
+            if attachment is not None:
+                yield attachment
+        yield self.by_hand
+
+    def waiters(self) -> list[Waiter]:
+        """All who wait, in no order."""
+        return [waiter for attachment in self.everyone() for waiter in list(attachment.line)]
+
+    def numbers(self) -> Numbers:
+        """Count; without the lock a moment may lie between one number and the next."""
+        everyone = list(self.everyone())
+        total, opening, closing = len(self.slots), len(self.opening), len(self.closing)
+        idle = sum(len(a.idle) for a in everyone)
+        hollow = sum(len(a.hollow) for a in everyone)
+        waiting = sum(len(a.line) for a in everyone)
+        held = max(0, total - opening - closing - idle - hollow)
+        return Numbers(total, held, idle, opening, closing, hollow, waiting)
+
+    @staticmethod
+    def _size(attachment: Attachment) -> int:
+        """How many connections an engine has, or has somebody open."""
+        slots = [slot for slot in attachment.quota.slots if slot.home is attachment.ref]
+        return sum(slot.state is not CLOSING for slot in slots) - len(attachment.hollow)
+
+    @property
+    def leave_after(self) -> float:
+        """Seconds after which a vacant pool is of no use to anyone: the idle TTL where it is one."""
+        return max(1.0, self.by_hand.ttl) if self.by_hand.ttl < math.inf else 60.0
+
+    def vacant(self, now: float) -> bool:
+        """Has it been without slots and engines for its idle TTL?"""
+        return self.vacant_since is not None and now - self.vacant_since >= self.leave_after
