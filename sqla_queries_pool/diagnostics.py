@@ -70,6 +70,8 @@ class Holder:
     """Where it was checked out, outermost call first: with ``track_stacks=True``."""
     now_at: tuple[str, ...] = field(default=(), repr=False)
     """Where its thread is now."""
+    ended: bool = False
+    """Has its thread ended?"""
 
     def __str__(self) -> str:
         about = [f"{self.seconds:.1f} s"]
@@ -211,6 +213,7 @@ def _holder(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         transaction=transaction,
         stack=stacks.told(slot.stack),
         now_at=() if session is not None else threads.at(caller),
+        ended=session is None and caller is not None and not caller.alive,
     )
 
 
@@ -274,6 +277,9 @@ def diagnose(seen: Snapshot, asker: int) -> Diagnosis:
             "connecting takes long: all of them are still being opened",
             "See to the network and the server; the driver's connect_timeout limits it.",
         )
+    ended = next((holder for holder in seen.holders if holder.ended), None)
+    if ended is not None:
+        return _leak(f"{ended} does not give it back")
     longest = next((holder for holder in seen.holders if holder.state != slots.OPENING), None)
     if longest is not None and longest.seconds >= max(LONG, LONGER * n.use_time.mean):
         if longest.transaction == "executing":
@@ -282,16 +288,20 @@ def diagnose(seen: Snapshot, asker: int) -> Diagnosis:
                 f"{longest} executes one statement for long",
                 "Look at it in pg_stat_activity by its backend's pid; statement_timeout would end it.",
             )
-        return Diagnosis(
-            "leak",
-            f"{longest} looks like one that was forgotten",
-            "Close it (or the session) as soon as the work with it is done; track_stacks=True shows where it "
-            "was checked out.",
-        )
+        return _leak(f"{longest} looks like one that was forgotten")
     return Diagnosis(
         "too-small",
         "all are in use, and none for long",
         "Raise max_size, which all engines of this database share, or keep connections for less long.",
+    )
+
+
+def _leak(cause: str) -> Diagnosis:
+    return Diagnosis(
+        "leak",
+        cause,
+        "Close it (or the session) as soon as the work with it is done; track_stacks=True shows where it was "
+        "checked out.",
     )
 
 

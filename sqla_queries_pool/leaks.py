@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from .slots import GONE, HELD, Attachment, Leaked, Returned, Slot, Work
+from .slots import HELD, Attachment, Leaked, Returned, Slot, Work
 
 LOOK_EVERY = 1.0
 """Seconds between two looks at whether one that was told of has come home, at most."""
@@ -36,10 +36,9 @@ class Leaks:
             theirs = slot.home is not None and slot.home() not in (None, attachment)
             if not theirs and (slot.state is not HELD or slot.uses != uses):
                 del self._told[slot]
-                if slot.state is not GONE:  # that one was detached, or closed where it was
+                if slot.since != since:  # else it was detached, or closed where it was
                     # Used again since, it came home some time before now.
-                    home = slot.since if slot.uses == uses else now
-                    work.append(Returned(slot, home - since))
+                    work.append(Returned(slot, (slot.since if slot.uses == uses else now) - since))
         return work, min(due, now + LOOK_EVERY) if self._told else due
 
     def clear(self) -> None:

@@ -434,7 +434,7 @@ class Ledger(Books):
                 work.append(self._close(attachment.lent.popitem()[1], REMOVED))
         return work
 
-    def close_one(self, slot: Slot, force: bool = False) -> Work:
+    def close_one(self, slot: Slot, force: bool = False, reason: str = REMOVED) -> Work:
         """Close one connection that is idle or whose lock is stale, with ``force`` any that a
         session has locked; else return nothing."""
         attachment = slot.home() if slot.home is not None else None
@@ -443,9 +443,9 @@ class Ledger(Books):
         if slot.state is IDLE:
             entry = slot.entry() if slot.entry is not None else slot
             (attachment.idle if entry in attachment.idle else attachment.hollow).remove(entry)
-            return [self._close(entry, REMOVED)]
+            return [self._close(entry, reason)]
         if slot in attachment.lent and (slot.stale or force):
-            return [self._close(attachment.lent.pop(slot), REMOVED)]
+            return [self._close(attachment.lent.pop(slot), reason)]
         return []
 
     def dispose(self, attachment: Attachment) -> Work:

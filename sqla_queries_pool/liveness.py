@@ -100,7 +100,12 @@ def borrowed(fd: int) -> Iterator[socket.socket]:
     It has a duplicate: an exception from outside may leave it to the collector, which closes what it has.
     """
     blocking = os.get_blocking(fd)
-    end = socket.socket(fileno=os.dup(fd))
+    duplicate = os.dup(fd)
+    try:
+        end = socket.socket(fileno=duplicate)
+    except OSError:  # no socket at all
+        os.close(duplicate)
+        raise
     try:
         yield end
     finally:

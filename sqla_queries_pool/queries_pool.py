@@ -422,11 +422,9 @@ class QueriesPool(SQLAlchemyPool):
                 stages.enter(OPENING)
                 record.get_connection()
                 shared.opened(record.slot)
-        except _Refused as error:
-            record.come_home_hollow(error)
-            raise
         except BaseException as error:
-            refused = shared.refused(error)
+            refused = not isinstance(error, _Refused) and shared.refused(error)
+            record.slot.holder = None  # nobody had it: no checkout
             record.come_home_hollow(error)
             if refused:
                 raise _Refused(error) from error

@@ -16,7 +16,8 @@ DEEPEST = 20
 Calls = tuple[tuple[CodeType, int], ...]
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
 _HERE = os.path.dirname(__file__) + os.sep
-_OURS = (_HERE, os.path.dirname(sqlalchemy.__file__) + os.sep)
+# SQLAlchemy also makes functions at run time, in "files" of this name.
+_OURS = (_HERE, os.path.dirname(sqlalchemy.__file__) + os.sep, "<sqlalchemy")
 _APPLICATIONS = (os.path.join(_HERE, "demo", ""), os.path.join(_HERE, "monitor", ""))
 
 

@@ -105,9 +105,10 @@ def new_pool(pid: str | None = None, creator: Callable[[], Any] = Handle, **kw: 
 
 
 def settled(shared: Pool) -> bool:
-    """Nobody has a connection, opens or closes one, or waits for one; no letter is unread."""
+    """Nobody has a connection, opens or closes one, or waits for one; no letter is unread, no pause is on."""
     n = shared.numbers
-    return not (n.held or n.opening or n.closing or n.waiting or shared._inbox)
+    pause = shared._ledger.refusals and shared.now() < shared._ledger.retry_at
+    return not (n.held or n.opening or n.closing or n.waiting or shared._inbox or pause)
 
 
 def assert_whole(pool: QueriesPool, eventually: Callable[..., None], size: int | None = None) -> None:

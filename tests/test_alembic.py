@@ -331,7 +331,7 @@ def test_every_command_works_with_one_connection_that_the_application_uses_in_be
     project: Project, application: Callable[..., Engine], pg_url: str
 ) -> None:
     """max_size=1: each command has the connection while it runs, and the application has it after each."""
-    engine = application(max_size=1)
+    engine = application(max_size=1, pool_timeout=10)  # the collector may be closing a command's
     metadata = MetaData()
     Table("customer", metadata, Column("id", Integer, primary_key=True))
     project.edit(("target_metadata = None", "target_metadata = config.attributes['metadata']"))

@@ -720,7 +720,7 @@ def test_descriptors_do_not_pile_up_in_the_children_of_one_parent(parent: Parent
     in_children(descriptors)
     numbers = {in_a_child(descriptors) for _ in range(10)}
     assert len(numbers) == 1
-    assert descriptors() == before
+    assert descriptors() <= before  # less, where what other tests have closed was waited for
 
 
 # -- what the books are made of -----------------------------------------------------------------------

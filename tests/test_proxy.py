@@ -664,7 +664,7 @@ def test_nothing_is_left_when_it_is_stopped(pg_server: SessionServer, client: Cl
         assert_lost(connection)
         connection.close()
     assert list(tmp_path.iterdir()) == []
-    assert open_files() == before
+    assert open_files() <= before  # less, where what other tests have closed was waited for
     assert not [thread for thread in threading.enumerate() if thread.name == f"proxy {proxy.port}"]
     with pytest.raises(OperationalError, match=r"[Cc]onnection refused"):
         client.connect(proxy)
@@ -686,7 +686,7 @@ def test_nothing_is_left_when_it_can_not_start(tmp_path: Path) -> None:
     before = open_files()
     with pytest.raises(OSError, match=r"too long|No such file"):
         Proxy(HOST, 5432, unix=tmp_path / "missing")
-    assert open_files() == before
+    assert open_files() <= before  # less, where what other tests have closed was waited for
 
 
 def test_the_url_keeps_all_but_host_and_port(wire: Wire) -> None:

@@ -400,6 +400,8 @@ class Core(Guard):
             self.lingering.wait(self._room, seconds)
 
     def _room(self) -> float:
+        if self._ledger.refusals:  # the server may be full, of what was just closed for one
+            return 0
         numbers = self._ledger.numbers()
         return self._ledger.limit - numbers.total + numbers.hollow
 
@@ -590,7 +592,9 @@ class Core(Guard):
             # A poll of its own: that of the slot is its holder's, which anybody may be by now.
             handle = slot.handle
             if liveness.look(handle, liveness.poll_of(handle)) is liveness.DEAD:
-                work = self._decide(self._ledger.close_one, slot)
+                work = self._decide(self._ledger.close_one, slot, False, DEAD)
+                for _ in work:
+                    self.count("dead")
                 dead += len(work)
                 self._do_soon(work)
         return dead

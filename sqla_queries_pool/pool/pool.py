@@ -311,6 +311,11 @@ class Pool(Core):
         """Who waits for a slot, in no order."""
         return self._ledger.waiters()
 
+    def start_anew(self) -> list[Any]:
+        """:meth:`Core.start_anew`."""
+        self._timeouts.clear()
+        return super().start_anew()
+
     def got_nothing(self, seen: Any) -> None:
         """A checkout got nothing within its time; ``seen`` is a snapshot of why."""
         self.count("timeouts")
