@@ -1,4 +1,4 @@
-"""The command line: ``python -m sqla_queries_pool demo``."""
+"""The command line: ``python -m sqla_queries_pool demo``, or ``monitor``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from contextlib import closing
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
+PORT = 8765
+"""Where the monitor of the demo is served."""
 LONGEST = 3600
 """Seconds that a load may be measured."""
 EXTRA = 'pip install "sqla-queries-pool[demo]"'
@@ -53,7 +55,32 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--json", action="store_true", help="print JSON in place of a table")
     demo.add_argument("--seconds", type=_seconds, metavar="S", help="measure each load for S seconds (4)")
     demo.set_defaults(command=_demo)
+    monitor = commands.add_parser(
+        "monitor",
+        help="look at pools, live, in a browser or in the terminal",
+        description="Look at pools, live: serve a page with those of a demonstration, or show these, or "
+        "those of a monitor that is served elsewhere, in the terminal.",
+    )
+    monitor.add_argument("--demo", action="store_true", help="a shop at work on a PostgreSQL, to look at")
+    monitor.add_argument(
+        "--database",
+        metavar="URL",
+        help="the demo's database (default: DATABASE_URL, else a PostgreSQL of the demo's own)",
+    )
+    monitor.add_argument(
+        "--port", type=_port, default=PORT, help=f"serve at this port of 127.0.0.1 ({PORT}; 0: any)"
+    )
+    monitor.add_argument("--text", action="store_true", help="show it in the terminal")
+    monitor.add_argument("--url", help="with --text: the address of a monitor's page")
+    monitor.add_argument("--once", action="store_true", help="with --text: once, not again each second")
+    monitor.set_defaults(command=_monitor)
     return parser
+
+
+def _port(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"{text!r}: write a port, 0 to 65535")
+    return int(text)
 
 
 def _seconds(text: str) -> float:
@@ -82,10 +109,32 @@ def _demo(chosen: argparse.Namespace) -> None:
     (show.as_json if chosen.json else show.as_table)(facts)
 
 
+def _monitor(chosen: argparse.Namespace) -> None:
+    if chosen.url and (chosen.demo or not chosen.text):
+        raise _Usage("--url goes with --text, and without --demo")
+    if not chosen.demo and not chosen.url:
+        raise _Usage("write --demo, for something to look at here, or --text --url for a monitor elsewhere")
+    if chosen.text or sys.stderr.isatty():
+        _need("rich")
+    from .demo.server import DemoError
+    from .monitor import demo, text
+
+    try:
+        if chosen.url:
+            text.show(text.there(chosen.url), chosen.once)
+        elif chosen.text:
+            with demo.shop(chosen.database):
+                text.show(text.here(), chosen.once)
+        else:
+            demo.serve(chosen.port, chosen.database)
+    except (DemoError, text.MonitorError) as error:
+        raise _Usage(error) from None
+
+
 def _need(module: str) -> None:
     """See that a package of the extra is there, before the work begins."""
     if importlib.util.find_spec(module) is None:
-        raise _Usage(f"the demo needs {module}: {EXTRA}")
+        raise _Usage(f"this needs {module}: {EXTRA}")
 
 
 if __name__ == "__main__":

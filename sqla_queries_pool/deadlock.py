@@ -17,9 +17,14 @@ from typing import Any
 from . import stacks
 from .callers import Caller
 from .diagnostics import DEEPEST_SHOWN, Diagnosis, named, of_server
+from .gates import ThreadGate
+from .liveness import traffic
 from .pool import Pool
 from .slots import HELD, Slot, Waiter
 
+SAMPLES, SAMPLED_FOR = 100, 0.2
+"""Before it is told, it is looked so often, within so many seconds: a statement may be short, and on a unix
+socket nothing else tells that there was one."""
 RAISE, WARN, IGNORE = "raise", "warn", "ignore"
 """What to do about one: ``on_deadlock``."""
 
@@ -36,7 +41,7 @@ class Watch:
         self._seen: tuple[Any, float] | None = None
         self._holds: bool | None = None
 
-    def hopeless(self, waiter: Waiter, now: float) -> Diagnosis | None:
+    def hopeless(self, waiter: ThreadGate, now: float) -> Diagnosis | None:
         """Is it this checkout that has to give up?  Say why, or return None.
 
         :param waiter: the asker's, in line.
@@ -58,8 +63,12 @@ class Watch:
         if now - self._seen[1] < self._grace:
             return None
         gc.collect()  # who waits has the collector asked, but not always
-        sides = _sides(me, pools)
-        return _told(sides, pools) if still == tuple(sorted(_moves(sides, pools))) else None
+        for _ in range(SAMPLES):
+            waiter.wait(SAMPLED_FOR / SAMPLES)
+            sides = _sides(me, pools)
+            if waiter.answer is not None or still != tuple(sorted(_moves(sides, pools))):
+                return None
+        return _told(sides, pools)
 
 
 def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
@@ -112,7 +121,7 @@ def _moves(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Iterator[tupl
     for _, waiter in sides:
         yield ("waits", waiter.holder.ident, waiter.since, "")
     for slot in (slot for pool in pools for slot in pool.connections if slot.holder in threads):
-        yield ("holds", id(slot), slot.uses, str(of_server(slot.handle)[1]))
+        yield ("holds", id(slot), slot.uses, f"{of_server(slot.handle)[1]} {traffic(slot.handle)}")
 
 
 def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:

@@ -277,7 +277,8 @@ def diagnose(seen: Snapshot, asker: int) -> Diagnosis:
             "connecting takes long: all of them are still being opened",
             "See to the network and the server; the driver's connect_timeout limits it.",
         )
-    ended = next((holder for holder in seen.holders if holder.ended), None)
+    # One that executes was handed on.
+    ended = next((h for h in seen.holders if h.ended and h.transaction != "executing"), None)
     if ended is not None:
         return _leak(f"{ended} does not give it back")
     longest = next((holder for holder in seen.holders if holder.state != slots.OPENING), None)

@@ -37,8 +37,8 @@ class Leaks:
             if not theirs and (slot.state is not HELD or slot.uses != uses):
                 del self._told[slot]
                 if slot.since != since:  # else it was detached, or closed where it was
-                    # Used again since, it came home some time before now.
-                    work.append(Returned(slot, (slot.since if slot.uses == uses else now) - since))
+                    # Used again since, it came home some time before that.
+                    work.append(Returned(slot, slot.since - since))
         return work, min(due, now + LOOK_EVERY) if self._told else due
 
     def clear(self) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import os
 import select
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any, Final
@@ -91,6 +92,19 @@ def hang_up(handle: Any, how: int = socket.SHUT_RDWR) -> None:
     """
     with contextlib.suppress(Exception), borrowed(handle.fileno()) as end:
         end.shutdown(how)
+
+
+def traffic(handle: Any) -> tuple[int, ...] | None:
+    """How many bytes were ever acknowledged and received, where that can be known: TCP on Linux.
+
+    ``tcpi_bytes_acked`` and ``tcpi_bytes_received`` of ``struct tcp_info``, since Linux 4.1; see tcp(7).
+    """
+    try:
+        with borrowed(handle.fileno()) as end:
+            info = end.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 136)
+        return struct.unpack_from("=QQ", info, 120)
+    except Exception:  # no TCP, no Linux, no socket
+        return None
 
 
 @contextlib.contextmanager

@@ -307,7 +307,8 @@ class QueriesPool(SQLAlchemyPool):
         if record.__class__ is Record:
             slot = record.slot
             slot.label = _label()
-            if not slot.suspect and not slot.poll(0):
+            # Twice, for other threads run during the poll, and one may find that the server is gone.
+            if not slot.suspect and not slot.poll(0) and not slot.suspect:
                 # Whether it must be reopened (soft invalidation, recycle) SQLAlchemy asks next, in
                 # get_connection(), and sends it home if that fails.  The slot is held all the time, so it
                 # is bounded, and the seams see it; asking here too costs 0.3 microseconds.
@@ -321,7 +322,7 @@ class QueriesPool(SQLAlchemyPool):
         if record.__class__ is Record:
             slot = record.slot
             slot.label, slot.stack = _label(), found
-            if not slot.suspect and not slot.poll(0):
+            if not slot.suspect and not slot.poll(0) and not slot.suspect:
                 return record
         return self._get(record, found)
 
@@ -409,11 +410,14 @@ class QueriesPool(SQLAlchemyPool):
         try:
             if record.dbapi_connection is not None:
                 stages.enter(PROBING)
-                if why := self._staleness(record):
+                why = self._staleness(record)
+                alive = why is not None or self._alive(record, deadline)
+                # Somebody may have found a disconnect meanwhile.
+                if alive and (why := why or self._staleness(record)):
                     self.logger.info("Connection %r %s; recycling", record.dbapi_connection, why)
                     record.slot.reason = why
                     record.close()
-                elif not self._alive(record, deadline):
+                elif not alive:
                     shared.found_dead(record.slot)
                     record.invalidate(exc.DisconnectionError("found dead before it was used"))
             if record.dbapi_connection is None:
@@ -509,6 +513,11 @@ class QueriesPool(SQLAlchemyPool):
                 lifetime = retirement.lifetime(self._recycle)
                 took = time.monotonic() - begin
                 self._shared.socket_opened(record.slot, dbapi_connection, generation, lifetime, took)
+                if self._invalidate_time > record.starttime:
+                    # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
+                    # once; here it is looked at, next time.
+                    record.starttime = time.time()
+                    record.slot.suspect = True
                 self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
             return dbapi_connection
 
@@ -519,8 +528,10 @@ class QueriesPool(SQLAlchemyPool):
     def _invalidate(
         self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
     ) -> None:
+        # SQLAlchemy replaces all that are older, each at its next checkout, and what can't be opened there is
+        # an error at once; here it is tried again.  So before, and for those looked at meanwhile, after.
+        self._shared.suspect_own(self._attachment)
         super()._invalidate(connection, exception, _checkin)
-        # SQLAlchemy replaces all that are older, each at its next checkout.
         self._shared.suspect_own(self._attachment)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:

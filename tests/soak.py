@@ -340,7 +340,7 @@ class Database:
 
     def _engine(self, driver: str, parameters: dict[str, Any]) -> Engine:
         url = make_url(self.server.postgres.url(driver, self.name)).set(username=self.name)
-        # What encrypts has locks that another thread may have at a fork: psycopg2 alone hangs in such a child.
+        # What encrypts has locks that another thread may have at a fork: psycopg2 alone hangs then.
         url = url.update_query_dict({"sslmode": "disable", "gssencmode": "disable"})
         # A server on a busy machine may take its time to end a backend, which counts until then.
         patience = {"pool_timeout": SECONDS, "close_timeout": SECONDS}

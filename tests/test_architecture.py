@@ -38,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "leaks": {"slots"},
     "books": {"leaks", "slots", "stats"},
     "ledger": {"books", "slots", "stats"},
-    "deadlock": {"callers", "diagnostics", "pool", "slots", "stacks"},
+    "deadlock": {"callers", "diagnostics", "gates", "liveness", "pool", "slots", "stacks"},
     "audit": {"ledger", "slots"},
     "pool": {
         *(

@@ -252,8 +252,9 @@ class PoolManager:
 
     @classmethod
     def statistics(cls) -> ManagerStatistics:
-        """Return what all pools have now and have done, those that are gone included; takes no lock."""
-        return ManagerStatistics.of([pool.statistics() for pool in list(cls._pools.values())], cls._gone)
+        """Return what all pools have now and have done, those that are gone included."""
+        with cls._lock:  # that of the pools that come and go: one that goes is counted once
+            return ManagerStatistics.of([pool.statistics() for pool in cls._pools.values()], cls._gone)
 
     @classmethod
     def report(cls) -> dict[str, Any]:

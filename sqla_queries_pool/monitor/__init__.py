@@ -1,0 +1,5 @@
+"""A page to look at: every pool of the process, live, as a WSGI application."""
+
+from .application import Monitor
+
+__all__ = ["Monitor"]

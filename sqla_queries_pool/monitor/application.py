@@ -1,0 +1,85 @@
+"""The WSGI application."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable
+from typing import Any
+from urllib.parse import parse_qs, quote
+
+from . import access, page
+from .history import History
+from .look import look
+
+Environ = dict[str, Any]
+HTML, JSON = "text/html; charset=utf-8", "application/json"
+HEADERS = [
+    ("Content-Security-Policy", page.POLICY),
+    ("X-Content-Type-Options", "nosniff"),
+    ("X-Frame-Options", "DENY"),
+    ("Cache-Control", "no-store"),
+    ("Referrer-Policy", "no-referrer"),
+    ("Cross-Origin-Resource-Policy", "same-origin"),
+    ("Cross-Origin-Opener-Policy", "same-origin"),
+]
+HINT = "To let others see it, say who: Monitor(allow=…), with a function that is given the WSGI environ."
+
+
+class Monitor:
+    """A page that shows all pools of this process, live; and the same as JSON, at ``data.json``.
+
+    A WSGI application: serve it alone, or mount it in another.  It only looks.
+
+    :param allow: given the WSGI environ of a request; may it see the page?  Without it, only clients on this
+        machine may, by a name of this machine, and not through a proxy for others.
+    """
+
+    def __init__(self, allow: Callable[[Environ], bool] | None = None) -> None:
+        if allow is not None and not callable(allow):
+            raise TypeError(f"allow={allow!r}: write a function that is given the WSGI environ")
+        self._allow = allow
+        self._history = History()
+
+    def __call__(self, environ: Environ, start_response: Callable[..., Any]) -> Iterable[bytes]:
+        """Answer one request."""
+        status, kind, body, *more = self._answer(environ)
+        encoded = body.encode()
+        headers = [("Content-Type", kind), ("Content-Length", str(len(encoded))), *HEADERS, *more]
+        start_response(status, headers)
+        return [b"" if environ["REQUEST_METHOD"] == "HEAD" else encoded]
+
+    def _answer(self, environ: Environ) -> tuple[Any, ...]:
+        if refused := self._refused(environ):
+            return "403 Forbidden", HTML, page.message("Not for you to see", *refused)
+        if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            said = page.message("This page only shows", "It answers GET and HEAD.")
+            return "405 Method Not Allowed", HTML, said, ("Allow", "GET, HEAD")
+        path = environ.get("PATH_INFO", "")
+        only = parse_qs(environ.get("QUERY_STRING", "")).get("pool", [None])[0]
+        if path in ("", "/"):
+            data = look(self._history, only, detailed=page.DETAILED)
+            return "200 OK", HTML, page.document(data, _prefix(environ))
+        if path == "/data.json":
+            return "200 OK", JSON, json.dumps(look(self._history, only), separators=(",", ":"))
+        return "404 Not Found", HTML, page.message("There is nothing here")
+
+    def _refused(self, environ: Environ) -> tuple[str, ...]:
+        """What to say to who may not see it."""
+        if self._allow is not None:
+            return (
+                ()
+                if self._allow(environ)
+                else ("The application that this page is part of does not allow it.",)
+            )
+        why = access.refusal(environ)
+        return (
+            ()
+            if why is None
+            else (why, "Unless it is told otherwise, this page is for this machine alone.", HINT)
+        )
+
+
+def _prefix(environ: Environ) -> str:
+    """Where it is mounted, as the beginning of a path: never of another host's."""
+    prefix: str = environ.get("SCRIPT_NAME", "").strip("/")
+    return f"/{quote(prefix.encode('latin-1'))}" if prefix else ""
