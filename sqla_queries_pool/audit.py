@@ -21,7 +21,7 @@ from .slots import CLOSING, GONE, HELD, IDLE, LENT, OPENING, Slot, Work
 
 @dataclass(frozen=True)
 class Audit:
-    """What :meth:`Pool.audit` found."""
+    """What :meth:`.Pool.audit` found."""
 
     connections: int
     """How many slots were looked at."""

@@ -594,7 +594,7 @@ class QueriesPool(SQLAlchemyPool):
             self._shared.retire(self._attachment)
 
     def audit(self) -> Audit:
-        """Compare the bookkeeping of the whole pool with the facts: see :meth:`Pool.audit`."""
+        """Compare the bookkeeping of the whole pool with the facts: see :meth:`.Pool.audit`."""
         return self._shared.audit()
 
     def recreate(self) -> QueriesPool:

@@ -135,7 +135,7 @@ class Totals:
 
 @dataclass(frozen=True)
 class Statistics:
-    """What one pool has now, and has done since the process began; :attr:`Pool.statistics` makes it."""
+    """What one pool has now, and has done since the process began; :meth:`.Pool.statistics` makes it."""
 
     pid: str
     label: str

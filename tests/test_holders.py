@@ -1,0 +1,551 @@
+"""Who has a connection: thread, label, since when, where; and what the driver knows of its transaction."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+import os
+import sys
+import threading
+import tracemalloc
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+import pytest
+import sqlalchemy
+from conftest import Observer
+from fakes import FakeClock, FakeDriver
+from hazards import DEADLINE, Stop, Thread, new_pid, new_pool, sleeping_collector
+from sqlalchemy import Engine, create_engine, text
+from sqlalchemy.orm import Session
+
+import sqla_queries_pool
+from sqla_queries_pool import Holder, PoolManager, QueriesPool, checkout_label, labelled, snapshot
+
+Eventually = Callable[..., None]
+PACKAGE = os.path.dirname(sqla_queries_pool.__file__) + os.sep
+SQLALCHEMY = os.path.dirname(sqlalchemy.__file__) + os.sep
+HERE = os.path.basename(__file__)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """The time of the pools of a test; it goes on when it is told to."""
+    return FakeClock(1000.0)
+
+
+@pytest.fixture
+def pid(clock: FakeClock) -> str:
+    """The id of a pool that has that clock."""
+    pid = new_pid()
+    PoolManager.create(pid, None, 5, clock)
+    return pid
+
+
+@pytest.fixture(params=["psycopg2", "psycopg"])
+def engine(request: pytest.FixtureRequest, pg_url: str) -> Iterator[Engine]:
+    """An engine of the test's database, with either driver."""
+    url = sqlalchemy.make_url(pg_url).set(drivername=f"postgresql+{request.param}")
+    engine = create_engine(url, poolclass=QueriesPool, max_size=4)
+    yield engine
+    engine.dispose()
+
+
+def holders(pool: Any) -> tuple[Holder, ...]:
+    """Who has the connections of an engine's pool."""
+    found: tuple[Holder, ...] = pool.snapshot().holders
+    return found
+
+
+# -- who, since when, how often -----------------------------------------------------------------------
+
+
+def test_a_connection_that_is_out_knows_its_thread_and_since_when(pid: str, clock: FakeClock) -> None:
+    """The thread's identifier and name, and the seconds by the pool's clock; the longest comes first."""
+    pool, stop = new_pool(pid), Stop()
+    mine = pool.connect()
+    clock.now += 5.0
+
+    def hold() -> None:
+        connection = pool.connect()
+        stop.here()
+        connection.close()
+
+    other = Thread(hold, name="nightly report")
+    stop.reached()
+    clock.now += 2.5
+    first, second = holders(pool)
+    assert (first.thread, first.name, first.seconds) == (threading.get_ident(), "MainThread", 7.5)
+    assert (second.thread, second.name, second.seconds) == (
+        other._thread.ident,
+        "nightly report",
+        2.5,
+    )
+    assert (first.state, second.state) == ("held", "held")
+    stop.go()
+    other.join()
+    mine.close()
+    assert holders(pool) == ()
+
+
+def test_it_knows_how_often_it_was_handed_out_this_time_included(pid: str) -> None:
+    """One connection, used again and again."""
+    pool = new_pool(pid)
+    for count in (1, 2, 3):
+        with_it = pool.connect()
+        assert [holder.uses for holder in holders(pool)] == [count]
+        with_it.close()
+
+
+def test_a_thread_that_has_ended_is_said_to_have_ended_and_never_taken_for_another(pid: str) -> None:
+    """Its identifier soon is a new thread's, whose name must not stand for it."""
+    pool = new_pool(pid)
+    kept: list[Any] = []
+    ended = threading.Thread(target=lambda: kept.append(pool.connect()), name="leaky")
+    ended.start()
+    ended.join()
+    stop = Stop()
+    others = [Thread(stop.here, name=f"innocent-{n}") for n in range(5)]
+    found = holders(pool)[0]
+    assert found.name == f"thread {ended.ident}, which has ended"
+    assert found.thread is None
+    assert found.now_at == ()
+    stop.go()
+    for other in others:
+        other.join()
+    kept.pop().close()
+
+
+def test_one_that_is_being_opened_is_shown_with_its_opener() -> None:
+    """State ``opening``, with the thread, the label and where it was asked for."""
+    driver = FakeDriver()
+    engine = create_engine(
+        "fake://host/opening", module=driver, poolclass=QueriesPool, pool_id=new_pid(), track_stacks=True
+    )
+    driver.gate.clear()
+
+    def open_one() -> None:
+        with labelled("first request"):
+            engine.connect().close()
+
+    opener = Thread(open_one, name="opener")
+    deadline = threading.Event()
+    while not (found := holders(engine.pool)):
+        deadline.wait(0.001)
+    assert [(h.state, h.name, h.backend_pid) for h in found] == [("opening", "opener", None)]
+    assert "opening" in str(found[0])
+    driver.gate.set()
+    opener.join()
+
+
+def test_what_a_session_of_queries_has_locked_is_the_sessions(pid: str) -> None:
+    """No thread's: its kind stands for it, and that it is dead once it is."""
+
+    class Report:
+        pass
+
+    pool = new_pool(pid)._shared
+    driver = FakeDriver()
+    pool.add(handle := driver.connect())
+    session = Report()
+    pool.lock(handle, session)
+    found = snapshot(pool).holders
+    assert [(h.name, h.thread, h.state) for h in found] == [("session Report", None, "locked")]
+    del session
+    gc.collect()
+    assert [h.name for h in snapshot(pool).holders] in (["dead session"], [])
+
+
+def test_a_snapshot_can_be_taken_while_another_thread_is_inside_the_pool(pid: str) -> None:
+    """It takes no lock: who holds the pool's for ever keeps nobody from looking."""
+    pool, stop = new_pool(pid), Stop()
+    connection = pool.connect()
+
+    def keep_the_lock() -> None:
+        with pool._shared._lock:
+            stop.here()
+
+    keeper = Thread(keep_the_lock)
+    stop.reached()
+    assert len(holders(pool)) == 1
+    assert pool.statistics().held == 1
+    assert PoolManager.statistics().pools[pid].held == 1
+    stop.go()
+    keeper.join()
+    connection.close()
+
+
+# -- what the driver knows -----------------------------------------------------------------------------
+
+
+def test_pid_and_state_of_the_transaction_are_known_without_asking_the_server(
+    engine: Engine, pg_observer: Observer
+) -> None:
+    """Idle, in transaction, in error, as the server says too; and however often one looks, the server sees
+    no statement: the last one stays the last, and it began when it began."""
+    with engine.connect() as connection:
+        backend = connection.connection.dbapi_connection.info.backend_pid  # type: ignore[union-attr]
+
+        def server_says() -> tuple[Any, ...]:
+            sql = "SELECT state, query, query_start, state_change FROM pg_stat_activity WHERE pid = %s"
+            return pg_observer.query(sql, backend)[0]
+
+        def seen() -> list[tuple[int | None, str | None]]:
+            before = server_says()
+            for _ in range(20):
+                found = [(holder.backend_pid, holder.transaction) for holder in holders(engine.pool)]
+            assert server_says() == before
+            return found
+
+        connection.rollback()
+        assert seen() == [(backend, "idle")]
+        connection.execute(text("SELECT 1"))
+        assert seen() == [(backend, "in transaction")]
+        assert server_says()[0] == "idle in transaction"
+        with pytest.raises(sqlalchemy.exc.DBAPIError):
+            connection.execute(text("SELECT 1/0"))
+        assert seen() == [(backend, "in error")]
+        assert "in error" in str(holders(engine.pool)[0])
+        connection.rollback()
+        assert seen() == [(backend, "idle")]
+
+
+def test_one_that_executes_is_seen_executing(
+    engine: Engine, pg_observer: Observer, eventually: Eventually
+) -> None:
+    """From another thread, while the statement runs."""
+    engine.connect().close()
+
+    def run() -> None:
+        with engine.connect() as connection:
+            connection.execute(text("SELECT pg_sleep(600)"))
+
+    thread = Thread(run, name="long statement")
+    eventually(lambda: [h.transaction for h in holders(engine.pool)] == ["executing"], "it executes")
+    found = holders(engine.pool)[0]
+    assert "executing" in str(found)
+    eventually(
+        lambda: pg_observer.query("SELECT pg_cancel_backend(%s)", found.backend_pid) and not thread.alive
+    )
+    with pytest.raises(sqlalchemy.exc.DBAPIError):
+        thread.join()
+
+
+def test_a_driver_that_knows_nothing_of_it_is_asked_nothing(pid: str) -> None:
+    """None, and no error."""
+    pool = new_pool(pid)
+    connection = pool.connect()
+    assert [(h.backend_pid, h.transaction) for h in holders(pool)] == [(None, None)]
+    connection.close()
+
+
+# -- labels ------------------------------------------------------------------------------------------------
+
+
+def test_a_label_is_what_was_set_at_the_checkout(pid: str, clock: FakeClock) -> None:
+    """Of the innermost block; not what is set later, and not that of who had the connection before."""
+    pool = new_pool(pid, max_size=3)
+    with labelled("outer"):
+        with labelled("inner"):
+            one = pool.connect()
+        clock.now += 1.0
+        two = pool.connect()
+    clock.now += 1.0
+    three = pool.connect()
+    assert [h.label for h in holders(pool)] == ["inner", "outer", None]
+    assert "MainThread [inner]" in str(holders(pool)[0])
+    for connection in (one, two, three):
+        connection.close()
+    again = pool.connect()
+    assert [h.label for h in holders(pool)] == [None]
+    again.close()
+
+
+def test_a_label_is_reset_when_its_block_raises() -> None:
+    """The context variable is as it was before."""
+    before = checkout_label.get()
+    with pytest.raises(KeyError), labelled("failing"):
+        raise KeyError
+    assert checkout_label.get() is before
+
+
+def test_a_copied_context_takes_the_label_along_and_a_plain_thread_does_not(pid: str) -> None:
+    """``contextvars.copy_context().run`` in a thread has it; ``threading.Thread`` begins without one."""
+    pool = new_pool(pid)
+
+    def checkout() -> list[str | None]:
+        connection = pool.connect()
+        try:
+            return [h.label for h in holders(pool)]
+        finally:
+            connection.close()
+
+    with labelled("request 1"):
+        context = contextvars.copy_context()
+        assert Thread(checkout).join() == [None]
+        assert Thread(context.run, checkout).join() == ["request 1"]
+
+
+def test_tasks_have_their_own_labels(pid: str) -> None:
+    """Two tasks of one loop, their checkouts in threads: neither sees the other's label."""
+    pool = new_pool(pid, max_size=5)
+    both = threading.Barrier(2)
+
+    def checkout() -> str | None:
+        connection = pool.connect()
+        both.wait(DEADLINE)
+        mine = [h.label for h in holders(pool) if h.thread == threading.get_ident()]
+        both.wait(DEADLINE)
+        connection.close()
+        return mine[0]
+
+    async def task(name: str) -> str | None:
+        with labelled(name):
+            return await asyncio.to_thread(checkout)
+
+    async def both_of_them() -> list[str | None]:
+        return list(await asyncio.gather(task("a"), task("b")))
+
+    assert asyncio.run(both_of_them()) == ["a", "b"]
+
+
+def test_who_waits_has_name_label_and_time_and_then_holds_with_the_same(
+    pid: str, clock: FakeClock, eventually: Eventually
+) -> None:
+    """In the line, and after it was handed a connection that had another holder's label."""
+    pool, stop = new_pool(pid, max_size=1), Stop()
+    PoolManager.set_max_size(pid, 1)
+    with labelled("holder"):
+        connection = pool.connect()
+
+    def wait() -> None:
+        with labelled("waiter"):
+            second = pool.connect()
+        stop.here()
+        second.close()
+
+    waiter = Thread(wait, name="patient")
+    eventually(lambda: pool.snapshot().waiting, "it waits")
+    clock.now += 3.0
+    found = pool.snapshot().waiting
+    assert [(w.name, w.label, w.seconds, w.thread) for w in found] == [
+        ("patient", "waiter", 3.0, waiter._thread.ident)
+    ]
+    assert found[0].now_at[-1].endswith("in wait")
+    connection.close()
+    stop.reached()
+    assert [(h.name, h.label) for h in holders(pool)] == [("patient", "waiter")]
+    stop.go()
+    waiter.join()
+
+
+# -- stacks -----------------------------------------------------------------------------------------------
+
+
+def test_with_track_stacks_the_application_is_shown_and_nothing_of_the_libraries(pg_url: str) -> None:
+    """Through a session: the last call is the application's own, none is SQLAlchemy's or the pool's."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, track_stacks=True)
+
+    def endpoint() -> tuple[str, ...]:
+        with Session(engine) as session:
+            session.execute(text("SELECT 1"))
+            return holders(engine.pool)[0].stack
+
+    for _ in range(2):  # opened, then idle
+        stack = endpoint()
+        assert stack[-1].endswith("in endpoint")
+        assert HERE in stack[-1]
+        assert not [call for call in stack if call.startswith((PACKAGE, SQLALCHEMY))]
+        assert any("in test_with_track_stacks" in call for call in stack[:-1])
+    engine.dispose()
+
+
+def test_the_stack_survives_a_dispose_of_the_engine(pg_url: str) -> None:
+    """The successor tracks, too."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, track_stacks=True)
+    engine.dispose()
+    with engine.connect():
+        assert "in test_the_stack_survives" in holders(engine.pool)[0].stack[-1]
+    engine.dispose()
+
+
+def test_while_one_is_probed_label_and_stack_are_both_its_new_holders() -> None:
+    """A ping that takes its time: who waits for it is shown, and not who had the connection before."""
+    driver, stop = FakeDriver(), Stop()
+    engine = create_engine(
+        "fake://host/probing",
+        module=driver,
+        poolclass=QueriesPool,
+        pool_id=new_pid(),
+        track_stacks=True,
+        ping_after=0,
+    )
+
+    def first() -> None:
+        with labelled("first"):
+            engine.pool.connect().close()
+
+    def second() -> None:
+        with labelled("second"):
+            engine.pool.connect().close()
+
+    first()
+    driver.on_ping = lambda _: stop.here()
+    thread = Thread(second)
+    stop.reached()
+    found = holders(engine.pool)[0]
+    assert (found.label, found.stack[-1].rpartition(" in ")[2]) == ("second", "second")
+    stop.go()
+    thread.join()
+
+
+def test_after_a_wait_the_stack_is_that_of_who_was_served(eventually: Eventually) -> None:
+    """A direct hand-over from one thread to the other."""
+    pool, stop = new_pool(max_size=1, track_stacks=True), Stop()
+
+    def holder() -> Any:
+        return pool.connect()
+
+    def waiter() -> None:
+        connection = pool.connect()
+        stop.here()
+        connection.close()
+
+    connection = holder()
+    assert holders(pool)[0].stack[-1].endswith("in holder")
+    thread = Thread(waiter)
+    eventually(lambda: pool.snapshot().waiting, "it waits")
+    connection.close()
+    stop.reached()
+    assert holders(pool)[0].stack[-1].endswith("in waiter")
+    stop.go()
+    thread.join()
+
+
+def test_without_it_there_is_no_stack_but_where_the_thread_is_now(pid: str) -> None:
+    """Off by default."""
+    pool = new_pool(pid)
+    connection = pool.connect()
+    found = holders(pool)[0]
+    assert found.stack == ()
+    assert found.now_at[-1].endswith("in holders")  # this thread asks itself
+    connection.close()
+
+
+def test_a_deep_stack_keeps_its_innermost_calls(pid: str) -> None:
+    """Twenty at most, so that a recursion costs no more than that."""
+    pool = new_pool(pid, track_stacks=True)
+
+    def dive(depth: int) -> Any:
+        return dive(depth - 1) if depth else pool.connect()
+
+    connection = dive(200)
+    stack = connection._connection_record.slot.stack
+    assert len(stack) == 20
+    assert {code.co_name for code, _ in stack} == {"dive"}
+    connection.close()
+
+
+# -- what it costs -----------------------------------------------------------------------------------------
+
+
+def frames(pool: QueriesPool) -> list[str]:
+    """The Python frames of this package in one checkout and its return, by file and function."""
+    found: list[str] = []
+
+    def profile(frame: FrameType, what: str, _: object) -> None:
+        if what == "call" and frame.f_code.co_filename.startswith(PACKAGE):
+            found.append(f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_code.co_name}")
+
+    pool.connect().close()
+    pool.connect().close()
+    sys.setprofile(profile)
+    try:
+        pool.connect().close()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def allocated(pool: QueriesPool) -> int:
+    """Bytes at the highest point of a hundred checkouts, one after the other: the least of several turns, as
+    caches fill."""
+    pool.connect().close()
+    found = []
+    with sleeping_collector():
+        for _ in range(5):
+            tracemalloc.start()
+            try:
+                for _ in range(100):
+                    pool.connect().close()
+                found.append(tracemalloc.get_traced_memory()[1])
+            finally:
+                tracemalloc.stop()
+    return min(found)
+
+
+BARE = {"on_deadlock": "ignore"}
+FEATURES: list[dict[str, Any]] = [
+    {},
+    {"leak_after": 30.0},
+    {"deadlock_grace": 5.0},
+    {"on_deadlock": "warn"},
+    {"leak_after": 30.0, "gc_on_wait": True},
+]
+
+
+def test_a_checkout_runs_six_functions_of_this_package_and_none_that_diagnoses() -> None:
+    """The fast path: statistics are counted in place, the label is one call of C; nothing of leaks,
+    deadlocks, snapshots or stacks is on it."""
+    found = frames(new_pool())
+    assert [call for call in found if call != "liveness.py:<lambda>"] == [  # which stands for a socket's poll
+        "queries_pool.py:_do_get",
+        "pool/core.py:take",
+        "ledger.py:take",
+        "queries_pool.py:checkin",
+        "pool/core.py:give",
+        "ledger.py:give",
+    ]
+
+
+@pytest.mark.parametrize("feature", FEATURES, ids=str)
+def test_what_can_be_switched_on_beside_stacks_costs_a_checkout_nothing(feature: dict[str, Any]) -> None:
+    """The same frames as without, and no more memory."""
+    assert frames(new_pool(**feature)) == frames(new_pool(**BARE))
+    assert allocated(new_pool(**feature)) <= allocated(new_pool(**BARE)) + 512
+
+
+def test_where_another_engine_has_idle_connections_a_checkout_costs_the_same() -> None:
+    """However many, and however few were ever out at once."""
+    pid = new_pid()
+    many, few = new_pool(pid, max_size=20), new_pool(pid, max_size=20)
+    out = [many.connect() for _ in range(8)]
+    for connection in out:
+        connection.close()
+    assert frames(few) == frames(new_pool())
+    few._shared._ledger.totals.peak_held = 1
+    assert frames(few) == frames(new_pool())
+
+
+def test_tracked_stacks_cost_a_frame_more_and_only_where_they_are_on() -> None:
+    """An engine without them, in the same pool, pays nothing."""
+    pid = new_pid()
+    with_it, without = new_pool(pid, track_stacks=True), new_pool(pid)
+    assert frames(without) == frames(new_pool())
+    extra = [call for call in frames(with_it) if call.startswith("stacks.py")]
+    assert extra == ["stacks.py:calls"]
+
+
+def test_nothing_accumulates_from_checkout_to_checkout() -> None:
+    """Ten thousand checkouts leave no more behind than a hundred: totals have a fixed size."""
+    pool = new_pool(leak_after=1e6, track_stacks=True)
+    for _ in range(100):
+        pool.connect().close()
+    gc.collect()
+    before = sys.getallocatedblocks()
+    for _ in range(10_000):
+        pool.connect().close()
+    gc.collect()
+    assert sys.getallocatedblocks() - before < 200
