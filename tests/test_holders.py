@@ -514,7 +514,8 @@ def test_a_checkout_runs_six_functions_of_this_package_and_none_that_diagnoses()
 def test_what_can_be_switched_on_beside_stacks_costs_a_checkout_nothing(feature: dict[str, Any]) -> None:
     """The same frames as without, and no more memory."""
     assert frames(new_pool(**feature)) == frames(new_pool(**BARE))
-    assert allocated(new_pool(**feature)) <= allocated(new_pool(**BARE)) + 512
+    bare = allocated(new_pool(**BARE))  # first: caches fill
+    assert allocated(new_pool(**feature)) <= bare + 512
 
 
 def test_where_another_engine_has_idle_connections_a_checkout_costs_the_same() -> None:
