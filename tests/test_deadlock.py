@@ -632,7 +632,11 @@ class History:
             self.events.append((what, thread, engine))
 
     def told(self) -> Iterator[tuple[int, set[int]]]:
-        """Each thread that was told, and who was stuck at that moment; it checks that the books agree."""
+        """Each thread that was told, and who was stuck when it began its last look.
+
+        Not when it was told: while it makes its error, others that were told may make room.
+        """
+        seen: dict[int, set[int]] = {}
         held: dict[int, list[str]] = {}
         waits: dict[int, str] = {}
         for what, thread, engine in self.events:
@@ -643,8 +647,10 @@ class History:
                 held.setdefault(thread, []).append(engine)
             elif what == "give":
                 held[thread].remove(engine)
+            elif what == "look":
+                seen[thread] = self._stuck(held, waits)
             else:
-                yield thread, self._stuck(held, waits)
+                yield thread, seen[thread]
                 del waits[thread]
 
     def _stuck(self, held: dict[int, list[str]], waits: dict[int, str]) -> set[int]:
@@ -690,6 +696,13 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
     for pool in pools.values():
         assert pool.timeout() == DEADLINE
     history = History(limits, {name: name.split("/")[0] for name in pools})
+    hopeless = deadlock.Watch.hopeless
+
+    def look(self: deadlock.Watch, waiter: Any, now: float) -> Any:
+        history.note("look", int(threading.current_thread().name), "")
+        return hopeless(self, waiter, now)
+
+    monkeypatch.setattr(deadlock.Watch, "hopeless", look)
     deadlocks = itertools.count()
     checkouts = itertools.count()
 
@@ -707,6 +720,8 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
         try:
             if chance.random() < 0.5:
                 time.sleep(0)  # somebody else's turn
+            if chance.random() < 0.01:
+                time.sleep(0.2)  # at work for longer than the grace: there is hope all the time
             if depth < 3 and chance.random() < 0.12:
                 nest(chance, number, depth + 1)
         finally:
@@ -719,7 +734,7 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
             with contextlib.suppress(PoolDeadlock):
                 nest(chance, number, 0)
 
-    threads = [Thread(run, number) for number in range(12)]
+    threads = [Thread(run, number, name=str(number)) for number in range(12)]
     for thread in threads:
         thread.join(DEADLINE)
     told = list(history.told())

@@ -461,11 +461,12 @@ def frames(pool: QueriesPool) -> list[str]:
 
     pool.connect().close()
     pool.connect().close()
-    sys.setprofile(profile)
-    try:
-        pool.connect().close()
-    finally:
-        sys.setprofile(None)
+    with sleeping_collector():  # no finalizer of another test's comes in between
+        sys.setprofile(profile)
+        try:
+            pool.connect().close()
+        finally:
+            sys.setprofile(None)
     return found
 
 
