@@ -486,12 +486,13 @@ class Ledger(Books):
         entry = slot.entry() if slot.entry is not None else slot
         attachment.lent[slot] = entry  # first: nobody else keeps one that was added by hand
         attachment.idle.remove(entry)
-        slot.state = LENT
-        self.out += 1
-        self.totals.peak_held = max(self.totals.peak_held, self.out)
-        slot.session = session
+        slot.session = session  # before it is locked: a lock that is nobody's would be for ever
         slot.since = now
         slot.uses += 1
+        slot.state = LENT
+        self.out += 1
+        if self.out > self.totals.peak_held:
+            self.totals.peak_held = self.out
         return True
 
     def give_lent(self, slot: Slot, now: float) -> Work:

@@ -8,7 +8,7 @@ import json
 import logging
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -38,7 +38,7 @@ def pid(clock: FakeClock) -> str:
 
 
 @pytest.fixture
-def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
+def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]:
     """What was logged of leaks so far, without the label that each line begins with."""
     caplog.set_level(logging.WARNING, NAME)
 
@@ -46,7 +46,9 @@ def lines(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
         found = [record.getMessage() for record in caplog.records if "a connection " in record.getMessage()]
         return [line.partition(": a connection ")[2] for line in found]
 
-    return told
+    yield told
+    for pool in PoolManager.everywhere():  # the housekeeper looks after what a test has left
+        pool._ledger.leaks.clear()
 
 
 def look(pool: QueriesPool) -> None:

@@ -46,6 +46,12 @@ HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'>&amp; \u202
 """A name that means harm to HTML, to attributes, to the order of what is read, to terminals and to UTF-8."""
 
 
+@pytest.fixture(autouse=True)
+def _no_other_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have left is not on the page."""
+    monkeypatch.setattr(PoolManager, "_pools", {})
+
+
 @dataclass
 class Answer:
     """What the application said."""

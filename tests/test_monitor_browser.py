@@ -32,6 +32,12 @@ pytestmark = [
 ROOT = Path(__file__).parent.parent
 
 
+@pytest.fixture(autouse=True)
+def _no_other_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have left is not on the page."""
+    monkeypatch.setattr(PoolManager, "_pools", {})
+
+
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
     """One for all tests; each has a profile of its own in it."""

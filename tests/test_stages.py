@@ -15,6 +15,7 @@ from fakes import FakeConnection, FakeDriver
 from hazards import Thread, new_pid, new_pool
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
+from sqlalchemy.engine.default import DefaultDialect
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.diagnostics import OPENING, PROBING, WAITING, Stages
@@ -466,6 +467,9 @@ def test_listeners_that_came_with_the_pool_run_when_the_ping_is_over(new_engine:
     assert seen == [None, None]
 
 
+@pytest.mark.skipif(
+    not hasattr(DefaultDialect, "_do_ping_w_event"), reason="before SQLAlchemy 2.0.5 listeners had no say"
+)
 def test_listeners_of_errors_have_their_say_about_a_pre_ping(
     proxy: Proxy, pg_server: Any, pg_url: str, new_engine: NewEngine
 ) -> None:
@@ -488,6 +492,9 @@ def test_listeners_of_errors_have_their_say_about_a_pre_ping(
     assert seen == [(True, True)]
 
 
+@pytest.mark.skipif(
+    not hasattr(DefaultDialect, "_do_ping_w_event"), reason="before SQLAlchemy 2.0.5 listeners had no say"
+)
 def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
     new_engine: NewEngine,
 ) -> None:

@@ -140,4 +140,6 @@ def _closes(pools: Iterable[Statistics]) -> Metric:
 
 
 def _labels(pool: Statistics) -> tuple[str, str]:
-    return pool.pid, pool.label
+    # A name may be what no page can show: half a surrogate pair.
+    pid, label = (text.encode(errors="backslashreplace").decode() for text in (pool.pid, pool.label))
+    return pid, label
