@@ -151,6 +151,7 @@ def test_hostile_names_are_read_and_not_run(tab: Tab, url: str, eventually: Call
     """As loaded, as put into place later, and after a click: it is text, and looks like nothing else."""
     name = f"{HOSTILE[:-1]}<img src=x onerror='window.pwned=1'><script>window.pwned=1</script>"
     pool = new_pool(pid=f"{name} {new_pid()}", max_size=1, timeout=0)
+    other = new_pool()  # of one pool there is no overview
     tab.go(url)
     with held(pool, name, name):
         with pytest.raises(CheckoutTimeout):
@@ -163,6 +164,7 @@ def test_hostile_names_are_read_and_not_run(tab: Tab, url: str, eventually: Call
         assert tab.run("document.querySelectorAll('main img, main script').length") == 0
         assert tab.run("window.pwned") is None
         assert "\u202e" not in tab.run("document.documentElement.outerHTML")
+    other.dispose()
 
 
 def test_a_server_that_goes_and_comes_back(tab: Tab, eventually: Callable[..., None]) -> None:
