@@ -13,7 +13,7 @@ from hazards import new_pid, sleeping_collector
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import QueuePool
 
-from sqla_queries_pool import PoolManager, QueriesPool
+from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.logs import NAME
 
 Eventually = Callable[..., None]
@@ -184,3 +184,22 @@ def test_what_fails_in_closing_is_logged_as_an_error(kept: Kept, engine: Callabl
     ((name, level, message),) = kept.lines
     assert (name, level) == (NAME, logging.ERROR)
     assert message.startswith("Exception closing connection <FakeConnection 1")
+
+
+def test_a_new_limit_and_a_checkout_in_vain_are_a_line_each(kept: Kept) -> None:
+    """At the level of ``echo_pool=True``; the report that an error has below its first line is not logged."""
+    logging.getLogger("sqlalchemy.pool").setLevel(logging.INFO)
+    pid = new_pid()
+    pool = QueriesPool(FakeDriver().connect, pool_id=pid, max_size=3, timeout=0)
+    PoolManager.set_max_size(pid, 1)
+    PoolManager.set_max_size(pid, 1)
+    fairy = pool.connect()
+    with pytest.raises(CheckoutTimeout):
+        pool.connect()
+    fairy.close()
+    said = [message for _, level, message in kept.lines if pid in message and level == logging.INFO]
+    assert said[:2] == [f"{pid}: limit 3 instead of 15", f"{pid}: limit 1 instead of 3"]
+    assert said[2].startswith(f"{pid}: opened <Connection ")
+    assert said[3].startswith(f"QueriesPool {pid} (pid {pid}) had no connection within 0 s: ")
+    assert len(said) == 4
+    assert not any("\n" in message for message in said)
