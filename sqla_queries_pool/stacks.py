@@ -26,7 +26,7 @@ _HERE = os.path.dirname(__file__) + os.sep
 _OURS = (_HERE, os.path.dirname(sqlalchemy.__file__) + os.sep, "<sqlalchemy", "<string>")
 _APPLICATIONS = (os.path.join(_HERE, "demo", ""), os.path.join(_HERE, "monitor", ""))
 _THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)")
-_PLACE = re.compile(r'^  File "(.*)", line (\d+|\?\?\?) in (.*)$')
+_PLACE = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 
 
 def calls(frame: FrameType | None) -> Calls:
