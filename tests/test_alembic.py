@@ -534,7 +534,7 @@ def test_offline_mode_makes_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     if template == "multidb":
         printed = (tmp_path / "alembic.sql").read_text()
     assert "CREATE TABLE one" in printed
-    assert set(PoolManager.report()["pools"]) == before
+    assert set(PoolManager.report()["pools"]) <= before  # what other tests have left may go meanwhile
 
 
 # -- the program ---------------------------------------------------------------------------------------
