@@ -61,6 +61,19 @@ every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
 """All that there are in the process, also those that no PoolManager knows."""
 
 
+class _Visit:
+    """Tells when the housekeeper has come by."""
+
+    def __init__(self) -> None:
+        self.over = threading.Event()
+
+    def sweep(self) -> None:
+        self.over.set()
+
+    def neglected(self) -> None:
+        self.over.set()
+
+
 class Core(Guard):
     """The shell around a :class:`~sqla_queries_pool.ledger.Ledger`: it has the clock and the hands.
 
@@ -201,7 +214,7 @@ class Core(Guard):
         found, now = self._decide(self._findings), time.monotonic()
         self._suspects = {finding: self._suspects.get(finding, now) for finding in found}
         sure = [finding for finding, since in self._suspects.items() if now - since >= UNDER_WAY]
-        wrong, work = self._decide(self._mend, sure)
+        wrong, work = self._decide(mend, self._ledger, sure, self._clock())
         if wrong:
             self._mended.extend(wrong)
             logger.warning("%s: mended: %s", self.label, "; ".join(wrong))
@@ -221,22 +234,19 @@ class Core(Guard):
         gc.collect()
         connections = len(self._ledger.slots)
         dead = self._close_dead(list(self._ledger.everyone()))
-        found, stray = self._decide(self._findings), self._stray()
-        if found or stray:
-            done = threading.Event()
-            self._worker.submit(done.set)
-            done.wait(1.0)
-            threading.Event().wait(UNDER_WAY)
-            found = [finding for finding in self._decide(self._findings) if finding in found]
+        stray = self._stray()
+        if self.mend() or stray:
+            visit = _Visit()
+            self._worker.submit(functools.partial(self.housekeeper.schedule, visit, 2 * UNDER_WAY))
+            visit.over.wait(1.0)
+            self.mend()
             stray = [slot for slot in self._stray() if slot in stray]
-        wrong, work = self._decide(self._mend, found)
-        self._do(work)
         for slot in stray:
-            wrong.append(f"{slot!r}: open, but not counted")
+            self._mended.append(f"{slot!r}: open, but not counted")
             self._drop_handle(slot)
         for key in [key for key, slot in list(self._by_handle.items()) if id(slot.handle) != key]:
             self._by_handle.pop(key, None)
-        mended = (*self._mended, *wrong)
+        mended = tuple(self._mended)
         self._mended.clear()
         return Audit(connections, dead, mended)
 
@@ -246,9 +256,6 @@ class Core(Guard):
         counted |= {slot.instead_of for slot in counted if slot.instead_of is not None}
         handles = list(self._by_handle.values())
         return [slot for slot in handles if slot not in counted and slot.handle is not None]
-
-    def _mend(self, found: list[Finding]) -> tuple[list[str], Work]:
-        return mend(self._ledger, found, self._clock())
 
     def _findings(self) -> list[Finding]:
         found = findings(self._ledger)
