@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import enum
 import math
-from typing import Final, Literal
+from collections.abc import Callable
+from typing import Any, Final, Literal
 
 from sqlalchemy.pool.base import ResetStyle
 
@@ -168,6 +169,47 @@ def logging_name(name: str, value: object) -> str | None:
     if value is not None and not isinstance(value, str):
         raise _error(name, value, "a name, or None")
     return value
+
+
+def stated_max_size(
+    limit: int | Unstated | None, pool_size: object, max_overflow: object
+) -> int | Unstated | None:
+    """Return the limit that an engine states, by either name.
+
+    :raises ParameterError: it is stated by both, or means nothing.
+    """
+    sums = queuepool_max_size(pool_size, max_overflow)
+    if isinstance(limit, Unstated):
+        return sums
+    if not isinstance(sums, Unstated):
+        other = "max_overflow" if pool_size is UNSTATED else "pool_size"
+        raise ParameterError(
+            f"max_size={shown(limit)} and {other} can't both be stated: max_size is the "
+            "sum of pool_size and max_overflow, write it alone"
+        )
+    return max_size("max_size", limit)
+
+
+def of_sqlalchemys(kw: dict[str, Any]) -> dict[str, Any]:
+    """What is SQLAlchemy's, with text understood: create_engine converts none, engine_from_config some."""
+    convert: dict[str, Callable[[str, object], object]] = {
+        "recycle": recycle,
+        "pre_ping": flag,
+        "echo": echo,
+        "reset_on_return": reset_on_return,
+        "logging_name": logging_name,
+    }
+    return {name: convert[name](name, kw[name]) if name in convert else kw[name] for name in kw}
+
+
+def pool_id(name: str, value: object) -> str | None:
+    """Return a name for a pool, or None.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    if value is None or (isinstance(value, str) and value):
+        return value
+    raise _error(name, value, "a name, or None")
 
 
 def _number(value: object) -> float | None:

@@ -33,12 +33,11 @@ from .diagnostics import (
     snapshot,
     tell_of_leak,
 )
-from .errors import ParameterError
 from .gates import ThreadGate
 from .labels import checkout_label
 from .parameters import UNSTATED, Unstated
-from .pool import Connection, Pool, PoolManager
-from .seams import FINALIZER, AdhocProxiedConnection, ConnectionRecord
+from .pool import Pool, PoolManager
+from .records import Record
 from .slots import HELD, LENT, Attachment, Permit, Quota
 from .stats import Statistics
 
@@ -48,127 +47,12 @@ LEAST_PING = 0.5
 """Seconds that a server has for the answer to a ping, however little is left of a checkout's timeout."""
 
 
-class Record(ConnectionRecord):
-    """SQLAlchemy's record of a connection, which knows its slot."""
-
-    __slots__ = ("fuse", "owner", "slot")
-
-    def __init__(self, owner: QueriesPool, slot: Connection) -> None:
-        # Without a connection yet: get_connection() opens it, as it does for one that was
-        # invalidated, so that there is one way in which connections are opened.
-        super().__init__(owner, connect=False)
-        self.owner = owner
-        """The pool that it was born in."""
-        self.slot = slot
-        """Its slot, for life."""
-        self.fuse: liveness.Fuse | None = None
-        """What ends SQLAlchemy's own ping (``pool_pre_ping``) where it takes too long."""
-
-    @property
-    def logger(self) -> Any:
-        """Where its engine logs, at the level of its ``echo_pool``."""
-        return self.owner.logger
-
-    def reset(self) -> None:
-        """Roll back, through the dialect."""
-        dbapi_connection = self.dbapi_connection
-        if dbapi_connection is not None:
-            proxied = AdhocProxiedConnection(dbapi_connection, self)
-            self.owner._dialect.do_rollback(proxied)
-
-    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
-        """As SQLAlchemy's; a soft one is looked at before its next use."""
-        if sys._getframe(1).f_code is FINALIZER:  # its rollback has failed
-            self.owner._shared.count("failed_resets")
-        super().invalidate(e, soft)
-        if soft:
-            self.slot.suspect = True
-
-    def checkin(self, _fairy_was_created: bool = True) -> None:
-        """Come home.
-
-        Does what SQLAlchemy's does, and gives the slot back also where a listener fails, when
-        SQLAlchemy's has lost sight of the record already.  (Calling that one in here would cost 3 % of a
-        checkout and return; doing without it saves a frame.)
-        """
-        if self.fairy_ref is None and _fairy_was_created:
-            super().checkin()  # for the second time: it warns, and that is all
-            return
-        fairy_ref, self.fairy_ref = self.fairy_ref, None
-        owner = self.owner
-        if self.finalize_callback or owner.dispatch.checkin:
-            self._tell_listeners(fairy_ref)
-        owner._shared.give(owner._attachment, self)
-
-    def _tell_listeners(self, fairy_ref: weakref.ref[Any] | None) -> None:
-        connection = self.dbapi_connection
-        try:
-            while self.finalize_callback:  # the dialect's: they reset the isolation level
-                callback = self.finalize_callback.pop()
-                if connection is not None:
-                    callback(connection)
-            self.owner.dispatch.checkin(connection, self)
-        except BaseException as error:
-            # The holder's proxy would go on to act on the record, which may be another's soon.
-            if fairy_ref is not None and (fairy := fairy_ref()) is not None:
-                fairy.dbapi_connection = fairy._connection_record = None
-            self.come_home_hollow(error)
-            raise
-
-    def come_home_hollow(self, error: BaseException) -> None:
-        """In which state the connection is nobody knows: close it, then give the slot back."""
-        try:
-            self.invalidate(error)
-        finally:
-            self.dbapi_connection = None  # a listener may have kept invalidate() from closing it
-            self.owner._shared.give_hollow(self.owner._attachment, self)
-
-    def cut_off(self) -> None:
-        """In a forked child: the connection is the parent's.
-
-        Who has it out finds it broken, as after a restart of the server, and gets another one.
-        """
-        fairy = None if self.fairy_ref is None else self.fairy_ref()
-        if fairy is not None:
-            fairy.dbapi_connection = LeftBehind(self.owner._dialect)  # type: ignore[assignment]
-        self.dbapi_connection = None
-        self.__class__ = ForeignRecord
-
-
-class LeftBehind:
-    """What a connection that was out when the process forked is in the child: one that is lost."""
-
-    closed = broken = True
-
-    def __init__(self, dialect: Any) -> None:
-        self._dbapi = getattr(dialect, "loaded_dbapi", None)
-
-    def cursor(self, *_: Any, **__: Any) -> Any:
-        """Raise what the driver raises for a connection that is lost."""
-        error = getattr(self._dbapi, "OperationalError", RuntimeError)
-        raise error("this connection belongs to the process that has forked this one")
-
-    def rollback(self) -> None:
-        """Nothing is to be rolled back here."""
-
-    commit = close = rollback
-
-
 class _Refused(Exception):
     """The server has refused a connection, or did so a moment ago, and it is worth trying again."""
 
     def __init__(self, refusal: Any) -> None:
         # Without the traceback, which would keep the record alive for as long as it is waited.
         self.refusal: Exception | None = None if refusal is None else refusal.with_traceback(None)
-
-
-class ForeignRecord(Record):
-    """A record that was out when the process forked.  It has no slot here."""
-
-    __slots__ = ()
-
-    def checkin(self, _fairy_was_created: bool = True) -> None:
-        self.fairy_ref = None
 
 
 class QueriesPool(SQLAlchemyPool):
@@ -236,10 +120,10 @@ class QueriesPool(SQLAlchemyPool):
     ) -> None:
         # Not a parameter, because create_engine would take it for one.
         predecessor: QueriesPool | None = kw.pop("_predecessor", None)
-        self._max_size = _stated_max_size(max_size, pool_size, max_overflow)
+        self._max_size = parameters.stated_max_size(max_size, pool_size, max_overflow)
         self._idle_ttl = parameters.seconds("idle_ttl", idle_ttl)
         self._timeout = parameters.seconds("timeout", timeout)
-        self._pool_id = _stated_pool_id(pool_id)
+        self._pool_id = parameters.pool_id("pool_id", pool_id)
         self._use_lifo = parameters.flag("use_lifo", use_lifo)
         self._gc_on_wait = parameters.flag("gc_on_wait", gc_on_wait)
         self._ping_after = parameters.seconds("ping_after", ping_after)
@@ -253,7 +137,7 @@ class QueriesPool(SQLAlchemyPool):
         self._read_only_is_disconnect = parameters.flag("read_only_is_disconnect", read_only_is_disconnect)
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
-        super().__init__(creator, **_understood(kw))
+        super().__init__(creator, **parameters.of_sqlalchemys(kw))
         if self._dialect.is_async:  # SQLAlchemy says so too, but for its oldest 2.0
             raise exc.ArgumentError(
                 f"Pool class {type(self).__name__} cannot be used with asyncio engine", code="pcls"
@@ -688,36 +572,3 @@ def _read_only_is_disconnect(context: Any) -> None:
     error = context.original_exception
     if (getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)) == "25006":
         context.is_disconnect = True
-
-
-def _stated_max_size(
-    max_size: int | Unstated | None, pool_size: object, max_overflow: object
-) -> int | Unstated | None:
-    sums = parameters.queuepool_max_size(pool_size, max_overflow)
-    if isinstance(max_size, Unstated):
-        return sums
-    if not isinstance(sums, Unstated):
-        other = "max_overflow" if pool_size is UNSTATED else "pool_size"
-        raise ParameterError(
-            f"max_size={parameters.shown(max_size)} and {other} can't both be stated: max_size is the "
-            "sum of pool_size and max_overflow, write it alone"
-        )
-    return parameters.max_size("max_size", max_size)
-
-
-def _understood(kw: dict[str, Any]) -> dict[str, Any]:
-    """What is SQLAlchemy's, with text understood: create_engine converts none, engine_from_config some."""
-    convert: dict[str, Callable[[str, object], object]] = {
-        "recycle": parameters.recycle,
-        "pre_ping": parameters.flag,
-        "echo": parameters.echo,
-        "reset_on_return": parameters.reset_on_return,
-        "logging_name": parameters.logging_name,
-    }
-    return {name: convert[name](name, kw[name]) if name in convert else kw[name] for name in kw}
-
-
-def _stated_pool_id(pool_id: object) -> str | None:
-    if pool_id is None or (isinstance(pool_id, str) and pool_id):
-        return pool_id
-    raise ParameterError(f"pool_id={parameters.shown(pool_id)} is not valid: write a name, or None")

@@ -71,6 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "logs",
             "parameters",
             "pool",
+            "records",
             "retirement",
             "seams",
             "slots",
@@ -78,6 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "stats",
         ),
     },
+    "records": {"liveness", "pool", "seams"},
     "plugin": {"errors", "logs", "parameters", "queries_pool"},
     "__init__": {"audit", "diagnostics", "errors", "labels", "pool", "queries_pool", "stats"},
 }

@@ -505,7 +505,7 @@ def test_a_checkout_runs_six_functions_of_this_package_and_none_that_diagnoses()
         "queries_pool.py:_do_get",
         "pool/core.py:take",
         "ledger.py:take",
-        "queries_pool.py:checkin",
+        "records.py:checkin",
         "pool/core.py:give",
         "ledger.py:give",
     ]

@@ -23,7 +23,7 @@ from sqlalchemy.util import get_cls_kwargs
 
 import sqla_queries_pool
 from sqla_queries_pool import QueriesPool, seams
-from sqla_queries_pool.queries_pool import Record
+from sqla_queries_pool.records import Record
 
 PACKAGE = Path(sqla_queries_pool.__file__).parent
 SQLALCHEMYS = (Pool, pool_base._ConnectionRecord, pool_base._ConnectionFairy)
@@ -108,8 +108,9 @@ def test_all_that_is_private_in_sqlalchemy_is_listed_with_its_reason() -> None:
     """Whatever room it is used in; "private" is what begins with an underscore."""
     ours = set(dir(Record)) - set(dir(pool_base._ConnectionRecord))  # and what we only call the same
     used = {name for path in PACKAGE.rglob("*.py") for name in private_names(ast.parse(path.read_text()))}
-    queries_pool = ast.parse((PACKAGE / "queries_pool.py").read_text())
-    assert (private_names(queries_pool) & sqlalchemys()) - ours <= set(seams.PRIVATE)
+    for room in ("queries_pool.py", "records.py"):
+        names = private_names(ast.parse((PACKAGE / room).read_text()))
+        assert (names & sqlalchemys()) - ours <= set(seams.PRIVATE)
     assert {name for name in seams.PRIVATE if name.startswith("_")} <= used
 
 

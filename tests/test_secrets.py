@@ -37,7 +37,7 @@ from sqla_queries_pool import (
 )
 from sqla_queries_pool.plugin import PARAMETERS
 from sqla_queries_pool.pool import Pool
-from sqla_queries_pool.queries_pool import Record
+from sqla_queries_pool.records import Record
 
 Eventually = Callable[..., None]
 PASSWORD = "Conspicuous/Pa55word"

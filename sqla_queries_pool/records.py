@@ -1,0 +1,126 @@
+"""SQLAlchemy's record of a connection, which knows its slot, and comes home to it."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from typing import Any
+
+from . import liveness
+from .pool import Connection
+from .seams import FINALIZER, AdhocProxiedConnection, ConnectionRecord
+
+
+class Record(ConnectionRecord):
+    """SQLAlchemy's record of a connection, which knows its slot."""
+
+    __slots__ = ("fuse", "owner", "slot")
+
+    def __init__(self, owner: Any, slot: Connection) -> None:
+        # Without a connection yet: get_connection() opens it, as it does for one that was
+        # invalidated, so that there is one way in which connections are opened.
+        super().__init__(owner, connect=False)
+        self.owner = owner
+        """The ``QueriesPool`` that it was born in."""
+        self.slot = slot
+        """Its slot, for life."""
+        self.fuse: liveness.Fuse | None = None
+        """What ends SQLAlchemy's own ping (``pool_pre_ping``) where it takes too long."""
+
+    @property
+    def logger(self) -> Any:
+        """Where its engine logs, at the level of its ``echo_pool``."""
+        return self.owner.logger
+
+    def reset(self) -> None:
+        """Roll back, through the dialect."""
+        dbapi_connection = self.dbapi_connection
+        if dbapi_connection is not None:
+            proxied = AdhocProxiedConnection(dbapi_connection, self)
+            self.owner._dialect.do_rollback(proxied)
+
+    def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
+        """As SQLAlchemy's; a soft one is looked at before its next use."""
+        if sys._getframe(1).f_code is FINALIZER:  # its rollback has failed
+            self.owner._shared.count("failed_resets")
+        super().invalidate(e, soft)
+        if soft:
+            self.slot.suspect = True
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        """Come home.
+
+        Does what SQLAlchemy's does, and gives the slot back also where a listener fails, when
+        SQLAlchemy's has lost sight of the record already.  (Calling that one in here would cost 3 % of a
+        checkout and return; doing without it saves a frame.)
+        """
+        if self.fairy_ref is None and _fairy_was_created:
+            super().checkin()  # for the second time: it warns, and that is all
+            return
+        fairy_ref, self.fairy_ref = self.fairy_ref, None
+        owner = self.owner
+        if self.finalize_callback or owner.dispatch.checkin:
+            self._tell_listeners(fairy_ref)
+        owner._shared.give(owner._attachment, self)
+
+    def _tell_listeners(self, fairy_ref: weakref.ref[Any] | None) -> None:
+        connection = self.dbapi_connection
+        try:
+            while self.finalize_callback:  # the dialect's: they reset the isolation level
+                callback = self.finalize_callback.pop()
+                if connection is not None:
+                    callback(connection)
+            self.owner.dispatch.checkin(connection, self)
+        except BaseException as error:
+            # The holder's proxy would go on to act on the record, which may be another's soon.
+            if fairy_ref is not None and (fairy := fairy_ref()) is not None:
+                fairy.dbapi_connection = fairy._connection_record = None
+            self.come_home_hollow(error)
+            raise
+
+    def come_home_hollow(self, error: BaseException) -> None:
+        """In which state the connection is nobody knows: close it, then give the slot back."""
+        try:
+            self.invalidate(error)
+        finally:
+            self.dbapi_connection = None  # a listener may have kept invalidate() from closing it
+            self.owner._shared.give_hollow(self.owner._attachment, self)
+
+    def cut_off(self) -> None:
+        """In a forked child: the connection is the parent's.
+
+        Who has it out finds it broken, as after a restart of the server, and gets another one.
+        """
+        fairy = None if self.fairy_ref is None else self.fairy_ref()
+        if fairy is not None:
+            fairy.dbapi_connection = LeftBehind(self.owner._dialect)  # type: ignore[assignment]
+        self.dbapi_connection = None
+        self.__class__ = ForeignRecord
+
+
+class LeftBehind:
+    """What a connection that was out when the process forked is in the child: one that is lost."""
+
+    closed = broken = True
+
+    def __init__(self, dialect: Any) -> None:
+        self._dbapi = getattr(dialect, "loaded_dbapi", None)
+
+    def cursor(self, *_: Any, **__: Any) -> Any:
+        """Raise what the driver raises for a connection that is lost."""
+        error = getattr(self._dbapi, "OperationalError", RuntimeError)
+        raise error("this connection belongs to the process that has forked this one")
+
+    def rollback(self) -> None:
+        """Nothing is to be rolled back here."""
+
+    commit = close = rollback
+
+
+class ForeignRecord(Record):
+    """A record that was out when the process forked.  It has no slot here."""
+
+    __slots__ = ()
+
+    def checkin(self, _fairy_was_created: bool = True) -> None:
+        self.fairy_ref = None
