@@ -14,10 +14,13 @@ from typing import Any
 import psycopg2
 import psycopg2.extensions
 import pytest
+from fakes import FakeClock
+from hazards import new_pid
 from pytest_postgresql import factories
 from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
+from sqla_queries_pool import PoolManager
 from sqla_queries_pool.embedded import EmbeddedPostgres
 
 MAX_CONNECTIONS = 100  # of the session's server
@@ -100,6 +103,20 @@ def pg_server() -> Iterator[SessionServer]:
 
 # pytest-postgresql's own fixture of this name starts a server of its own, and fails as root.
 postgresql_proc = factories.postgresql_noproc(depends_on="pg_server")
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    """The time of a test's pools; it goes on when it is told to."""
+    return FakeClock(1000.0)
+
+
+@pytest.fixture
+def pid(clock: FakeClock) -> str:
+    """The id of a pool that has that clock, a limit of 5, and whose connections never age."""
+    pid = new_pid()
+    PoolManager.create(pid, None, 5, clock)
+    return pid
 
 
 @pytest.fixture

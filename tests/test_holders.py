@@ -30,20 +30,6 @@ SQLALCHEMY = os.path.dirname(sqlalchemy.__file__) + os.sep
 HERE = os.path.basename(__file__)
 
 
-@pytest.fixture
-def clock() -> FakeClock:
-    """The time of the pools of a test; it goes on when it is told to."""
-    return FakeClock(1000.0)
-
-
-@pytest.fixture
-def pid(clock: FakeClock) -> str:
-    """The id of a pool that has that clock."""
-    pid = new_pid()
-    PoolManager.create(pid, None, 5, clock)
-    return pid
-
-
 @pytest.fixture(params=["psycopg2", "psycopg"])
 def engine(request: pytest.FixtureRequest, pg_url: str) -> Iterator[Engine]:
     """An engine of the test's database, with either driver."""

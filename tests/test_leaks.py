@@ -14,27 +14,13 @@ from typing import Any
 
 import pytest
 from fakes import FakeClock
-from hazards import Handle, Stop, Thread, new_pid, new_pool
+from hazards import Handle, Stop, Thread, new_pool
 
 from sqla_queries_pool import PoolManager, QueriesPool, labelled
 from sqla_queries_pool.leaks import Leaks
 from sqla_queries_pool.logs import NAME
 
 Eventually = Callable[..., None]
-
-
-@pytest.fixture
-def clock() -> FakeClock:
-    """The time of the pools of a test; it goes on when it is told to."""
-    return FakeClock(1000.0)
-
-
-@pytest.fixture
-def pid(clock: FakeClock) -> str:
-    """The id of a pool that has that clock, and whose connections never age."""
-    pid = new_pid()
-    PoolManager.create(pid, None, 5, clock)
-    return pid
 
 
 @pytest.fixture

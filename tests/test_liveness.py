@@ -21,6 +21,7 @@ from conftest import Observer, SessionServer
 from fakes import SECONDS, FakeClock, FakeConnection, FakeDriver, Task
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
+from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import PoolManager, QueriesPool, liveness
 from sqla_queries_pool.housekeeping import Housekeeper
@@ -578,12 +579,22 @@ def test_a_connection_whose_descriptor_is_above_1024_is_looked_at(
     engine = new_engine(way.url)
     with descriptors(4096):
         taken = [os.open(os.devnull, os.O_RDONLY)]
-        try:
-            while taken[-1] <= 1024:
-                taken.append(os.dup(taken[0]))
-            with closing(engine.raw_connection()) as connection:
+
+        def connection_above_1024() -> PoolProxiedConnection:
+            """One that got a high number; another, where a file of an earlier test is closed meanwhile."""
+            while True:
+                while taken[-1] <= 1024:
+                    taken.append(os.dup(taken[0]))
+                connection = engine.raw_connection()
                 assert connection.dbapi_connection is not None
-                assert connection.dbapi_connection.fileno() > 1024
+                if connection.dbapi_connection.fileno() > 1024:
+                    return connection
+                connection.invalidate()
+                connection.close()
+                taken.append(os.dup(taken[0]))
+
+        try:
+            with closing(connection_above_1024()) as connection:
                 dead = backend(connection)
             assert next_one(engine) == dead
             end(pg_observer, way.datname)

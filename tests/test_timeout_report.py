@@ -40,12 +40,6 @@ ME, OTHER, THIRD = 1, 2, 3
 
 
 @pytest.fixture
-def clock() -> FakeClock:
-    """The time of the pools of a test; it goes on when it is told to."""
-    return FakeClock(1000.0)
-
-
-@pytest.fixture
 def pid(clock: FakeClock) -> str:
     """The id of a pool that has that clock."""
     pid = new_pid()
