@@ -31,16 +31,30 @@ class Audit:
     """What the bookkeeping had wrong, each in a sentence; it was put right."""
 
 
+UNDER_WAY = 0.02
+"""Seconds after which what looks wrong is looked at again: it may have been under way in another thread."""
+COLLECTED = 3.0
+"""The same of what the garbage collector may be busy with."""
+
+
 class Finding(NamedTuple):
     """A slot about which the books are wrong."""
 
     slot: Slot
     what: str
+    patience: float = UNDER_WAY
 
 
 def findings(ledger: Ledger) -> list[Finding]:
-    """What nobody can ever give back; or what is just under way, which is found once and not again."""
-    return [Finding(slot, what) for slot in ledger.slots if (what := _wrong(ledger, slot))]
+    """What nobody can ever give back; or what is just under way, which is not found again later."""
+    found = [Finding(slot, what) for slot in ledger.slots if (what := _wrong(ledger, slot))]
+    # The collector may have many proxies to tell of, one after the other; each may take a round trip.
+    return found + [Finding(s, "held, but its proxy is gone", COLLECTED) for s in ledger.slots if _left(s)]
+
+
+def _left(slot: Slot) -> bool:
+    held = slot.state is HELD and slot.entry is not None and slot.entry() is not None
+    return held and slot.proxy is not None and slot.proxy() is None
 
 
 def _wrong(ledger: Ledger, slot: Slot) -> str | None:
@@ -64,8 +78,8 @@ def _wrong(ledger: Ledger, slot: Slot) -> str | None:
 def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], Work]:
     """Close what nobody can give back, and derive anew what follows from the slots; return what was wrong."""
     work: Work = []
-    wrong = [f"{slot!r}: {what}" for slot, what in found]
-    for slot, _ in found:
+    wrong = [f"{slot!r}: {what}" for slot, what, _ in found]
+    for slot, *_ in found:
         # What a living session has locked stays its own.
         work += ledger.lost(slot, now) if slot.state is LENT else ledger.cast_off(slot, now)
     wrong += _recount(ledger)

@@ -1,7 +1,7 @@
 """``QueriesPool``: SQLAlchemy's side.
 
 Few overrides, at the seams where SQLAlchemy lets a pool see what it does (design 15): a checkout is
-``_do_get``, a check-in :meth:`Record.checkin`, a detach ``_do_return_conn``; every opening goes through
+``connect``, a check-in :meth:`Proxy.close`, a detach ``_do_return_conn``; every opening goes through
 the wrapped creator and every closing through ``_close_connection``, also those that SQLAlchemy does by
 itself for ``recycle``, ``pre_ping`` and invalidation.
 """
@@ -17,10 +17,10 @@ from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import event, exc
-from sqlalchemy.pool import ConnectionPoolEntry
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
-from . import deadlock, identity, liveness, logs, parameters, retirement, slots, stacks
+from . import deadlock, identity, liveness, logs, parameters, retirement, seams, slots, stacks
 from .audit import Audit
 from .diagnostics import (
     OPENING,
@@ -36,8 +36,8 @@ from .diagnostics import (
 from .gates import ThreadGate
 from .labels import checkout_label
 from .parameters import UNSTATED, Unstated
-from .pool import Pool, PoolManager
-from .records import Record
+from .pool import Connection, Pool, PoolManager
+from .records import Proxy, Record
 from .slots import HELD, LENT, Attachment, Permit, Quota
 from .stats import Statistics
 
@@ -186,6 +186,33 @@ class QueriesPool(SQLAlchemyPool):
 
     # -- checkout ----------------------------------------------------------------------------------
 
+    def connect(self) -> PoolProxiedConnection:
+        """Check a connection out.
+
+        What SQLAlchemy's does, without its ``_checkout()``, ``checkout()`` and ``get_connection()``: what the
+        last one looks for makes a slot suspect, so :meth:`_do_get` has seen to it.
+
+        :raises CheckoutTimeout: there was none within ``timeout``.
+        :raises Exception: the driver's, if one can't be opened.
+        """
+        record: Any = self._do_get()
+        # Recycling goes by the time of day; and who closed it may have been interrupted.
+        if self._recycle > -1 or record.dbapi_connection is None:
+            try:
+                record.get_connection()
+            except BaseException as error:
+                record.come_home_hollow(error)
+                raise
+        echo = self.logger.isEnabledFor(logging.DEBUG)
+        proxy = Proxy(self, record, echo)
+        record.fairy_ref = record.slot.proxy = weakref.ref(proxy, record.abandoned)
+        if echo:
+            self.logger.debug("Connection %r checked out from pool", proxy.dbapi_connection)
+        if self._pre_ping or self.dispatch.checkout:
+            proxy._counter = 0
+            return Proxy._checkout(self, None, proxy)
+        return proxy
+
     def _do_get(self) -> ConnectionPoolEntry:
         record = self._shared.take(self._attachment)
         if record.__class__ is Record:
@@ -193,9 +220,6 @@ class QueriesPool(SQLAlchemyPool):
             slot.label = _label()
             # Twice, for other threads run during the poll, and one may find that the server is gone.
             if not slot.suspect and not slot.poll(0) and not slot.suspect:
-                # Whether it must be reopened (soft invalidation, recycle) SQLAlchemy asks next, in
-                # get_connection(), and sends it home if that fails.  The slot is held all the time, so it
-                # is bounded, and the seams see it; asking here too costs 0.3 microseconds.
                 return record
         return self._get(record)
 
@@ -419,8 +443,10 @@ class QueriesPool(SQLAlchemyPool):
         self._shared.suspect_own(self._attachment)
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
-        # SQLAlchemy's checkin() would come by here, Record's does not: this is a fairy that detaches.
-        self._shared.let_go(record.slot)  # type: ignore[attr-defined]
+        # SQLAlchemy's checkin() would come by here, Record's does not: this is a proxy that detaches.
+        slot: Connection = record.slot  # type: ignore[attr-defined]
+        slot.proxy = None
+        self._shared.let_go(slot)
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         try:
@@ -553,6 +579,10 @@ class QueriesPool(SQLAlchemyPool):
 
     def __repr__(self) -> str:
         return f"<QueriesPool {self.status()}>"
+
+
+if not seams.KNOWS_PROXY:
+    del QueriesPool.connect  # SQLAlchemy's own, then, which asks _do_get()
 
 
 def _ping_is_over(_: Any, record: Any, __: Any) -> None:

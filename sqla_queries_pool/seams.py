@@ -13,13 +13,16 @@ from typing import Any, Final
 
 from sqlalchemy import event
 from sqlalchemy.pool.base import _AdhocProxiedConnection as AdhocProxiedConnection
+from sqlalchemy.pool.base import _ConnectionFairy as ConnectionFairy
 from sqlalchemy.pool.base import _ConnectionRecord as ConnectionRecord
 from sqlalchemy.pool.base import _finalize_fairy
 
 __all__ = [
     "FINALIZER",
+    "KNOWS_PROXY",
     "PRIVATE",
     "AdhocProxiedConnection",
+    "ConnectionFairy",
     "ConnectionRecord",
     "connect_arguments",
     "made_by_engine",
@@ -28,6 +31,12 @@ __all__ = [
 FINALIZER: Final = _finalize_fairy.__code__
 """What calls a record's ``invalidate()`` where its rollback has failed at check-in."""
 
+KNOWS_PROXY: Final = {*ConnectionFairy.__slots__} - {"_finalizer", "__dict__", "__weakref__"} == {
+    *("_connection_record", "_counter", "_echo", "_pool", "dbapi_connection")
+}
+"""Is SQLAlchemy's proxy made of what ``records.Proxy`` fills in?  A later SQLAlchemy may want more; then its
+own way of checking out and in is gone, which is slower."""
+
 PRIVATE: Final[Mapping[str, str]] = {
     # Overridden: the points at which SQLAlchemy lets a pool see what it does.
     "_do_get": "a checkout asks for a record",
@@ -35,7 +44,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_close_connection": "every socket that SQLAlchemy closes goes through it",
     "_should_wrap_creator": "every socket that SQLAlchemy opens goes through what it returns",
     "_invalidate": "of a pool: a disconnect was found, all that are older are to be replaced",
-    "_checkin": "a parameter of it",
+    "_checkin": "a parameter of it; of a proxy: SQLAlchemy's own way home",
     "_invalidate_time": "of a pool: what is older is to be replaced",
     "_soft_invalidate_time": "of a record: the same",
     "_is_asyncio": "create_engine refuses an asynchronous dialect by it",
@@ -45,7 +54,6 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_dialect": "resets and closes; an instance has one only if it was passed",
     "_recycle": "pool_recycle",
     "_pre_ping": "pool_pre_ping",
-    "_reset_on_return": "pool_reset_on_return",
     "_orig_logging_name": "pool_logging_name, None where none was stated",
     "_dispatch": "a parameter of Pool: the listeners",
     # Of a record.
@@ -54,7 +62,17 @@ PRIVATE: Final[Mapping[str, str]] = {
     "checkin": "of a record: what it does is done again in Record.checkin, so that a failure loses no slot",
     "_fairy_was_created": "a parameter of checkin(): False where a checkout failed before it had a fairy",
     "finalize_callback": "of a record: what dialects want called when it comes home, or is closed",
-    "_connection_record": "of a connection's proxy: its record, None once it came home",
+    # Of a connection's proxy.
+    "_ConnectionFairy": "the proxy itself; Proxy is one, and does what it does in fewer steps",
+    "_connection_record": "its record, None once it came home",
+    "_pool": "the pool that it came from",
+    "_echo": "is it told of in the log?",
+    "_counter": "how many have it, which is one: it is closed when it is 0",
+    "_finalizer": "what SQLAlchemy 2.1 gives it in case it is abandoned; detached when it came home",
+    "_should_log_debug": "of a pool: is a checkout to be told of in the log?",
+    "_checkout": "asks the listeners and for a ping, and goes on asking",
+    "_close_special": "close(), where the transaction is known to be over",
+    "_reset_on_return": "pool_reset_on_return",
     "_finalize_fairy": "a function, known by its code: invalidates a record whose rollback has failed",
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
     # Of an engine: see connect_arguments.

@@ -33,7 +33,7 @@ def hungry_collector() -> Iterator[None]:
     gc.collect()
     gc.freeze()
     thresholds = gc.get_threshold()
-    gc.set_threshold(50, 2, 2)
+    gc.set_threshold(15, 2, 2)
     yield
     gc.set_threshold(*thresholds)
 

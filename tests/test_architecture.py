@@ -79,7 +79,7 @@ MAY_IMPORT: dict[str, set[str]] = {
             "stats",
         ),
     },
-    "records": {"liveness", "pool", "seams"},
+    "records": {"liveness", "pool", "seams", "slots"},
     "plugin": {"errors", "logs", "parameters", "queries_pool"},
     "__init__": {"audit", "diagnostics", "errors", "labels", "pool", "queries_pool", "stats"},
 }
@@ -87,10 +87,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 AROUND = {"embedded", "demo", "exporters", "monitor", "__main__"}
 PURE = {"audit", "books", "leaks", "ledger", "slots", "stats"}
 FRAMES = [
+    "QueriesPool.connect",
     "QueriesPool._do_get",
     "Core.take",
     "Ledger.take",
-    "Record.checkin",
+    "Proxy.__init__",
+    "Proxy.close",
     "Core.give",
     "Ledger.give",
 ]

@@ -16,6 +16,7 @@ from conftest import Observer
 from fakes import FakeConnection, FakeDriver
 from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, new_pid, new_pool
 from sqlalchemy import Engine, create_engine, make_url
+from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
 from sqla_queries_pool.audit import Audit, check
@@ -321,7 +322,7 @@ def test_an_audit_names_what_is_wrong_and_puts_it_right(broken: Break, eventuall
     for thing in scene.kept:
         if isinstance(thing, Permit):
             scene.shared.failed(thing, None)
-        elif hasattr(thing, "invalidate") and thing.__class__.__name__ == "_ConnectionFairy":
+        elif isinstance(thing, PoolProxiedConnection):
             thing.close()
     scene.assert_right(eventually)
     assert scene.shared.audit().mended == ()

@@ -483,15 +483,17 @@ FEATURES: list[dict[str, Any]] = [
 ]
 
 
-def test_a_checkout_runs_six_functions_of_this_package_and_none_that_diagnoses() -> None:
+def test_a_checkout_runs_eight_functions_of_this_package_and_none_that_diagnoses() -> None:
     """The fast path: statistics are counted in place, the label is one call of C; nothing of leaks,
     deadlocks, snapshots or stacks is on it."""
     found = frames(new_pool())
     assert [call for call in found if call != "liveness.py:<lambda>"] == [  # which stands for a socket's poll
+        "queries_pool.py:connect",
         "queries_pool.py:_do_get",
         "pool/core.py:take",
         "ledger.py:take",
-        "records.py:checkin",
+        "records.py:__init__",
+        "records.py:close",
         "pool/core.py:give",
         "ledger.py:give",
     ]

@@ -29,6 +29,19 @@ PACKAGE = Path(sqla_queries_pool.__file__).parent
 SQLALCHEMYS = (Pool, pool_base._ConnectionRecord, pool_base._ConnectionFairy)
 
 
+PROXYS = {
+    "close": {"_counter", "_checkin"},
+    "_close_special": {"_counter", "_checkin"},
+    "_checkin": {*("_finalize_fairy", "dbapi_connection", "_connection_record", "_pool", "_echo")},
+    "_reset": {
+        *("dispatch", "reset", "dbapi_connection", "_connection_record", "PoolResetState"),
+        *("_reset_on_return", "reset_rollback", "reset_commit", "_dialect", "do_rollback", "do_commit"),
+        *("_echo", "logger", "debug"),
+    },
+}
+"""What the methods of SQLAlchemy's proxy use that ``Proxy.close`` does the work of."""
+
+
 class SpyPool(Pool):
     """Makes a record for each checkout, and tells in which order SQLAlchemy asks for what."""
 
@@ -172,6 +185,17 @@ def test_a_check_in_does_what_ours_does_again() -> None:
         *("dispatch", "checkin", "_return_conn"),
     }
     assert code.co_varnames[: code.co_argcount] == ("self", "_fairy_was_created")
+
+
+def test_a_proxy_is_made_of_what_ours_fills_in(spy: SpyPool) -> None:
+    """And ours does what SQLAlchemy's does: whatever that adds, ours has to have, too."""
+    assert seams.KNOWS_PROXY
+    fairy: Any = spy.connect()
+    assert (fairy._pool, fairy._counter, fairy._echo) == (spy, 1, False)
+    assert fairy._connection_record.fairy_ref() is fairy
+    assert fairy._connection_record.dbapi_connection is fairy.dbapi_connection
+    names = {name: set(getattr(pool_base._ConnectionFairy, name).__code__.co_names) for name in PROXYS}
+    assert names == PROXYS
 
 
 def test_a_second_check_in_only_warns(spy: SpyPool) -> None:

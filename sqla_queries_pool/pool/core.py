@@ -16,7 +16,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 from .. import liveness
-from ..audit import Audit, Finding, findings, mend
+from ..audit import UNDER_WAY, Audit, Finding, findings, mend
 from ..callers import here
 from ..connect_errors import is_full, passes
 from ..errors import QueriesException
@@ -53,8 +53,6 @@ DEAD = "found dead before it was used"
 INVALIDATED = "invalidated by its holder"
 AT_ONCE = (Wake, Due, Leaked, Returned)
 """Work that takes no time."""
-UNDER_WAY = 0.02
-"""Seconds after which what looks wrong is looked at again: it may have been under way in another thread."""
 REMEMBERED = 30.0
 """Seconds for which a database that was there counts as one that will be there again."""
 every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
@@ -213,7 +211,7 @@ class Core(Guard):
         """
         found, now = self._decide(self._findings), time.monotonic()
         self._suspects = {finding: self._suspects.get(finding, now) for finding in found}
-        sure = [finding for finding, since in self._suspects.items() if now - since >= UNDER_WAY]
+        sure = [finding for finding, since in self._suspects.items() if now - since >= finding.patience]
         wrong, work = self._decide(mend, self._ledger, sure, self._clock())
         if wrong:
             self._mended.extend(wrong)
