@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
+import hazards
 import psycopg2
 import psycopg2.extensions
 import pytest
@@ -168,12 +168,5 @@ def pg_own_server() -> Iterator[Callable[..., EmbeddedPostgres]]:
 
 @pytest.fixture
 def eventually() -> Callable[..., None]:
-    """Wait until a condition holds, and fail when it does not in time: `eventually(lambda: …, "what")`."""
-
-    def wait(condition: Callable[[], object], what: str = "the condition", seconds: float = 10.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-            time.sleep(0.005)
-
-    return wait
+    """See :func:`hazards.eventually`."""
+    return hazards.eventually

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -91,6 +92,19 @@ class Stop:
 
     def go(self) -> None:
         self._go.set()
+
+
+def eventually(
+    condition: Callable[[], object],
+    what: str = "the condition",
+    seconds: float = DEADLINE,
+    every: float = 0.005,
+) -> None:
+    """Look until a condition holds, and fail when it does not in time: ``eventually(lambda: …, "what")``."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(every)
 
 
 def new_pid() -> str:

@@ -454,7 +454,7 @@ class Worker(threading.Thread):
         while not self.soak.stop.is_set():
             with self.soak.gate.passing(self.number):
                 self._work(self.chance.choice(self._works))
-            time.sleep(self.chance.uniform(0.0, 0.02))
+            time.sleep(self.chance.uniform(0.0, 0.02))  # as if it did something without a connection
 
     def _work(self, work: Callable[[], None]) -> None:
         before = self.soak.server.moment()

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Observer
 from fakes import FakeConnection, FakeDriver
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, new_pid, new_pool
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, new_pool
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -87,8 +87,7 @@ class Scene:
 
 def mend(shared: Pool) -> None:
     """What looks wrong a moment later, too, is mended: it may have been under way at the first look."""
-    while shared.mend():
-        threading.Event().wait(0.005)
+    eventually(lambda: not shared.mend(), "nothing looks wrong for the first time")
 
 
 STRAY = object()

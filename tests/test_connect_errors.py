@@ -21,7 +21,7 @@ import psycopg2
 import pytest
 from conftest import in_memory
 from fakes import FakeClock, Task
-from hazards import assert_whole, new_pid
+from hazards import assert_whole, eventually, new_pid
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
@@ -203,8 +203,7 @@ def meanwhile(places: Places, fault: Callable[[], None]) -> None:
     """Have something happen after the connection was accepted and before the server has said anything."""
     places.proxy.accept_and_hang()
     connecting = Task(lambda: places.connect(port=places.proxy.port))
-    while places.proxy.accepted == 0:
-        connecting.join(0.005)
+    eventually(lambda: places.proxy.accepted, "the connection is accepted")
     fault()
     connecting.result()
 

@@ -422,7 +422,7 @@ def test_an_unknown_mode_is_refused(pg_server: EmbeddedPostgres) -> None:
 # -- the end of our own process
 
 CHILD = """
-import os, signal, sys, time
+import os, signal, sys
 from pathlib import Path
 from sqla_queries_pool.embedded import EmbeddedPostgres
 import psycopg2
@@ -446,7 +446,9 @@ if how == "fork and exit":
     assert server.running
 if how == "fork and stop":
     if os.fork() == 0:
-        time.sleep(60)  # holds a copy of the guard's pipe; is ended by its parent's parent
+        # It holds a copy of the guard's pipe until its parent's parent ends it, or at last the alarm.
+        signal.alarm(60)
+        signal.pause()
     print(server.pid, os.stat(f"/proc/{server.pid}").st_uid, flush=True)
     server.stop()
     os._exit(0)

@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import textwrap
-import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,7 +21,7 @@ from typing import Any
 import psycopg2
 import pytest
 from conftest import Observer
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -126,19 +125,11 @@ def use_all(engine: Engine) -> list[int]:
     return found
 
 
-def wait_until(condition: Callable[[], object], what: str) -> None:
-    """What `eventually` is, where there are no fixtures."""
-    deadline = time.monotonic() + DEADLINE / 2
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.005)
-
-
 def see_idle_connections_close(engine: Engine) -> None:
     """Nobody calls: it takes the housekeeper, who finds them due, and the worker, who closes them."""
     shared(engine).set_idle_ttl(0.05)
     engine.connect().close()
-    wait_until(lambda: len(shared(engine)) == 0, f"idle_ttl does nothing: {shared(engine)!r}")
+    eventually(lambda: len(shared(engine)) == 0, f"idle_ttl does nothing: {shared(engine)!r}")
     assert not shared(engine)._by_handle
 
 
@@ -291,7 +282,7 @@ def others_wait(parent: Parent) -> Iterator[None]:
             return backend
 
     waiting = [Thread(wait) for _ in range(3)]
-    wait_until(lambda: shared(engine).numbers.waiting == 3, "they wait")
+    eventually(lambda: shared(engine).numbers.waiting == 3, "they wait")
     yield
     assert shared(engine).numbers.waiting == 3
     held[0].close()
@@ -354,7 +345,7 @@ def the_worker_closes_one(parent: Parent) -> Iterator[None]:
     yield
     assert shared(engine).numbers.closing == 1
     stop.go()
-    wait_until(lambda: shared(engine).numbers.closing == 0, "it is closed")
+    eventually(lambda: shared(engine).numbers.closing == 0, "it is closed")
 
 
 @contextmanager
@@ -383,7 +374,7 @@ def one_is_abandoned(parent: Parent) -> Iterator[None]:
     finally:
         gc.enable()
     gc.collect()
-    wait_until(lambda: pool_of(parent.engine).checkedout() == 1, "it comes home")
+    eventually(lambda: pool_of(parent.engine).checkedout() == 1, "it comes home")
 
 
 class Session:
@@ -745,10 +736,10 @@ def test_a_pool_that_nobody_uses_is_forgotten_in_the_child_too(parent: Parent) -
     PoolManager.add(pid, psycopg2.connect(plain(parent.engine)))
 
     def work() -> None:
-        wait_until(lambda: pid not in PoolManager.instance(), f"{PoolManager.report()['pools'][pid]}")
+        eventually(lambda: pid not in PoolManager.instance(), f"{PoolManager.report()['pools'][pid]}")
 
     in_a_child(work)
-    wait_until(lambda: pid not in PoolManager.instance(), "the parent forgets it")
+    eventually(lambda: pid not in PoolManager.instance(), "the parent forgets it")
 
 
 # -- SQLite -------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ import pytest
 import sqlalchemy
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
-from hazards import DEADLINE, Stop, Thread, new_pid, new_pool, sleeping_collector
+from hazards import DEADLINE, Stop, Thread, eventually, new_pid, new_pool, sleeping_collector
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
@@ -117,9 +117,8 @@ def test_one_that_is_being_opened_is_shown_with_its_opener() -> None:
             engine.connect().close()
 
     opener = Thread(open_one, name="opener")
-    deadline = threading.Event()
-    while not (found := holders(engine.pool)):
-        deadline.wait(0.001)
+    eventually(lambda: holders(engine.pool), "it is being opened")
+    found = holders(engine.pool)
     assert [(h.state, h.name, h.backend_pid) for h in found] == [("opening", "opener", None)]
     assert "opening" in str(found[0])
     driver.gate.set()

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import pytest
 from conftest import Observer
 from fakes import FakeDialect, FakeDriver
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, new_pid, sleeping_collector
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, sleeping_collector
 from sqlalchemy import create_engine, event, make_url, text
 
 import sqla_queries_pool
@@ -62,6 +62,8 @@ SEED = int(os.environ.get("INJECTION_SEED", "20"))
 _set_async_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _set_async_exc.argtypes = [ctypes.c_ulong, ctypes.py_object]
 injected: Counter[str] = Counter()
+SHORT = 0.0001
+"""Seconds between two looks, for what happens ten thousand times."""
 
 
 FEWEST = 10_000
@@ -80,6 +82,12 @@ def _count(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _ran(request: pytest.FixtureRequest) -> None:
     ran.add(request.node.nodeid)
+
+
+def look_for_signals() -> None:
+    """Python looks for them where a loop turns back: what is under way comes in here."""
+    for _ in range(2):
+        pass
 
 
 class Injector:
@@ -231,8 +239,7 @@ class Stage:
         shared = self.pools[0]._shared
 
         def work() -> None:
-            while not (shared._ledger.lines or self.ended):
-                time.sleep(0.0001)
+            eventually(lambda: shared._ledger.lines or self.ended, "somebody waits", every=SHORT)
             do()
 
         self.threads.append(Thread(work))
@@ -240,8 +247,7 @@ class Stage:
     def waiting(self, pool: QueriesPool) -> None:
         """Another thread waits for a connection, and uses it."""
         self.threads.append(Thread(lambda: pool.connect().close()))
-        while not pool._attachment.line:
-            time.sleep(0.0001)
+        eventually(lambda: pool._attachment.line, "it waits", every=SHORT)
 
 
 def use(pool: QueriesPool) -> None:
@@ -347,8 +353,7 @@ def lets_go(stage: Stage) -> Act:
     lingering = pool._shared.lingering
 
     def let_go() -> None:
-        while not (lingering or stage.ended):
-            time.sleep(0.0001)
+        eventually(lambda: lingering or stage.ended, "one is waited for", every=SHORT)
         stage.kept.clear()
 
     def act() -> None:
@@ -655,12 +660,13 @@ def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseExcep
     Handle.live = weakref.WeakSet()
     stage = Stage()
     act = scene(stage)
-    while Pool.housekeeper._thread._running.locked() and not Pool.housekeeper._thread._mail.empty():
-        time.sleep(0.0001)
+    sweeper = Pool.housekeeper._thread
+    eventually(
+        lambda: not sweeper._running.locked() or sweeper._mail.empty(), "it has read its mail", every=SHORT
+    )
     try:
         injector.run(act)
-        for _ in range(2):  # it may be under way
-            time.sleep(0)
+        look_for_signals()  # it may be under way
     except (kind, ConnectionRefusedError):  # the interrupt may have come in a finalizer, which swallows it
         pass
     stage.ended = True
@@ -671,8 +677,8 @@ def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseExcep
     gc.collect()
     for thread in stage.threads:
         thread.join(3.0)
-    while shared.mend():  # what whoever waits does: what looks wrong is mended at the second look
-        time.sleep(0.01)
+    # What whoever waits does: what looks wrong is mended at the second look.
+    eventually(lambda: not shared.mend(), "nothing looks wrong for the first time")
     shared._ledger.let_in(shared._clock())  # a pause after a refusal is soon over
     return stage
 
@@ -683,12 +689,7 @@ def sweep(scene: Callable[[Stage], Act], kind: type[BaseException]) -> tuple[int
     def handler(*_: object) -> None:
         raise kind
 
-    def soon(condition: Callable[[], object], what: str = "", seconds: float = 1.0) -> None:
-        deadline = time.monotonic() + seconds
-        while not condition():
-            assert time.monotonic() < deadline, what
-            time.sleep(0.0005)
-
+    soon = partial(eventually, seconds=1.0, every=SHORT)
     lost: dict[str, str] = {}
     old = signal.signal(signal.SIGUSR1, handler)
     n = 0
@@ -786,7 +787,7 @@ def test_exceptions_set_in_other_threads_at_random_lose_nothing(rounds: int, eve
             continue
         _set_async_exc(worker.thread.ident, ctypes.py_object(chance.choice(KINDS)))
         sent += 1
-        time.sleep(chance.random() * 0.003)
+        time.sleep(chance.random() * 0.003)  # the threads work; when the next one comes is left to chance
         if chance.random() < 0.05:
             gc.collect()
     stop.set()
@@ -1053,7 +1054,7 @@ def test_on_postgresql_the_server_agrees(
             injector = Injector(n)
             with contextlib.suppress(Timeout):
                 injector.run(act)
-                time.sleep(0)
+                look_for_signals()
             gc.collect()
             if not injector.where:
                 break

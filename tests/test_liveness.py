@@ -7,7 +7,6 @@ import select
 import socket
 import struct
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ import psycopg2
 import pytest
 from conftest import Observer, SessionServer
 from fakes import SECONDS, FakeClock, FakeConnection, FakeDriver, Task
+from hazards import eventually
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.pool import PoolProxiedConnection
@@ -400,7 +400,7 @@ class Way(NamedTuple):
         """What the server has ended is ended on our side as well."""
         if self.proxy is not None:
             proxy = self.proxy
-            until(lambda: proxy.connections == 0, "the proxy has passed on the ends")
+            eventually(lambda: proxy.connections == 0, "the proxy has passed on the ends")
 
 
 def _way(
@@ -456,16 +456,8 @@ def end(observer: Observer, datname: str) -> int:
     processes = [
         process for process, _ in observer.query(f"{sql} AND backend_type = 'client backend'", datname)
     ]
-    until(lambda: not any(psutil.pid_exists(process) for process in processes), "the backends end")
+    eventually(lambda: not any(psutil.pid_exists(process) for process in processes), "the backends end")
     return len(processes)
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    """The fixture ``eventually``, for functions."""
-    deadline = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: not in time"
-        time.sleep(0.002)
 
 
 def slots(engine: Engine) -> list[Any]:
@@ -613,7 +605,7 @@ def test_what_the_network_ended_is_not_handed_out(proxied: Way, new_engine: NewE
     engine = new_engine(proxied.url)
     dead = fill(engine, 3)
     getattr(proxied.proxy, fault)()
-    until(lambda: all(slot.poll(0) for slot in slots(engine)), "the end has come")
+    eventually(lambda: all(slot.poll(0) for slot in slots(engine)), "the end has come")
     assert not set(dead) & set(fill(engine, 3))
 
 
@@ -623,7 +615,7 @@ def test_a_waiter_is_not_given_a_dead_one(way: Way, new_engine: NewEngine, pg_ob
     held = engine.raw_connection()
     dead = backend(held)
     waiter = Task(lambda: next_one(engine))
-    until(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
     end(pg_observer, way.datname)
     way.arrived()
     held.close()
@@ -639,7 +631,7 @@ def test_an_error_on_the_socket_is_enough(
         engine = new_engine(proxy.url(pg_server.url(driver, make_url(pg_url).database)))
         (dead,) = fill(engine, 1)
         say(proxy, ERROR)
-        until(lambda: slots(engine)[0].poll(0), "the error has come")
+        eventually(lambda: slots(engine)[0].poll(0), "the error has come")
         assert next_one(engine) != dead
 
 
@@ -744,7 +736,7 @@ def test_a_notification_that_waits_costs_no_connection_and_is_not_lost(
             cursor.execute("LISTEN news")
     for number in range(3):
         tell(f"NOTIFY news, '{number}'")
-    until(lambda: slots(engine)[0].poll(0), "the notification has come")
+    eventually(lambda: slots(engine)[0].poll(0), "the notification has come")
     if not way.tls:
         with closing(engine.raw_connection()) as connection:
             assert backend(connection) == listener
@@ -771,7 +763,7 @@ def test_a_notification_that_a_ping_read_is_not_lost(
         with closing(engine.raw_connection()) as connection, closing(connection.cursor()) as cursor:
             cursor.execute("LISTEN news")
         tell("NOTIFY news, 'hello'")
-        until(lambda: slots(engine)[0].poll(0), "the notification has come")
+        eventually(lambda: slots(engine)[0].poll(0), "the notification has come")
         with closing(engine.raw_connection()) as connection:
             assert received(connection) == ["hello"]
 
@@ -789,7 +781,7 @@ def test_a_notice_that_waits_costs_no_connection(
             cursor.execute("SET client_min_messages = debug1")
     tell("NOTIFY other")
     tell("NOTIFY news")
-    until(lambda: slots(engine)[0].poll(0), "the notice has come")
+    eventually(lambda: slots(engine)[0].poll(0), "the notice has come")
     assert [next_one(engine) for _ in range(3)] == [listener] * 3
 
 
@@ -803,7 +795,7 @@ def test_a_changed_parameter_that_waits_costs_no_connection(
     pings = Pings(engine)
     living = fill(engine, 3)
     say(proxied.proxy, said)
-    until(lambda: all(slot.poll(0) for slot in slots(engine)), "it has come to all")
+    eventually(lambda: all(slot.poll(0) for slot in slots(engine)), "it has come to all")
     assert fill(engine, 3) == living
     assert pings.number == (3 if proxied.tls else 0)
     with closing(engine.raw_connection()) as connection:
@@ -822,7 +814,7 @@ def test_a_change_of_the_servers_configuration_costs_no_connection(
     try:
         pg_observer.query("ALTER SYSTEM SET \"DateStyle\" = 'German, DMY'")
         pg_observer.query("SELECT pg_reload_conf()")
-        until(lambda: pg_observer.query("SHOW DateStyle")[0][0].startswith("German"), "the reload")
+        eventually(lambda: pg_observer.query("SHOW DateStyle")[0][0].startswith("German"), "the reload")
         assert fill(engine, 3) == living
         assert next_one(engine) == living[0]
     finally:
@@ -922,7 +914,7 @@ def test_what_is_handed_over_is_pinged_where_everything_is(pg_url: str, new_engi
     held = engine.raw_connection()
     living = backend(held)
     waiter = Task(lambda: next_one(engine))
-    until(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
     held.close()
     assert waiter.result() == living
     assert pings.number == 1
@@ -966,7 +958,7 @@ def test_what_is_suspect_and_dead_is_replaced(
         engine = new_engine(proxy.url(pg_url), ping_timeout=0.1)
         dead = fill(engine, 3)
         pg_observer.query("SELECT pg_terminate_backend(%s, 5000)", dead[0])
-        until(lambda: any(slot.poll(0) for slot in slots(engine)), "the news")
+        eventually(lambda: any(slot.poll(0) for slot in slots(engine)), "the news")
         proxy.blackhole()
         route(engine, pg_server)
         assert not set(dead) & set(Task(lambda: fill(engine, 3)).result())
@@ -1107,7 +1099,7 @@ def test_a_ping_that_hangs_is_felt_by_nobody_else(
             held = engine.raw_connection()
             waiter = Task(lambda e=engine: next_one(e))  # type: ignore[misc]
             numbers = engine.pool._shared  # type: ignore[attr-defined]
-            until(lambda n=numbers: n.numbers.waiting, "somebody waits")
+            eventually(lambda n=numbers: n.numbers.waiting, "somebody waits")
             held.close()
             assert waiter.result()
         assert checkout.is_alive()

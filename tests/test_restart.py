@@ -12,7 +12,6 @@ import itertools
 import os
 import random
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ import psycopg2
 import pytest
 from conftest import Observer, in_memory
 from fakes import SECONDS, Task
+from hazards import eventually
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine
 
@@ -139,10 +139,7 @@ def end_the_idle(server: EmbeddedPostgres) -> None:
         sql = "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle'"
         processes = [process for process, _ in Observer(connection).query(sql)]
     assert len(processes) == THREADS
-    deadline = time.monotonic() + SECONDS
-    while any(psutil.pid_exists(process) for process in processes):
-        assert time.monotonic() < deadline, "a backend does not end"
-        time.sleep(0.002)
+    eventually(lambda: not any(map(psutil.pid_exists, processes)), "the backends end")
 
 
 EVENTS: dict[str, Callable[[EmbeddedPostgres], None]] = {
