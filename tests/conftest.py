@@ -14,7 +14,7 @@ import hazards
 import psycopg2
 import psycopg2.extensions
 import pytest
-from fakes import FakeClock
+from fakes import FakeClock, FakeDriver
 from hazards import new_pid
 from pytest_postgresql import factories
 from pytest_postgresql.executors import NoopExecutor
@@ -109,6 +109,12 @@ postgresql_proc = factories.postgresql_noproc(depends_on="pg_server")
 def clock() -> FakeClock:
     """The time of a test's pools; it goes on when it is told to."""
     return FakeClock(1000.0)
+
+
+@pytest.fixture
+def driver() -> FakeDriver:
+    """A driver of the test's own."""
+    return FakeDriver()
 
 
 @pytest.fixture

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from sqlalchemy import Engine
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
 from sqla_queries_pool.audit import check
@@ -40,6 +43,18 @@ class Ring:
     def __init__(self, content: object) -> None:
         self.content = content
         self.ring = self
+
+
+class Probe:
+    """Is told when the housekeeper comes by."""
+
+    def __init__(self) -> None:
+        self.swept = threading.Event()
+
+    def sweep(self) -> None:
+        self.swept.set()
+
+    def neglected(self) -> None: ...
 
 
 class Thread:
@@ -116,6 +131,20 @@ def new_pool(pid: str | None = None, creator: Callable[[], Any] = Handle, **kw: 
     """A pool without a server; what waits is left to the test, so the collector is not asked."""
     settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False}
     return QueriesPool(creator, pool_id=pid or new_pid(), **(settings | kw))
+
+
+def pool_of(engine: Engine) -> QueriesPool:
+    """An engine's pool."""
+    assert isinstance(engine.pool, QueriesPool)
+    return engine.pool
+
+
+def free_port() -> int:
+    """A port that nothing listens on at this moment."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def settled(shared: Pool) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from hazards import Ring, Thread, assert_whole, new_pid, new_pool, settled
+from hazards import Ring, Thread, assert_whole, new_pid, new_pool, pool_of, settled
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 
@@ -60,12 +60,6 @@ def new_engine(pg_url: str) -> Iterator[Callable[..., Engine]]:
     yield new
     for engine in engines:
         engine.dispose()
-
-
-def pool_of(engine: Engine) -> QueriesPool:
-    """An engine's pool."""
-    assert isinstance(engine.pool, QueriesPool)
-    return engine.pool
 
 
 def database(url: str) -> str:

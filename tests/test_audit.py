@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import Observer
 from fakes import FakeConnection, FakeDriver
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, new_pool
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, new_pool, pool_of
 from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
@@ -66,6 +66,12 @@ class Scene:
         self.idle()
         self.kept.append(self.pool._attachment.idle.pop())
         return self.kept[-1]
+
+    def out(self) -> Any:
+        """The record of a connection that is out."""
+        fairy: Any = self.pool.connect()
+        self.kept.append(fairy)
+        return fairy._connection_record
 
     def added(self) -> tuple[Any, Session]:
         """A slot that was added by hand, and who has locked it."""
@@ -235,9 +241,7 @@ def a_closing_of_what_is_gone(scene: Scene) -> str:
 
 def an_idle_list_with_what_is_out(scene: Scene) -> str:
     """The next checkout would get what somebody has."""
-    fairy: Any = scene.pool.connect()
-    scene.kept.append(fairy)
-    scene.pool._attachment.idle.append(fairy._connection_record)
+    scene.pool._attachment.idle.append(scene.out())
     return "a list of idle connections had others in it"
 
 
@@ -251,9 +255,7 @@ def an_idle_list_with_what_is_gone(scene: Scene) -> str:
 
 def a_hollow_list_with_what_is_out(scene: Scene) -> str:
     """The same without a connection."""
-    fairy: Any = scene.pool.connect()
-    scene.kept.append(fairy)
-    scene.pool._attachment.hollow.append(fairy._connection_record)
+    scene.pool._attachment.hollow.append(scene.out())
     return "a list of idle connections had others in it"
 
 
@@ -711,12 +713,6 @@ def make(pg_url: str) -> Iterator[Callable[..., Engine]]:
     yield create
     for engine in engines:
         engine.dispose()
-
-
-def pool_of(engine: Engine) -> QueriesPool:
-    """Its pool, which is ours."""
-    assert isinstance(engine.pool, QueriesPool)
-    return engine.pool
 
 
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])

@@ -21,7 +21,7 @@ import psycopg2
 import pytest
 from conftest import in_memory
 from fakes import FakeClock, Task
-from hazards import assert_whole, eventually, new_pid
+from hazards import assert_whole, eventually, new_pid, pool_of
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
@@ -497,12 +497,6 @@ class Outside:
                 return int(connection.exec_driver_sql("SELECT pg_backend_pid()").scalar_one())
 
         return [Task(use) for _ in range(number)]
-
-
-def pool_of(engine: Engine) -> QueriesPool:
-    """An engine's pool."""
-    assert isinstance(engine.pool, QueriesPool)
-    return engine.pool
 
 
 @pytest.fixture

@@ -112,12 +112,6 @@ def pool_class(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    """A driver of the test's own."""
-    return FakeDriver()
-
-
-@pytest.fixture
 def make_pool(pool_class: Any, driver: FakeDriver) -> Make:
     """Make pools without an engine, by QueuePool's parameters: ``make_pool(2)`` has 2 connections at most."""
 

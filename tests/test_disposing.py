@@ -20,12 +20,6 @@ _numbers = itertools.count()
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    """A driver of the test's own."""
-    return FakeDriver()
-
-
-@pytest.fixture
 def make_engine(driver: FakeDriver) -> Callable[..., Engine]:
     """Make engines of one database that only this test has: ``make_engine(max_size=2)``."""
     url = f"fake://host/disposing_{next(_numbers)}"

@@ -6,7 +6,6 @@ import json
 import os
 import shlex
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 from conftest import Observer
+from hazards import free_port
 from sqlalchemy import make_url
 
 pytestmark = pytest.mark.slow
@@ -105,14 +105,6 @@ def documented(page: str, beginning: str) -> list[str]:
     lines = [line.strip() for line in (RECIPES / f"{page}.rst").read_text().splitlines()]
     [command] = [line for line in lines if line.startswith(beginning)]
     return shlex.split(command)
-
-
-def free_port() -> int:
-    """A port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def ask(url: str, data: bytes | None = None) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 import psycopg2
 import pytest
 from conftest import Observer
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, pool_of
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -99,12 +99,6 @@ def in_children(work: Callable[[], Any]) -> list[Any]:
 
 
 # -- what both sides do -----------------------------------------------------------------------------
-
-
-def pool_of(engine: Engine) -> QueriesPool:
-    """An engine's pool."""
-    assert isinstance(engine.pool, QueriesPool)
-    return engine.pool
 
 
 def shared(engine: Engine) -> Pool:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeClock
-from hazards import Handle, Thread, assert_whole, new_pid, new_pool
+from hazards import Handle, Thread, assert_whole, new_pid, new_pool, pool_of
 from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import PoolManager, QueriesPool
@@ -35,12 +35,6 @@ def new_engine(pg_url: str) -> Iterator[Callable[..., Engine]]:
     yield new
     for engine in engines:
         engine.dispose()
-
-
-def pool_of(engine: Engine) -> QueriesPool:
-    """An engine's pool."""
-    assert isinstance(engine.pool, QueriesPool)
-    return engine.pool
 
 
 def backends(observer: Any, url: str) -> dict[str, int]:

@@ -32,7 +32,7 @@ from typing import Any, ClassVar
 import pytest
 from conftest import Observer
 from fakes import FakeDialect, FakeDriver
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, sleeping_collector
+from hazards import DEADLINE, Probe, Ring, Stop, Thread, assert_whole, eventually, new_pid, sleeping_collector
 from sqlalchemy import create_engine, event, make_url, text
 
 import sqla_queries_pool
@@ -613,18 +613,6 @@ SCENES = [
 # -- what must hold ---------------------------------------------------------------------------------
 
 
-class Probe:
-    """Asks the housekeeper to come by."""
-
-    def __init__(self) -> None:
-        self.swept = threading.Event()
-
-    def sweep(self) -> None:
-        self.swept.set()
-
-    def neglected(self) -> None: ...
-
-
 @pytest.fixture
 def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No log or report keeps an exception, its traceback and all that took part; a housekeeper of its own."""
@@ -940,13 +928,9 @@ def test_a_step_that_never_ends_costs_its_own_slot_and_nothing_else(
     assert_nothing_lost([a, b], eventually, lambda: len(Handle.live))
 
 
-@pytest.mark.parametrize("kind", [None, *KINDS])
-@pytest.mark.usefixtures("quiet")
-def test_closing_what_gave_way_that_never_ends_costs_one_slot(
-    kind: type[BaseException] | None, eventually: Eventually
-) -> None:
-    """The one that makes room is closed by who opens: he alone waits for it, and has the slot of both."""
-    stop, todo = Stop(), [True]
+def stuck_in_its_first_close(stop: Stop, kind: type[BaseException] | None) -> type[Handle]:
+    """A creator: whoever closes one of its connections first stops there, and in the end that is raised."""
+    todo = [True]
 
     class Stuck(Handle):
         def close(self) -> None:
@@ -957,9 +941,20 @@ def test_closing_what_gave_way_that_never_ends_costs_one_slot(
                 if kind is not None:
                     raise kind
 
+    return Stuck
+
+
+@pytest.mark.parametrize("kind", [None, *KINDS])
+@pytest.mark.usefixtures("quiet")
+def test_closing_what_gave_way_that_never_ends_costs_one_slot(
+    kind: type[BaseException] | None, eventually: Eventually
+) -> None:
+    """The one that makes room is closed by who opens: he alone waits for it, and has the slot of both."""
+    stop = Stop()
+    creator = stuck_in_its_first_close(stop, kind)
     Handle.live = weakref.WeakSet()
     stage = Stage()
-    a = stage.idle(2, Stuck, timeout=0.02)
+    a = stage.idle(2, creator, timeout=0.02)
     b = stage.pool(timeout=0.02)
 
     def work() -> None:
@@ -990,20 +985,11 @@ def test_a_close_in_the_background_that_never_ends_stops_no_checkout(
     kind: type[BaseException] | None, eventually: Eventually
 ) -> None:
     """The worker is stuck in it: its slot stays taken, what is left is used, and closed by who has it."""
-    stop, todo = Stop(), [True]
-
-    class Stuck(Handle):
-        def close(self) -> None:
-            super().close()
-            if todo:
-                todo.clear()
-                stop.here()
-                if kind is not None:
-                    raise kind
-
+    stop = Stop()
+    creator = stuck_in_its_first_close(stop, kind)
     Handle.live = weakref.WeakSet()
     stage = Stage()
-    a, b = (stage.pool(Stuck, timeout=0.02) for _ in range(2))
+    a, b = (stage.pool(creator, timeout=0.02) for _ in range(2))
     use(a)
     shared = a._shared
     PoolManager.set_idle_ttl(stage.pid, 60)

@@ -27,12 +27,6 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    """A DBAPI."""
-    return FakeDriver()
-
-
-@pytest.fixture
 def pid(clock: FakeClock) -> str:
     """A pool that reads the clock; it closes nothing for being idle."""
     name = new_pid()

@@ -56,30 +56,25 @@ def take_time(connection: Any) -> None:
         connection.cursor().execute("SELECT pg_sleep(0.02)")
 
 
-class Counted2(psycopg2.extensions.connection):
+class Counted:
+    """What counts a driver's connection."""
+
+    counted = True
+
+    def close(self) -> None:
+        take_time(self)
+        super().close()  # type: ignore[misc]
+        if self.counted:
+            self.counted = False
+            sockets.closed()
+
+
+class Counted2(Counted, psycopg2.extensions.connection):
     """psycopg2's connection, counted."""
 
-    counted = True
 
-    def close(self) -> None:
-        take_time(self)
-        super().close()
-        if self.counted:
-            self.counted = False
-            sockets.closed()
-
-
-class Counted3(psycopg.Connection[Any]):
+class Counted3(Counted, psycopg.Connection[Any]):
     """psycopg's connection, counted."""
-
-    counted = True
-
-    def close(self) -> None:
-        take_time(self)
-        super().close()
-        if self.counted:
-            self.counted = False
-            sockets.closed()
 
 
 def new_engine(url: str, rng: random.Random, max_size: int, driver: str = "psycopg2") -> Engine:

@@ -31,7 +31,7 @@ from wsgiref.validate import validator
 import psycopg2
 import pytest
 from fakes import FakeClock
-from hazards import Handle, Thread, new_pid, new_pool
+from hazards import Handle, Thread, free_port, new_pid, new_pool
 from sqlalchemy import create_engine, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -789,14 +789,6 @@ def fetch(url: str) -> str:
     except urllib.error.HTTPError as error:
         with error:
             raise AssertionError(f"{url}: {error}") from None
-
-
-def free_port() -> int:
-    """A port that nothing listens on at this moment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def test_it_is_served_alone_and_to_several_at_once() -> None:

@@ -57,12 +57,6 @@ class Session:
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    """A driver of the test's own."""
-    return FakeDriver()
-
-
-@pytest.fixture
 def pid() -> Iterator[str]:
     """A pool id that only this test has; what is left of its pool is closed."""
     name = f"api-{next(_numbers)}"

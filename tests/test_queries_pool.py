@@ -23,12 +23,6 @@ _numbers = itertools.count()
 
 
 @pytest.fixture
-def driver() -> FakeDriver:
-    """A driver of the test's own."""
-    return FakeDriver()
-
-
-@pytest.fixture
 def pid() -> str:
     """A pool id that only this test has."""
     return f"pool-{next(_numbers)}"

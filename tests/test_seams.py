@@ -83,12 +83,6 @@ def spy(driver: FakeDriver) -> SpyPool:
     return SpyPool(driver.connect)
 
 
-@pytest.fixture
-def driver() -> FakeDriver:
-    """A DBAPI."""
-    return FakeDriver()
-
-
 def private_names(tree: ast.AST) -> set[str]:
     """Every name with a leading underscore that a module reads, defines or passes, but for dunders."""
     found: set[str] = set()

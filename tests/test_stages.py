@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -12,7 +11,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeConnection, FakeDriver
-from hazards import Thread, new_pid, new_pool
+from hazards import Probe, Thread, new_pid, new_pool
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.engine.default import DefaultDialect
@@ -322,18 +321,6 @@ def test_an_error_that_takes_no_notes_is_raised_all_the_same(new_engine: NewEngi
 
 
 # -- SQLAlchemy's own ping ---------------------------------------------------------------------------
-
-
-class Probe:
-    """Is told when the housekeeper comes by."""
-
-    def __init__(self) -> None:
-        self.swept = threading.Event()
-
-    def sweep(self) -> None:
-        self.swept.set()
-
-    def neglected(self) -> None: ...
 
 
 def after(engine: Any, seconds: float) -> None:
