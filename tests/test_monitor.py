@@ -36,7 +36,7 @@ from sqlalchemy import create_engine, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.labels import labelled
-from sqla_queries_pool.monitor import Monitor, access, page, serving
+from sqla_queries_pool.monitor import Monitor, access, markup, page, serving
 from sqla_queries_pool.monitor.history import GAP, LINGER, WINDOW, History, Sample, minute, quantile, series
 from sqla_queries_pool.monitor.look import MOST_CHARACTERS, MOST_HOLDERS, MOST_TIMEOUTS, clean, duration
 from sqla_queries_pool.stats import BOUNDS, Histogram
@@ -620,8 +620,8 @@ def test_durations_are_written_as_people_do(seconds: float | None, said: str) ->
 
 def test_what_is_no_markup_is_escaped() -> None:
     """In an element and in an attribute; nobody has to remember it."""
-    assert page.tag("b", '<i>"', title='"><i>') == '<b title="&quot;&gt;&lt;i&gt;">&lt;i&gt;&quot;</b>'
-    assert page.tag("b", page.tag("i", "x"), None, hidden=True, id=None) == "<b hidden><i>x</i></b>"
+    assert markup.tag("b", '<i>"', title='"><i>') == '<b title="&quot;&gt;&lt;i&gt;">&lt;i&gt;&quot;</b>'
+    assert markup.tag("b", markup.tag("i", "x"), None, hidden=True, id=None) == "<b hidden><i>x</i></b>"
 
 
 # -- the last minute -----------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from ..diagnostics import Snapshot, snapshot
 from ..pool import Pool, PoolManager
 from .history import WINDOW, History, minute, series
 
+Data = dict[str, Any]
 NOTHING = "\N{EN DASH}"
 """Where there is nothing to say."""
 MOST_POOLS = 200
@@ -27,7 +28,7 @@ MOST_CHARACTERS = 200
 _SECRET = re.compile(r"(?i)(\b(?:pass(?:word|wd)?|pwd)\s*=\s*)('[^']*'|\S+)|(://[^/?#\s]*?:)[^/\s]*(?=@)")
 
 
-def look(history: History, only: str | None = None, detailed: int = MOST_POOLS) -> dict[str, Any]:
+def look(history: History, only: str | None = None, detailed: int = MOST_POOLS) -> Data:
     """Everything, as JSON knows it.
 
     :param only: the id of the one pool that is asked for.
@@ -50,7 +51,7 @@ def look(history: History, only: str | None = None, detailed: int = MOST_POOLS) 
     }
 
 
-def _numbers(pool: Pool, history: History) -> dict[str, Any]:
+def _numbers(pool: Pool, history: History) -> Data:
     samples = history.of(pool)
     numbers: dict[str, Any] = clean(pool.statistics().as_dict())
     # The id as it is, since one asks for a pool by it.
@@ -67,7 +68,7 @@ def _is_urgent(numbers: dict[str, Any]) -> bool:
     return bool(numbers["statistics"]["waiting"] or last["timeouts"] or last["wait_95"] is not None)
 
 
-def _details(pool: Pool) -> dict[str, Any]:
+def _details(pool: Pool) -> Data:
     now = snapshot(pool)
     timeouts = pool.last_timeouts
     last = [_cut(then, MOST_HOLDERS_THEN, 0) for then in reversed(timeouts[-MOST_TIMEOUTS:])]
@@ -83,7 +84,7 @@ def _details(pool: Pool) -> dict[str, Any]:
     }
 
 
-def _cut(whole: Snapshot, holders: int, waiting: int) -> dict[str, Any]:
+def _cut(whole: Snapshot, holders: int, waiting: int) -> Data:
     """The first of those who hold and wait, and how many more there are."""
     part = replace(whole, holders=whole.holders[:holders], waiting=whole.waiting[:waiting])
     data = part.as_dict()
@@ -134,6 +135,16 @@ def short(frame: str) -> str:
 def how_long_ago(seconds: float) -> str:
     """A moment in the past, to the second."""
     return f"{max(0.0, seconds):.0f} s ago" if seconds < 59.5 else f"{duration(max(60.0, seconds))} ago"
+
+
+def count(number: int) -> str:
+    """With thousands set apart."""
+    return f"{number:,}"
+
+
+def rate(number: float | None) -> str:
+    """So many per second."""
+    return NOTHING if number is None else f"{number:,.3g}" if number < 100 else f"{number:,.0f}"
 
 
 def duration(seconds: float | None) -> str:

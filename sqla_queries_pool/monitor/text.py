@@ -9,10 +9,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from .history import EVERY, History
-from .look import NOTHING, clean, duration, how_long_ago, look, short
+from .look import NOTHING, Data, clean, duration, how_long_ago, look, short
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -27,7 +27,6 @@ SECONDS = 5.0
 """The longest that a monitor may take to answer."""
 STYLES = {"held": "blue", "opening": "magenta", "closing": "dim", "idle": "cyan", "waiting": "yellow"}
 SIGNS = {"held": "█", "opening": "▒", "closing": "∙", "idle": "░", "waiting": "▚"}
-Data = dict[str, Any]
 
 
 class MonitorError(Exception):
