@@ -6,12 +6,13 @@ import gc
 import itertools
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import hazards
 import psycopg2
+import psycopg2.errors
 import psycopg2.extensions
 import pytest
 from fakes import FakeClock, FakeDriver
@@ -92,12 +93,33 @@ class Observer:
         return int(self.query(f"{sql} AND backend_type = 'client backend'", datname)[0][0])
 
 
+@contextmanager
+def observer(server: EmbeddedPostgres) -> Iterator[Observer]:
+    """An Observer of a server."""
+    with closing(
+        psycopg2.connect(
+            host=server.host,
+            port=server.port,
+            user=server.user,
+            password=server.password,
+            dbname=server.database,
+            application_name="observer",
+        )
+    ) as connection:
+        connection.autocommit = True
+        yield Observer(connection)
+
+
 @pytest.fixture(scope="session")
 def pg_server() -> Iterator[SessionServer]:
     """The server that the tests share; one that stops or changes servers takes `pg_own_server`."""
     # Little of the log is kept: new segments of it would be written with zeros first, 16 MB each.
     settings = {"max_connections": str(MAX_CONNECTIONS), "max_wal_size": "64MB"}
     with SessionServer(settings, in_memory()) as server:
+        with observer(server) as looking:
+            # Half of what a connection costs is the client's part of SCRAM: a thousand rounds less.
+            looking.query("SET scram_iterations = 1")
+            looking.query(f"ALTER ROLE {server.user} PASSWORD %s", server.password)
         yield server
 
 
@@ -125,40 +147,81 @@ def pid(clock: FakeClock) -> str:
     return pid
 
 
+class Databases:
+    """Empty databases of a server, each for one test.
+
+    To make one and to drop it takes longer than most tests do. So one in which nothing was written is the
+    next test's as well, under another name: what is left of the test before does not find it.
+    """
+
+    UNTOUCHED = """
+        SELECT true FROM pg_database d JOIN pg_stat_database s ON s.datid = d.oid
+        WHERE d.datname = %s AND s.tup_inserted + s.tup_updated + s.tup_deleted = 0
+        AND d.datacl IS NULL AND d.datconnlimit = -1
+        AND NOT EXISTS (SELECT FROM pg_db_role_setting WHERE setdatabase = d.oid)
+        """
+    """Nothing was written, nor was by what was rolled back. Backends tell at the latest when they end."""
+
+    def __init__(self, server: SessionServer, observer: Observer) -> None:
+        self._server = server
+        self._observer = observer
+        self._spare: list[str] = []
+
+    def _janitor(self, name: str) -> DatabaseJanitor:
+        return DatabaseJanitor(
+            user=self._server.user,
+            host=self._server.host,
+            port=self._server.port,
+            password=self._server.password,
+            dbname=name,
+            template_dbname=self._server.template_dbname,
+            connection_timeout=10,
+        )
+
+    def take(self) -> str:
+        """The name of a database that is empty."""
+        name = f"test_{next(_numbers)}"
+        if self._spare:
+            self._observer.query(f"ALTER DATABASE {self._spare.pop()} RENAME TO {name}")
+        else:
+            self._janitor(name).init()
+        return name
+
+    def give_back(self, name: str) -> None:
+        """End its connections; keep it for another test, or drop it."""
+        self._observer.terminate(name)
+        if self._observer.query(self.UNTOUCHED, name):
+            spare = f"spare_{next(_numbers)}"
+            with suppress(psycopg2.errors.ObjectInUse):  # somebody has come back meanwhile
+                self._observer.query(f"ALTER DATABASE {name} RENAME TO {spare}")
+                self._spare.append(spare)
+                return
+        self._janitor(name).drop()
+
+
+@pytest.fixture(scope="session")
+def pg_databases(pg_server: SessionServer, postgresql_proc: NoopExecutor) -> Iterator[Databases]:
+    """See Databases."""
+    with observer(pg_server) as looking:
+        yield Databases(pg_server, looking)
+
+
 @pytest.fixture
-def pg_url(pg_server: SessionServer, postgresql_proc: NoopExecutor) -> Iterator[str]:
+def pg_url(pg_server: SessionServer, pg_databases: Databases) -> Iterator[str]:
     """The SQLAlchemy URL (psycopg2, with the password) of an empty database that only this test has.
 
     Connections that the test leaves are terminated at its end.
     """
-    name = f"test_{next(_numbers)}"
-    with DatabaseJanitor(
-        user=pg_server.user,
-        host=pg_server.host,
-        port=pg_server.port,
-        password=pg_server.password,
-        dbname=name,
-        template_dbname=postgresql_proc.template_dbname,
-        connection_timeout=10,
-    ):
-        yield pg_server.url(database=name)
+    name = pg_databases.take()
+    yield pg_server.url(database=name)
+    pg_databases.give_back(name)
 
 
 @pytest.fixture
 def pg_observer(pg_server: SessionServer) -> Iterator[Observer]:
     """See Observer."""
-    with closing(
-        psycopg2.connect(
-            host=pg_server.host,
-            port=pg_server.port,
-            user=pg_server.user,
-            password=pg_server.password,
-            dbname=pg_server.database,
-            application_name="observer",
-        )
-    ) as connection:
-        connection.autocommit = True
-        yield Observer(connection)
+    with observer(pg_server) as looking:
+        yield looking
 
 
 @pytest.fixture

@@ -110,16 +110,18 @@ class Stop:
 
 
 def eventually(
-    condition: Callable[[], object],
-    what: str = "the condition",
-    seconds: float = DEADLINE,
-    every: float = 0.005,
+    condition: Callable[[], object], what: str = "the condition", seconds: float = DEADLINE
 ) -> None:
-    """Look until a condition holds, and fail when it does not in time: ``eventually(lambda: …, "what")``."""
+    """Look until a condition holds, and fail when it does not in time: ``eventually(lambda: …, "what")``.
+
+    At first it looks often: most of what tests wait for takes less than a millisecond.
+    """
     deadline = time.monotonic() + seconds
+    pause = 0.0001
     while not condition():
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
-        time.sleep(every)
+        time.sleep(pause)
+        pause = min(2 * pause, 0.01)
 
 
 def new_pid() -> str:

@@ -62,8 +62,6 @@ SEED = int(os.environ.get("INJECTION_SEED", "20"))
 _set_async_exc = ctypes.pythonapi.PyThreadState_SetAsyncExc
 _set_async_exc.argtypes = [ctypes.c_ulong, ctypes.py_object]
 injected: Counter[str] = Counter()
-SHORT = 0.0001
-"""Seconds between two looks, for what happens ten thousand times."""
 
 
 FEWEST = 10_000
@@ -239,7 +237,7 @@ class Stage:
         shared = self.pools[0]._shared
 
         def work() -> None:
-            eventually(lambda: shared._ledger.lines or self.ended, "somebody waits", every=SHORT)
+            eventually(lambda: shared._ledger.lines or self.ended, "somebody waits")
             do()
 
         self.threads.append(Thread(work))
@@ -247,7 +245,7 @@ class Stage:
     def waiting(self, pool: QueriesPool) -> None:
         """Another thread waits for a connection, and uses it."""
         self.threads.append(Thread(lambda: pool.connect().close()))
-        eventually(lambda: pool._attachment.line, "it waits", every=SHORT)
+        eventually(lambda: pool._attachment.line, "it waits")
 
 
 def use(pool: QueriesPool) -> None:
@@ -353,7 +351,7 @@ def lets_go(stage: Stage) -> Act:
     lingering = pool._shared.lingering
 
     def let_go() -> None:
-        eventually(lambda: lingering or stage.ended, "one is waited for", every=SHORT)
+        eventually(lambda: lingering or stage.ended, "one is waited for")
         stage.kept.clear()
 
     def act() -> None:
@@ -649,9 +647,7 @@ def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseExcep
     stage = Stage()
     act = scene(stage)
     sweeper = Pool.housekeeper._thread
-    eventually(
-        lambda: not sweeper._running.locked() or sweeper._mail.empty(), "it has read its mail", every=SHORT
-    )
+    eventually(lambda: not sweeper._running.locked() or sweeper._mail.empty(), "it has read its mail")
     try:
         injector.run(act)
         look_for_signals()  # it may be under way
@@ -677,7 +673,7 @@ def sweep(scene: Callable[[Stage], Act], kind: type[BaseException]) -> tuple[int
     def handler(*_: object) -> None:
         raise kind
 
-    soon = partial(eventually, seconds=1.0, every=SHORT)
+    soon = partial(eventually, seconds=1.0)
     lost: dict[str, str] = {}
     old = signal.signal(signal.SIGUSR1, handler)
     n = 0

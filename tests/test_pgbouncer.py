@@ -21,7 +21,7 @@ from typing import Any
 
 import psycopg2
 import pytest
-from conftest import Observer
+from conftest import observer
 from fakes import SECONDS, Task
 from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
@@ -61,18 +61,6 @@ def server() -> Iterator[EmbeddedPostgres]:
         with observer(server) as look:
             look.query(f"CREATE DATABASE {DATABASE}")
         yield server
-
-
-@contextmanager
-def observer(server: EmbeddedPostgres) -> Iterator[Observer]:
-    """Looks at the server, past PgBouncer."""
-    with closing(
-        psycopg2.connect(
-            host=server.host, port=server.port, user=server.user, password=server.password, dbname="postgres"
-        )
-    ) as connection:
-        connection.autocommit = True
-        yield Observer(connection)
 
 
 def backends(server: EmbeddedPostgres) -> int:

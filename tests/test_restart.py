@@ -13,13 +13,11 @@ import os
 import random
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from typing import Any, NamedTuple
 
 import psutil
-import psycopg2
 import pytest
-from conftest import Observer, in_memory
+from conftest import in_memory, observer
 from fakes import SECONDS, Task
 from hazards import eventually
 from proxy import Proxy
@@ -130,14 +128,9 @@ class Crowd:
 
 def end_the_idle(server: EmbeddedPostgres) -> None:
     """Terminate every idle connection, return when the processes, hence the sockets, are gone."""
-    with closing(
-        psycopg2.connect(
-            host=server.host, port=server.port, user=server.user, password=server.password, dbname="postgres"
-        )
-    ) as connection:
-        connection.autocommit = True
+    with observer(server) as look:
         sql = "SELECT pid, pg_terminate_backend(pid) FROM pg_stat_activity WHERE state = 'idle'"
-        processes = [process for process, _ in Observer(connection).query(sql)]
+        processes = [process for process, _ in look.query(sql)]
     assert len(processes) == THREADS
     eventually(lambda: not any(map(psutil.pid_exists, processes)), "the backends end")
 
