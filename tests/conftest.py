@@ -134,6 +134,12 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
+def no_other_pools(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What other tests have left is in no overview of all pools."""
+    monkeypatch.setattr(PoolManager, "_pools", {})
+
+
+@pytest.fixture
 def driver() -> FakeDriver:
     """A driver of the test's own."""
     return FakeDriver()

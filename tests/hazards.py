@@ -141,6 +141,11 @@ def pool_of(engine: Engine) -> QueriesPool:
     return engine.pool
 
 
+def report(pool: QueriesPool) -> dict[str, Any]:
+    """What is reported about a pool, without the many that other tests have left."""
+    return pool._shared.report()
+
+
 def free_port() -> int:
     """A port that nothing listens on at this moment."""
     with socket.socket() as probe:

@@ -211,7 +211,7 @@ def test_where_all_threads_wait_the_collector_is_asked_on_postgresql(
 @pytest.mark.usefixtures("no_collector")
 def test_gc_on_wait_opts_out(monkeypatch: pytest.MonkeyPatch, eventually: Eventually) -> None:
     """With `gc_on_wait=False` a checkout never asks the collector, and waits for as long as it may."""
-    pool = new_pool(max_size=1, timeout=0.5, gc_on_wait=False)
+    pool = new_pool(max_size=1, timeout=0.05, gc_on_wait=False)
     Ring(pool.connect())
     with monkeypatch.context() as patch:
         patch.setattr(gc, "collect", lambda: pytest.fail("asked"))

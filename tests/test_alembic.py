@@ -108,7 +108,7 @@ def tables(engine: Engine) -> set[str]:
 
 def held(engine: Engine) -> int:
     """How many connections of an engine's pool somebody has."""
-    numbers: dict[str, int] = PoolManager.report()["pools"][engine.pool.pid]["connections"]  # type: ignore[attr-defined]
+    numbers: dict[str, int] = engine.pool._shared.report()["connections"]  # type: ignore[attr-defined]
     return numbers["held"] + numbers["opening"]
 
 

@@ -21,7 +21,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
 from sqla_queries_pool.audit import Audit, check
 from sqla_queries_pool.gates import ThreadGate
-from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.pool import Pool, core
 from sqla_queries_pool.slots import CLOSING, GONE, HELD, LENT, OPENING, Permit
 
 Eventually = Callable[..., None]
@@ -373,8 +373,11 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
 
 
 @pytest.mark.parametrize("broken", LOSSES)
-def test_who_waits_gets_what_was_lost_without_an_audit(broken: Break, eventually: Eventually) -> None:
+def test_who_waits_gets_what_was_lost_without_an_audit(
+    broken: Break, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
     """It is looked for after a moment, by whoever waits; what was found is told by the next audit."""
+    monkeypatch.setattr(core, "GC_AFTER", 0.11)
     scene = Scene()
     what = broken(scene)
     held = scene.other.connect()

@@ -28,6 +28,7 @@ from fakes import FakeClock, FakeConnection, FakeDialect, FakeDriver, Task
 from hazards import Ring, assert_whole, settled
 from sqlalchemy import (
     JSON,
+    URL,
     Engine,
     MetaData,
     cast,
@@ -48,7 +49,6 @@ from sqla_queries_pool.embedded import EmbeddedPostgres
 Eventually = Callable[..., None]
 Make = Callable[..., Any]
 VERSION = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:3] if part.isdigit())
-DATABASE = "contract"
 _numbers = itertools.count()
 
 
@@ -140,17 +140,9 @@ def make_engine(pool_class: Any, driver: FakeDriver) -> Iterator[Make]:
 
 
 @pytest.fixture(params=["psycopg2", "psycopg"])
-def database(request: pytest.FixtureRequest, pg_server: EmbeddedPostgres, pg_observer: Any) -> Any:
-    """The URL of an empty database of PostgreSQL, with each driver; the tests of this file take turns."""
-    if not pg_observer.query("SELECT 1 FROM pg_database WHERE datname = %s", DATABASE):
-        pg_observer.query(f"CREATE DATABASE {DATABASE}")
-    pg_observer.terminate(DATABASE)
-    url = make_url(pg_server.url(database=DATABASE))
-    with closing(psycopg2.connect(url.set(drivername="postgresql").render_as_string(False))) as connection:
-        connection.cursor().execute("DROP SCHEMA public CASCADE; CREATE SCHEMA public")
-        connection.commit()
-    pg_observer.terminate(DATABASE)
-    return url.set(drivername=f"postgresql+{request.param}")
+def database(request: pytest.FixtureRequest, pg_url: str) -> URL:
+    """The URL of an empty database of PostgreSQL, with each driver."""
+    return make_url(pg_url).set(drivername=f"postgresql+{request.param}")
 
 
 EVENTS = (
@@ -196,8 +188,8 @@ class Recorder:
 
 
 def report(pool: Any) -> dict[str, Any]:
-    """What the manager reports about the connections of a pool."""
-    found: dict[str, Any] = PoolManager.report()["pools"][pool.pid]["connections"]
+    """What is reported about the connections of a pool."""
+    found: dict[str, Any] = pool._shared.report()["connections"]
     return found
 
 
@@ -1435,7 +1427,7 @@ class Reader(Writer):
 
 @pytest.mark.parametrize("size", [1, 3])
 def test_engines_of_one_database_never_see_one_anothers_settings(
-    make_engine: Make, database: Any, size: int
+    make_engine: Make, database: URL, size: int
 ) -> None:
     """``connect`` listeners, JSON codecs, isolation levels: also where connections give way to each other."""
     engines: dict[str, Engine] = {}
@@ -1785,7 +1777,7 @@ def test_a_shared_memory_database_has_one_connection_per_engine(make_engine: Mak
 # == 10. PostgreSQL, psycopg2 and psycopg 3 ==============================================================
 
 
-def test_the_drivers_own_connection_is_at_hand(make_engine: Make, database: Any) -> None:
+def test_the_drivers_own_connection_is_at_hand(make_engine: Make, database: URL) -> None:
     """``driver_connection`` of what was checked out, in events too."""
     kind = psycopg.Connection if "psycopg2" not in str(database) else psycopg2.extensions.connection
     engine = make_engine(1, database)
@@ -1797,14 +1789,14 @@ def test_the_drivers_own_connection_is_at_hand(make_engine: Make, database: Any)
 
 
 def test_a_disconnect_replaces_them_all(
-    make_engine: Make, database: Any, pg_observer: Any, eventually: Eventually
+    make_engine: Make, database: URL, pg_observer: Any, eventually: Eventually
 ) -> None:
     """The server ended the sessions: one statement fails, and every connection is opened anew after that."""
     engine = make_engine(3, database)
     connections = [engine.connect() for _ in range(3)]
     for connection in connections[1:]:
         connection.close()
-    assert pg_observer.terminate(DATABASE) == 3
+    assert pg_observer.terminate(database.database) == 3
     with pytest.raises(exc.DBAPIError) as raised:
         connections[0].execute(text("SELECT 1"))
     assert raised.value.connection_invalidated
@@ -1814,21 +1806,21 @@ def test_a_disconnect_replaces_them_all(
     assert [connection.scalar(text("SELECT 1")) for connection in connections] == [1, 1, 1]
     pool: Any = engine.pool
     assert (pool.checkedin(), pool.checkedout()) == (0, 3)
-    eventually(lambda: pg_observer.backends(DATABASE) == 3, "three backends")
+    eventually(lambda: pg_observer.backends(database.database) == 3, "three backends")
     for connection in connections:
         connection.close()
     engine.dispose()
-    eventually(lambda: pg_observer.backends(DATABASE) == 0, "no backend")
+    eventually(lambda: pg_observer.backends(database.database) == 0, "no backend")
 
 
 def test_a_connection_that_lost_its_server_reconnects(
-    make_engine: Make, database: Any, pg_observer: Any
+    make_engine: Make, database: URL, pg_observer: Any
 ) -> None:
     """The same Connection, after a rollback: it holds its slot all the time."""
     engine = make_engine(1, database)
     with engine.connect() as connection:
         connection.execute(text("SELECT 1"))
-        pg_observer.terminate(DATABASE)
+        pg_observer.terminate(database.database)
         with pytest.raises(exc.DBAPIError):
             connection.execute(text("SELECT 1"))
         connection.rollback()
@@ -1839,19 +1831,19 @@ def test_a_connection_that_lost_its_server_reconnects(
     assert (pool.checkedin(), pool.checkedout()) == (1, 0)
 
 
-def test_pre_ping_sees_that_the_server_is_gone(make_engine: Make, database: Any, pg_observer: Any) -> None:
+def test_pre_ping_sees_that_the_server_is_gone(make_engine: Make, database: URL, pg_observer: Any) -> None:
     """Nobody gets a dead connection."""
     engine = make_engine(2, database, pool_pre_ping=True)
     for connection in [engine.connect(), engine.connect()]:
         connection.close()
-    pg_observer.terminate(DATABASE)
+    pg_observer.terminate(database.database)
     with engine.connect() as connection, engine.connect() as other:
         assert connection.scalar(text("SELECT 1")) == other.scalar(text("SELECT 1")) == 1
 
 
 @pytest.mark.parametrize(("reset", "count"), [("rollback", 0), ("commit", 1), (None, 0)])
 def test_reset_on_return_rolls_back_or_commits(
-    make_engine: Make, database: Any, pg_observer: Any, reset: str | None, count: int
+    make_engine: Make, database: URL, pg_observer: Any, reset: str | None, count: int
 ) -> None:
     """What a raw connection left in a transaction; with None it is still in there for the next one."""
     engine = make_engine(1, database, pool_reset_on_return=reset)
@@ -1859,14 +1851,14 @@ def test_reset_on_return_rolls_back_or_commits(
         connection.execute(text("CREATE TABLE item (number int)"))
     with closing(engine.raw_connection()) as fairy:
         fairy.cursor().execute("INSERT INTO item VALUES (1)")
-    in_transaction = pg_observer.backends(DATABASE, "idle in transaction")
+    in_transaction = pg_observer.backends(database.database, "idle in transaction")
     assert in_transaction == (1 if reset is None else 0)
     engine.dispose()
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM item")) == count
 
 
-def test_an_isolation_level_holds_for_one_checkout(make_engine: Make, database: Any) -> None:
+def test_an_isolation_level_holds_for_one_checkout(make_engine: Make, database: URL) -> None:
     """Set by execution options, reset on return: to the server's default, or to the engine's own."""
     show = text("SHOW transaction_isolation")
     for own, default in ((None, "read committed"), ("REPEATABLE READ", "repeatable read")):
@@ -1889,7 +1881,7 @@ def test_an_isolation_level_holds_for_one_checkout(make_engine: Make, database: 
         engine.dispose()
 
 
-def test_savepoints(make_engine: Make, database: Any) -> None:
+def test_savepoints(make_engine: Make, database: URL) -> None:
     """``begin_nested()`` in one checkout: what was rolled back to is gone, the rest is there."""
     engine = make_engine(1, database)
     with engine.begin() as connection:
@@ -1945,7 +1937,7 @@ def test_two_phase_commits(make_engine: Make, pg_two_phase: EmbeddedPostgres, dr
     assert pool.checkedout() == 0
 
 
-def test_reflection_on_postgresql(make_engine: Make, database: Any) -> None:
+def test_reflection_on_postgresql(make_engine: Make, database: URL) -> None:
     """A table, its types and its foreign keys, through one connection."""
     engine = make_engine(1, database)
     with engine.begin() as connection:
@@ -1961,18 +1953,18 @@ def test_reflection_on_postgresql(make_engine: Make, database: Any) -> None:
 
 
 def test_a_detached_connection_lives_on_its_own(
-    make_engine: Make, database: Any, pg_observer: Any, eventually: Eventually
+    make_engine: Make, database: URL, pg_observer: Any, eventually: Eventually
 ) -> None:
     """Beside a full pool, over a dispose, until it is closed."""
     engine = make_engine(1, database)
     connection = engine.connect()
     connection.detach()
     with engine.connect():
-        assert pg_observer.backends(DATABASE) == 2
+        assert pg_observer.backends(database.database) == 2
     engine.dispose()
     assert connection.scalar(text("SELECT 1")) == 1
     connection.close()
-    eventually(lambda: pg_observer.backends(DATABASE) == 0, "no backend")
+    eventually(lambda: pg_observer.backends(database.database) == 0, "no backend")
 
 
 # == The differences ====================================================================================

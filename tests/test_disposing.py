@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fakes import FakeConnection, FakeDriver, Task
+from hazards import report
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
 
@@ -29,12 +30,6 @@ def make_engine(driver: FakeDriver) -> Callable[..., Engine]:
         return create_engine(url, module=driver, poolclass=QueriesPool, **kw)
 
     return make
-
-
-def report(pool: Any) -> dict[str, Any]:
-    """What the manager reports about a pool."""
-    found: dict[str, Any] = PoolManager.report()["pools"][pool.pid]
-    return found
 
 
 # -- dispose() alone ---------------------------------------------------------------------------------

@@ -33,6 +33,7 @@ from sqla_queries_pool import (
     ConnectionBusyError,
     PoolManager,
     QueriesPool,
+    retirement,
 )
 from sqla_queries_pool.audit import check
 from sqla_queries_pool.books import Books
@@ -466,6 +467,7 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
         return result
 
     monkeypatch.setattr(Ledger, method, collecting)
+    monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)  # a refusal is part of the day
 
     def step() -> None:
         eventually(lambda: not shared._inbox, "letters are read")  # the housekeeper may have the lock

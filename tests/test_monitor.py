@@ -35,21 +35,17 @@ from hazards import Handle, Thread, free_port, new_pid, new_pool
 from sqlalchemy import create_engine, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.__main__ import main
 from sqla_queries_pool.labels import labelled
 from sqla_queries_pool.monitor import Monitor, access, markup, page, serving
 from sqla_queries_pool.monitor.history import GAP, LINGER, WINDOW, History, Sample, minute, quantile, series
 from sqla_queries_pool.monitor.look import MOST_CHARACTERS, MOST_HOLDERS, MOST_TIMEOUTS, clean, duration
 from sqla_queries_pool.stats import BOUNDS, Histogram
 
+pytestmark = pytest.mark.usefixtures("no_other_pools")
 ROOT = Path(__file__).parent.parent
 HOSTILE = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'>&amp; \u202egnp.exe \x1b[31m \ud800"
 """A name that means harm to HTML, to attributes, to the order of what is read, to terminals and to UTF-8."""
-
-
-@pytest.fixture(autouse=True)
-def _no_other_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other tests have left is not on the page."""
-    monkeypatch.setattr(PoolManager, "_pools", {})
 
 
 @dataclass
@@ -709,8 +705,11 @@ def test_samples_that_are_too_old_are_forgotten_and_two_at_once_are_one() -> Non
     assert len({id(each.use_time) for each in samples}) == 1
 
 
-def test_it_samples_while_somebody_looks_and_for_a_moment_longer(eventually: Callable[..., None]) -> None:
+def test_it_samples_while_somebody_looks_and_for_a_moment_longer(
+    monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
     """No thread before the first look, one then, however many look, none when nobody looked for a while."""
+    monkeypatch.setattr("sqla_queries_pool.monitor.history.EVERY", 0.01)
     clock = FakeClock()
     history = History(clock)
     assert not history.sampling
@@ -858,6 +857,16 @@ def run(*arguments: str, environment: dict[str, str] | None = None) -> subproces
     )
 
 
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What the command says, in this process, when it ends with exit status 2."""
+    try:
+        status: Any = main(["monitor", *arguments])
+    except SystemExit as ended:  # argparse's
+        status = ended.code
+    assert status == 2
+    return capsys.readouterr().err
+
+
 def test_the_terminal_shows_what_a_monitor_elsewhere_tells() -> None:
     """`--text --url --once`: label, numbers, holders and the last timeout of another process, this one."""
     pytest.importorskip("rich")
@@ -872,6 +881,7 @@ def test_the_terminal_shows_what_a_monitor_elsewhere_tells() -> None:
     assert f"process {os.getpid()}" in ran.stdout
 
 
+@pytest.mark.slow
 def test_the_terminal_goes_on_when_the_monitor_goes_and_comes_back(eventually: Callable[..., None]) -> None:
     """Each second, until Ctrl-C; while there is no answer it says so, and shows what there was."""
     pytest.importorskip("rich")
@@ -964,17 +974,16 @@ def test_what_a_monitor_elsewhere_says_is_not_obeyed_either() -> None:
     ],
 )
 def test_a_command_line_that_does_not_do_is_refused_with_a_remedy(
-    arguments: tuple[str, ...], said: str
+    arguments: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Exit status 2, no traceback and no password."""
-    ran = run(*arguments)
-    assert ran.returncode == 2
-    assert said in ran.stderr
-    assert "Traceback" not in ran.stderr
-    assert "s3cret" not in ran.stderr
+    err = refused(capsys, *arguments)
+    assert said in err
+    assert "Traceback" not in err
+    assert "s3cret" not in err
 
 
-def test_an_address_that_is_no_monitor_s_is_refused() -> None:
+def test_an_address_that_is_no_monitor_s_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     """Neither an error page nor other JSON nor HTML is taken for one."""
 
     def other(environ: dict[str, Any], start_response: Any) -> list[bytes]:
@@ -987,19 +996,17 @@ def test_an_address_that_is_no_monitor_s_is_refused() -> None:
 
     with served(other) as url:
         for path, said in (("/json", "is no monitor's"), ("/html", "does not answer"), ("/none", "says 403")):
-            ran = run("--text", "--once", "--url", f"{url}{path}")
-            assert ran.returncode == 2
-            assert said in ran.stderr
-            assert len(ran.stderr.splitlines()) == 1
+            err = refused(capsys, "--text", "--once", "--url", f"{url}{path}")
+            assert said in err
+            assert len(err.splitlines()) == 1
 
 
-def test_a_port_that_is_taken_is_refused_before_anything_starts() -> None:
+def test_a_port_that_is_taken_is_refused_before_anything_starts(capsys: pytest.CaptureFixture[str]) -> None:
     """Exit status 2, one line."""
     with served(Monitor()) as url:
-        ran = run("--demo", "--port", url.rpartition(":")[2])
-    assert ran.returncode == 2
-    assert "--port" in ran.stderr
-    assert len(ran.stderr.splitlines()) == 1
+        err = refused(capsys, "--demo", "--port", url.rpartition(":")[2])
+    assert "--port" in err
+    assert len(err.splitlines()) == 1
 
 
 @pytest.mark.slow

@@ -25,17 +25,12 @@ from sqla_queries_pool.monitor import Monitor, page
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.usefixtures("no_other_pools"),
     pytest.mark.skipif(
         program() is None, reason="no Chromium: apt-get install chromium, or name one: CHROMIUM"
     ),
 ]
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture(autouse=True)
-def _no_other_pools(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What other tests have left is not on the page."""
-    monkeypatch.setattr(PoolManager, "_pools", {})
 
 
 @pytest.fixture(scope="module")

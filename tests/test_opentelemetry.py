@@ -42,7 +42,7 @@ Eventually = Callable[..., None]
 
 
 @pytest.fixture
-def provide() -> Iterator[Provide]:
+def provide(no_other_pools: None) -> Iterator[Provide]:
     """Make a meter provider that is told of the pools: `provide(reader, …)`."""
     made: list[MeterProvider] = []
 

@@ -220,7 +220,7 @@ def server(app: App, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serve
 
 
 @pytest.fixture
-def registry() -> CollectorRegistry:
+def registry(no_other_pools: None) -> CollectorRegistry:
     """A registry with nothing but the pools."""
     made = CollectorRegistry()
     prometheus.register(made)

@@ -41,8 +41,8 @@ def make_pool(driver: FakeDriver, pid: str) -> Callable[..., QueriesPool]:
 
 
 def report(pid: str) -> dict[str, Any]:
-    """What the manager reports about a pool."""
-    found: dict[str, Any] = PoolManager.report()["pools"][pid]
+    """What is reported about a pool."""
+    found: dict[str, Any] = PoolManager._pools[pid].report()
     return found
 
 
