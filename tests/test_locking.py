@@ -33,6 +33,7 @@ from sqla_queries_pool import (
     ConnectionBusyError,
     PoolManager,
     QueriesPool,
+    ledger,
     retirement,
 )
 from sqla_queries_pool.audit import check
@@ -41,7 +42,7 @@ from sqla_queries_pool.diagnostics import holders
 from sqla_queries_pool.gates import ThreadGate
 from sqla_queries_pool.housekeeping import Housekeeper
 from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.pool import Pool, core
 from sqla_queries_pool.slots import Attachment, NotHeld, Quota
 
 Eventually = Callable[..., None]
@@ -468,6 +469,8 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
 
     monkeypatch.setattr(Ledger, method, collecting)
     monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)  # a refusal is part of the day
+    for module in (ledger, core):  # as is a wait for another engine's connection to be one that it can spare
+        monkeypatch.setattr(module, "SPARE", 0.001)
 
     def step() -> None:
         eventually(lambda: not shared._inbox, "letters are read")  # the housekeeper may have the lock
