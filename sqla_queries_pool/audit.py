@@ -160,10 +160,12 @@ def _could_be_served(ledger: Ledger, now: float) -> bool:
     if ledger.refusals and now < ledger.retry_at:
         return False
     for attachment in ledger.lines:
-        quota = attachment.quota
+        quota, first = attachment.quota, next(iter(attachment.line))
+        if ledger.may_wait(attachment, first.holder, now):
+            continue
         if not quota.full and len(ledger.slots) < ledger.limit:
             return True
-        insist = ledger.may_insist(next(iter(attachment.line)), now)
+        insist = ledger.may_insist(first, now)
         before = now if insist else now - SPARE
         for other in ledger.everyone():
             if quota.full and other.quota is not quota:

@@ -78,6 +78,8 @@ class Books:
         """When :meth:`expire` is to be called next, as far as anybody was told."""
         self.mean_wait = 0.0
         """Moving mean of how long the served waited, in seconds."""
+        self.mean_connect = 0.0
+        """Moving mean of how long connecting took, from the permit on, in seconds."""
         self.lifetimes: list[tuple[float, int, weakref.ref[Slot]]] = []
         """Heap: when the lifetime of a connection is over; also of some that are gone by then."""
         self.renewing: Slot | None = None
@@ -227,6 +229,11 @@ class Books:
         waiting = sum(len(a.line) for a in everyone)
         held = max(0, total - opening - closing - idle - hollow)
         return Numbers(total, held, idle, opening, closing, hollow, waiting)
+
+    @staticmethod
+    def _out(attachment: Attachment) -> Iterator[Slot]:
+        """What an engine has out that may come home."""
+        return (s for s in attachment.quota.slots if s.state is HELD and s.home is attachment.ref)
 
     @staticmethod
     def _size(attachment: Attachment) -> int:

@@ -9,7 +9,8 @@ What always holds when no method is running; :func:`audit.check` asserts it:
 
 1. The slots in use do not exceed the limit; where a lowered limit left more, they only get fewer.
 2. Nobody waits who could be served: by a free slot, or by one that somebody else can spare (design 6
-   says when); as for what time brings about, once the waiter has insisted.
+   says when), unless it is better to wait for a connection that is out (design 24); as for what time
+   brings about, once the waiter has insisted.
 3. A slot is opening, idle, held, locked by a session, or closing: exactly one.
 4. A waiter is in the line of its engine until it is answered, and never after.
 5. A slot that is opening ends as opened or failed, and a failure serves the next waiter.
@@ -26,6 +27,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
+from . import patience
 from .books import Books
 from .slots import (
     CLOSING,
@@ -149,9 +151,9 @@ class Ledger(Books):
     def _give_on(self, attachment: Attachment, entry: Any, slot: Slot, now: float) -> Work:
         """Give an entry that came home to whom it is due: a waiter, the closers, or the idle."""
         if len(self.slots) - len(self.closing) > self.limit:
-            return [self._close(entry, LOWERED)]
+            return [self._close(entry, LOWERED), *self._serve(now)]
         if slot.generation < attachment.retired:
-            return [self._close(entry, DISPOSED)]
+            return [self._close(entry, DISPOSED), *self._serve(now)]
         if slot.handle is not None and now >= slot.expires and not self.lines:
             return self._idle_again(attachment, entry, now) + self._count_lifetime(slot) + self._renew(now)
         hollow = slot.handle is None
@@ -166,7 +168,7 @@ class Ledger(Books):
             return [self._answer(waiter, self._hold(entry, waiter.holder, now), now)]
         self._strike(slot)
         permit = self._permit(waiter.attachment, waiter.holder, now, entry)
-        return [self._answer(waiter, permit, now)]
+        return [self._answer(waiter, permit, now), *self._serve(now)]
 
     def _idle_again(self, attachment: Attachment, entry: Any, now: float) -> Work:
         slot = entry.slot
@@ -206,13 +208,38 @@ class Ledger(Books):
         quota = waiter.attachment.quota
         return not quota.slots or now - waiter.since >= PATIENCE
 
-    def _open(self, attachment: Attachment, holder: Any, now: float, insist: bool) -> Permit | None:
-        """Return the right to open a connection, or None: all full and nobody can give way.
+    def may_wait(self, attachment: Attachment, holder: Any, now: float) -> bool:
+        """Is it better to wait for what this engine has out than to open another (patience.py)?
+
+        :param holder: who would wait; what he has himself does not come home meanwhile.
+        """
+        if self.mean_connect < patience.WORTH_IT or self.refusals:
+            return False
+        if attachment.line and attachment.pace.opens(len(attachment.line), now):
+            return False
+        return any(slot.holder is not holder for slot in self._out(attachment))
+
+    def look_in(self, waiter: Waiter, now: float) -> float:
+        """Return after how many seconds a waiter insists, because its line may open one by then."""
+        attachment = waiter.attachment
+        full = attachment.quota.full or len(self.slots) >= self.limit
+        if full or self.refusals or not attachment.pace.price:
+            return math.inf  # as often as others do
+        return attachment.pace.look_in(len(attachment.line), waiter.since, now)
+
+    def _open(
+        self, attachment: Attachment, holder: Any, now: float, insist: bool, last: bool = False
+    ) -> Permit | None:
+        """Return the right to open a connection, or None: all full and nobody can give way, or it is
+        better to wait.
 
         :param insist: have somebody give way who does not like to.
+        :param last: it can't wait.
         """
         quota = attachment.quota
         if self.refusals and now < self.retry_at:
+            return None
+        if not last and self.may_wait(attachment, holder, now):
             return None
         evicts = None
         full = quota.full or len(self.slots) >= self.limit
@@ -224,6 +251,9 @@ class Ledger(Books):
             elif full:
                 return None
         self.may_connect(now)
+        if attachment.line:
+            out = sum(1 for _ in self._out(attachment))
+            attachment.pace.opened(len(attachment.line), out, self.mean_connect, now)
         return self._permit(attachment, holder, now, evicts)
 
     def may_connect(self, now: float) -> bool:
@@ -283,6 +313,10 @@ class Ledger(Books):
         if entry is None:
             waiter.since = now if since is None else since
             line = attachment.line
+            if line:
+                attachment.pace.was(len(line), now)
+            else:
+                attachment.pace.begin(self.mean_connect, now)
             line[waiter] = None
             for other in [w for w in line if w.since > waiter.since]:
                 line.move_to_end(other)
@@ -297,10 +331,18 @@ class Ledger(Books):
         line = waiter.attachment.line
         if waiter not in line:
             return []
-        first = next(iter(line))  # nobody overtakes, also not by insisting
-        insist = last or self.may_insist(first, now)
-        permit = self._open(first.attachment, first.holder, now, insist)
-        return [] if permit is None else [self._answer(first, permit, now)]
+        work: Work = []
+        while line:
+            first = next(iter(line))  # nobody overtakes, also not by insisting
+            insist = last or self.may_insist(first, now)
+            permit = self._open(first.attachment, first.holder, now, insist, last)
+            if permit is None:
+                break
+            work.append(self._answer(first, permit, now))
+            if not waiter.attachment.pace.granted:
+                break
+            last = False
+        return work
 
     def leave(self, waiter: Waiter) -> Any:
         """Take a waiter out of the line; return what it was given meanwhile, or None."""
@@ -310,6 +352,9 @@ class Ledger(Books):
     def _answer(self, waiter: Waiter, entry: Any, now: float) -> Wake:
         waiter.answer = entry  # first: one that is out of line, but has no answer, would wait for ever
         self._out_of_line(waiter)
+        pace = waiter.attachment.pace
+        pace.was(len(waiter.attachment.line), now)
+        pace.served += entry.slot.state is HELD
         self.mean_wait += (now - waiter.since - self.mean_wait) / 16
         self.totals.waited.add(now - waiter.since)
         return Wake(waiter)
@@ -335,6 +380,7 @@ class Ledger(Books):
         self.opening.discard(slot)
         slot.instead_of = None
         if slot.state is OPENING:
+            self.mean_connect = patience.mean(self.mean_connect, now - slot.since)
             slot.state = HELD
             self.out += 1
             if slot.holder is not None:
@@ -367,6 +413,8 @@ class Ledger(Books):
         if not self.refusals:
             return []
         self.refusals = 0
+        for attachment in self.lines:
+            attachment.pace.granted = len(attachment.line)  # they have waited for the server
         return self._serve(now)
 
     def failed(self, slot: Slot, now: float) -> Work:
@@ -409,14 +457,14 @@ class Ledger(Books):
             self.slots.add(evicted)
             if evicted.quota is not None:
                 evicted.quota.slots.add(evicted)
-            return [self._closing(evicted, None, ABANDONED)]
+            return [self._closing(evicted, None, ABANDONED), *self._serve(now)]
         self.totals.left += slot.state is HELD
         if slot.handle is None:
             return self._free(slot, now)
         if slot not in self.slots:
             return [Close(slot, None, ABANDONED)]
         self.opening.discard(slot)
-        return [self._closing(slot, None, ABANDONED)]
+        return [self._closing(slot, None, ABANDONED), *self._serve(now)]
 
     def _free(self, slot: Slot, now: float) -> Work:
         self._strike(slot)
@@ -531,7 +579,7 @@ class Ledger(Books):
         self.lines.clear()
         self.out = 0
         self.due = math.inf
-        self.mean_wait = 0.0
+        self.mean_wait = self.mean_connect = 0.0
         self.refusals = 0
         self.lifetimes.clear()
         self.totals = Totals()

@@ -14,6 +14,8 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
+from .patience import Pace
+
 OPENING = "opening"
 IDLE = "idle"
 HELD = "held"
@@ -193,6 +195,7 @@ class Attachment:
         "min_size",
         "opener",
         "own_ttl",
+        "pace",
         "ping_after",
         "pop",
         "quota",
@@ -231,6 +234,8 @@ class Attachment:
         """What queries sessions have locked: slot -> entry; it keeps the entry alive."""
         self.line: OrderedDict[Waiter, None] = OrderedDict()
         """Waiters in order of arrival; one that gives up leaves from the middle in O(1)."""
+        self.pace = Pace()
+        """How :attr:`line` moves; written by the ledger."""
         self.generation = 0
         """Born into new connections; dispose() ends one."""
         self.retired = 0

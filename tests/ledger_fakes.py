@@ -13,6 +13,7 @@ from typing import Any
 
 from sqla_queries_pool.audit import check
 from sqla_queries_pool.ledger import GRACE, LOWERED, PATIENCE, Ledger
+from sqla_queries_pool.patience import WORTH_IT
 from sqla_queries_pool.slots import (
     HELD,
     LENT,
@@ -62,7 +63,8 @@ class Gate:
 
     def __init__(self, attachment: Attachment, line: list[Gate]) -> None:
         self.attachment = attachment
-        self.holder = 0
+        self.holder = object()
+        """Everybody who waits is somebody else."""
         self.since = 0.0
         self.line = line
         """Who waits for the same engine, in order of arrival, by the tests' own bookkeeping."""
@@ -150,7 +152,9 @@ class Books:
             return  # it may wait for the server, whatever is idle
         idle = any(a.idle for a in self.lines) or self.ledger.by_hand.idle
         for attachment, line in self.lines.items():
-            patient = bool(line) and self.now - line[0].since >= PATIENCE
+            longest = max(PATIENCE, self.ledger.mean_connect)
+            patient = bool(line) and self.now - line[0].since >= longest
+            patient = patient and not self.ledger.may_wait(attachment, line[0].holder, self.now)
             assert not (patient and idle and not attachment.quota.full), "waits beside what is idle"
 
     def _run(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -249,12 +253,16 @@ class Books:
 
     # -- slots -------------------------------------------------------------------------------------
 
-    def take(self, attachment: Attachment) -> Any:
+    def take(self, attachment: Attachment, holder: object = 0) -> Any:
         """A checkout that does not wait."""
         fresh = not self.inbox
         line = list(self.lines[attachment])
-        entry = self.decide(self.ledger.take, attachment, 0, self.now)
+        others = [s for s in self.ledger.slots if s.state is HELD and s.home is attachment.ref]
+        out = any(slot.holder is not holder for slot in others)
+        waits = fresh and out and self.ledger.mean_connect >= WORTH_IT and not self.refusals
+        entry = self.decide(self.ledger.take, attachment, holder, self.now)
         assert entry is None or not (fresh and line), "a newcomer has overtaken who waits"
+        assert not (waits and isinstance(entry, Permit)), "opens another although one is out"
         return entry
 
     def wait(self, attachment: Attachment, since: float | None = None) -> Any:

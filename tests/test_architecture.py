@@ -27,7 +27,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "connect_errors": set(),
     "seams": set(),
     "parameters": {"errors"},
-    "slots": set(),
+    "patience": set(),
+    "slots": {"patience"},
     "gates": {"slots"},  # for the type checker alone, see below
     "housekeeping": {"logs"},
     "identity": {"seams"},
@@ -37,7 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "stats": set(),
     "leaks": {"slots"},
     "books": {"leaks", "slots", "stats"},
-    "ledger": {"books", "slots", "stats"},
+    "ledger": {"books", "patience", "slots", "stats"},
     "deadlock": {"callers", "diagnostics", "gates", "liveness", "pool", "slots", "stacks"},
     "audit": {"ledger", "slots"},
     "pool": {
@@ -85,7 +86,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # What is not the core; it may import what it likes of the core.
 AROUND = {"embedded", "demo", "exporters", "monitor", "__main__"}
-PURE = {"audit", "books", "leaks", "ledger", "slots", "stats"}
+PURE = {"audit", "books", "leaks", "ledger", "patience", "slots", "stats"}
 FRAMES = [
     "QueriesPool.connect",
     "QueriesPool._do_get",

@@ -86,12 +86,19 @@ class LedgerMachine(RuleBasedStateMachine):
         self.opening: list[Opening] = []
         self.held: list[tuple[Engine, Record]] = []
         self.locks: list[Lock] = []
+        self.connects_take = 0.0
+        """Seconds."""
 
     @initialize(
-        limit=limits, several=st.lists(st.tuples(ceilings, ttls, st.booleans()), min_size=1, max_size=3)
+        limit=limits,
+        several=st.lists(st.tuples(ceilings, ttls, st.booleans()), min_size=1, max_size=3),
+        connects_take=st.sampled_from([0.0, 0.02, 0.4]),
     )
-    def begin(self, limit: float | None, several: list[tuple[float | None, float, bool]]) -> None:
+    def begin(
+        self, limit: float | None, several: list[tuple[float | None, float, bool]], connects_take: float
+    ) -> None:
         """A pool has engines."""
+        self.connects_take = connects_take
         for ceiling, ttl, lifo in several:
             self.attach(ceiling, ttl, lifo)
         self.set_limit(limit)
@@ -101,7 +108,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def check_out(self, n: int, phases: int) -> None:
         """Take, or wait."""
         engine = chosen(n, self.engines)
-        entry = self.books.take(engine.attachment)
+        entry = self.books.take(engine.attachment, object())
         if entry is None:
             entry = self.books.wait(engine.attachment)
         if isinstance(entry, Gate):
@@ -132,6 +139,7 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         assert opening.record is not None
         if opening.slot.handle is None:
+            self.books.now += self.connects_take
             self.plug(opening.engine, opening.record)
         else:
             self.opening.remove(opening)

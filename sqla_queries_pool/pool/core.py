@@ -174,9 +174,12 @@ class Core(Guard):
             entry = self._decide(self._ledger.join, waiter, self._clock(), since)
             # It looks again when time has changed what it may have, and every second, so that
             # nothing depends on one wake-up.
-            pauses = itertools.chain((SPARE, PATIENCE - SPARE, GC_AFTER - PATIENCE), itertools.repeat(1.0))
+            looks = itertools.chain((SPARE, PATIENCE, GC_AFTER), itertools.count(GC_AFTER + 1.0))
+            now, look = begin, next(looks)
             while entry is None:
-                pause = next(pauses)
+                while begin + look <= now:
+                    look = next(looks)
+                pause = min(begin + look - now, self._ledger.look_in(waiter, self._clock()))
                 if self._ledger.refusals and (until := self._ledger.retry_at - self._clock()) > 0:
                     pause = min(pause, max(0.01, until))
                 waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))

@@ -1,0 +1,92 @@
+"""Is it better to wait for a connection that is out than to open another?
+
+A connect has a price, the time that it takes; waiting is paid by the moment, and nobody knows for how long.
+Who waits for as long as a connect takes, and then opens, pays twice the best price at most (the "ski rental
+problem").  But a checkout does not wait alone, and a connection is used again: so it is the line that
+decides, by how it has moved.  It opens
+
+* at once, where what it needs would take longer than a connect at the pace at which it was served so far: a
+  crowd before few connections does not wait for all of them;
+* as many as have stood in it all the time while somebody could have connected: they would have been in use
+  all that time.  A line that comes and goes opens none.  As many as are out at most, so that a line that is
+  just slow at most doubles what there is, each time.
+
+Plain numbers, no clock; ledger.py has the lines.
+"""
+
+from __future__ import annotations
+
+import math
+
+WORTH_IT = 0.001
+"""Seconds; a connect that takes less is not worth a change of threads, and so waits for nothing."""
+LONGEST = 1.0
+"""Seconds that anybody waits so, at most, before a connection is opened: connects that take longer are those
+that hang."""
+LATE = 0.00001
+"""Seconds by which a look is late, lest it come too early by a rounding error."""
+FIRST_LOOK = 0.125
+"""The part of its price after which it is first known how a line moves."""
+WEIGHT = 0.25
+"""How much the last connect counts in the mean."""
+
+
+def mean(before: float, took: float) -> float:
+    """Return the moving mean of how long connects take; ``before`` is 0 where there was none."""
+    return before + (took - before) * WEIGHT if before else took
+
+
+class Pace:
+    """How one line moves."""
+
+    __slots__ = ("granted", "price", "served", "shortest", "since")
+
+    def __init__(self) -> None:
+        self.price = 0.0
+        """What a connect takes, in seconds; 0 where it is not worth waiting."""
+        self.since = 0.0
+        """Since when it is watched: since the line was empty, or for one price at most."""
+        self.served = 0
+        """How many got a connection that came home, since then."""
+        self.shortest = math.inf
+        """How short it has been since its first look."""
+        self.granted = 0
+        """How many may still open because so many have stood in line all the time."""
+
+    def begin(self, price: float, now: float) -> None:
+        """Somebody comes, and is the first."""
+        self.granted = 0
+        self._watch(price, now)
+
+    def _watch(self, price: float, now: float) -> None:
+        self.price = 0.0 if price < WORTH_IT else min(price, LONGEST)
+        self.since = now
+        self.served = 0
+        self.shortest = math.inf
+
+    def was(self, length: int, now: float) -> None:
+        """The line was as short as that."""
+        if length < self.shortest and now - self.since >= self.price * FIRST_LOOK:
+            self.shortest = length
+
+    def opens(self, length: int, now: float) -> bool:
+        """May the first of so many open a connection?"""
+        seconds = now - self.since
+        if self.granted or seconds >= self.price:
+            return True
+        return seconds >= self.price * FIRST_LOOK and length * seconds >= self.price * (self.served + 1)
+
+    def opened(self, length: int, out: int, price: float, now: float) -> None:
+        """The first of so many was let open one, by :meth:`opens`; so many were out."""
+        if not self.granted and now - self.since >= self.price:
+            self.granted = int(min(length, self.shortest, max(out, 1)))
+            self._watch(price, now)
+        if self.granted:
+            self.granted -= 1
+
+    def look_in(self, length: int, came: float, now: float) -> float:
+        """Return after how many seconds who came at that time looks whether :meth:`opens` has changed."""
+        if self.opens(length, now):
+            return 0.0
+        waited, first = now - came, self.price * FIRST_LOOK
+        return LATE + (first - waited if waited < first else self.price - waited % self.price)
