@@ -47,7 +47,9 @@ class Finding(NamedTuple):
 
 def findings(ledger: Ledger) -> list[Finding]:
     """What nobody can ever give back; or what is just under way, which is not found again later."""
-    found = [Finding(slot, what) for slot in ledger.slots if (what := _wrong(ledger, slot))]
+    # Once for all, or else it would take a walk through a list for each of them.
+    listed = {id(e) for a in ledger.everyone() for entries in (a.idle, a.hollow) for e in entries}
+    found = [Finding(slot, what) for slot in ledger.slots if (what := _wrong(ledger, slot, listed))]
     # The collector may have many proxies to tell of, one after the other; each may take a round trip.
     return found + [Finding(s, "held, but its proxy is gone", COLLECTED) for s in ledger.slots if _left(s)]
 
@@ -57,7 +59,7 @@ def _left(slot: Slot) -> bool:
     return held and slot.proxy is not None and slot.proxy() is None
 
 
-def _wrong(ledger: Ledger, slot: Slot) -> str | None:
+def _wrong(ledger: Ledger, slot: Slot, listed: set[int]) -> str | None:
     state = slot.state
     entry = slot.entry() if slot.entry is not None else None
     if state in (HELD, OPENING):
@@ -71,8 +73,8 @@ def _wrong(ledger: Ledger, slot: Slot) -> str | None:
     if home is None:  # its engine has died; the entry does so next, and says so
         return None if entry is not None else f"{state}, but its engine is gone"
     entry = slot if slot.entry is None else entry
-    listed = slot in home.lent if state is LENT else entry in home.idle or entry in home.hollow
-    return None if listed else f"{state}, but in no list"
+    in_list = slot in home.lent if state is LENT else id(entry) in listed
+    return None if in_list else f"{state}, but in no list"
 
 
 def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], Work]:

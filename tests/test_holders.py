@@ -6,18 +6,15 @@ import asyncio
 import contextvars
 import gc
 import os
-import sys
 import threading
-import tracemalloc
 from collections.abc import Callable, Iterator
-from types import FrameType
 from typing import Any
 
 import pytest
 import sqlalchemy
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
-from hazards import DEADLINE, Stop, Thread, eventually, new_pid, new_pool, sleeping_collector
+from hazards import DEADLINE, Stop, Thread, eventually, new_pid, new_pool
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
@@ -431,110 +428,3 @@ def test_a_deep_stack_keeps_its_innermost_calls(pid: str) -> None:
     assert len(stack) == 20
     assert {code.co_name for code, _ in stack} == {"dive"}
     connection.close()
-
-
-# -- what it costs -----------------------------------------------------------------------------------------
-
-
-def frames(pool: QueriesPool) -> list[str]:
-    """The Python frames of this package in one checkout and its return, by file and function."""
-    found: list[str] = []
-
-    def profile(frame: FrameType, what: str, _: object) -> None:
-        if what == "call" and frame.f_code.co_filename.startswith(PACKAGE):
-            found.append(f"{frame.f_code.co_filename.removeprefix(PACKAGE)}:{frame.f_code.co_name}")
-
-    pool.connect().close()
-    pool.connect().close()
-    with sleeping_collector():  # no finalizer of another test's comes in between
-        sys.setprofile(profile)
-        try:
-            pool.connect().close()
-        finally:
-            sys.setprofile(None)
-    return found
-
-
-def allocated(pool: QueriesPool) -> int:
-    """Bytes at the highest point of a hundred checkouts, one after the other: the least of several turns, as
-    caches fill."""
-    pool.connect().close()
-    found = []
-    with sleeping_collector():
-        for _ in range(5):
-            tracemalloc.start()
-            try:
-                for _ in range(100):
-                    pool.connect().close()
-                found.append(tracemalloc.get_traced_memory()[1])
-            finally:
-                tracemalloc.stop()
-    return min(found)
-
-
-BARE = {"on_deadlock": "ignore"}
-FEATURES: list[dict[str, Any]] = [
-    {},
-    {"leak_after": 30.0},
-    {"deadlock_grace": 5.0},
-    {"on_deadlock": "warn"},
-    {"leak_after": 30.0, "gc_on_wait": True},
-]
-
-
-def test_a_checkout_runs_eight_functions_of_this_package_and_none_that_diagnoses() -> None:
-    """The fast path: statistics are counted in place, the label is one call of C; nothing of leaks,
-    deadlocks, snapshots or stacks is on it."""
-    found = frames(new_pool())
-    assert [call for call in found if call != "liveness.py:<lambda>"] == [  # which stands for a socket's poll
-        "queries_pool.py:connect",
-        "queries_pool.py:_do_get",
-        "pool/core.py:take",
-        "ledger.py:take",
-        "records.py:__init__",
-        "records.py:close",
-        "pool/core.py:give",
-        "ledger.py:give",
-    ]
-
-
-@pytest.mark.parametrize("feature", FEATURES, ids=str)
-def test_what_can_be_switched_on_beside_stacks_costs_a_checkout_nothing(feature: dict[str, Any]) -> None:
-    """The same frames as without, and no more memory."""
-    assert frames(new_pool(**feature)) == frames(new_pool(**BARE))
-    bare = allocated(new_pool(**BARE))  # first: caches fill
-    assert allocated(new_pool(**feature)) <= bare + 512
-
-
-def test_where_another_engine_has_idle_connections_a_checkout_costs_the_same() -> None:
-    """However many, and however few were ever out at once."""
-    pid = new_pid()
-    many, few = new_pool(pid, max_size=20), new_pool(pid, max_size=20)
-    out = [many.connect() for _ in range(8)]
-    for connection in out:
-        connection.close()
-    assert frames(few) == frames(new_pool())
-    few._shared._ledger.totals.peak_held = 1
-    assert frames(few) == frames(new_pool())
-
-
-def test_tracked_stacks_cost_a_frame_more_and_only_where_they_are_on() -> None:
-    """An engine without them, in the same pool, pays nothing."""
-    pid = new_pid()
-    with_it, without = new_pool(pid, track_stacks=True), new_pool(pid)
-    assert frames(without) == frames(new_pool())
-    extra = [call for call in frames(with_it) if call.startswith("stacks.py")]
-    assert extra == ["stacks.py:calls"]
-
-
-def test_nothing_accumulates_from_checkout_to_checkout() -> None:
-    """Ten thousand checkouts leave no more behind than a hundred: totals have a fixed size."""
-    pool = new_pool(leak_after=1e6, track_stacks=True)
-    for _ in range(100):
-        pool.connect().close()
-    gc.collect()
-    before = sys.getallocatedblocks()
-    for _ in range(10_000):
-        pool.connect().close()
-    gc.collect()
-    assert sys.getallocatedblocks() - before < 200
