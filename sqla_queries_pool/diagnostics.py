@@ -33,6 +33,9 @@ LONG = 10.0
 LONGER = 10.0
 """... and so many times as long as connections are used on average."""
 
+CHEAP = 0.005
+"""Seconds; a snapshot that takes less is made for each error."""
+
 WAITING, OPENING, PROBING = "waiting for a slot", "opening a connection", "probing one that was idle"
 """What a checkout may be at."""
 _WE = "QueriesPool"
@@ -173,20 +176,35 @@ class Snapshot:
 
 def snapshot(pool: Pool) -> Snapshot:
     """Look at a pool, from any thread, at any time: it takes no lock, and asks no server."""
-    error = pool.last_connect_error
+    error, threads = pool.last_connect_error, stacks.Threads()
     return Snapshot(
         taken_at=datetime.datetime.now(datetime.timezone.utc),
         statistics=pool.statistics(),
-        holders=tuple(holders(pool)),
-        waiting=tuple(waiting(pool)),
+        holders=tuple(holders(pool, threads)),
+        waiting=tuple(waiting(pool, threads)),
         last_connect_error=None if error is None else f"{type(error).__name__}: {str(error).strip()}",
         diagnosis=None,
     )
 
 
-def holders(pool: Pool) -> list[Holder]:
+def _seen(pool: Pool) -> Snapshot:
+    """Return a snapshot for an error: of this moment, unless many checkouts ask at once that had nothing.
+
+    Where hundreds wait, a snapshot takes tens of milliseconds.  One is for all then, so that overload is not
+    made worse by telling of it: for as long that a tenth of the time at most goes into snapshots.
+    """
+    with pool.looking:  # the others wait for the one, or each would make its own
+        seen, until = pool.looked  # type: tuple[Snapshot | None, float]
+        begin = time.monotonic()
+        if seen is None or begin >= until:
+            seen = snapshot(pool)
+            took = time.monotonic() - begin
+            pool.looked = (seen, begin + 10 * took) if took > CHEAP else (None, 0.0)
+    return seen
+
+
+def holders(pool: Pool, threads: stacks.Threads) -> list[Holder]:
     """Return who has the connections of a pool, longest first.  Takes no lock of the pool."""
-    threads = stacks.Threads()
     busy = (HELD, LENT, slots.OPENING)
     found = [_holder(slot, pool.now(), threads) for slot in pool.connections if slot.state in busy]
     return sorted(found, key=lambda holder: -holder.seconds)
@@ -217,9 +235,9 @@ def _holder(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
     )
 
 
-def waiting(pool: Pool) -> list[Waiting]:
+def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
     """Return who waits for a connection of a pool, longest first.  Takes no lock of the pool."""
-    now, threads = pool.now(), stacks.Threads()
+    now = pool.now()
     found = [
         Waiting(
             thread=w.holder.ident,
@@ -314,7 +332,7 @@ def checkout_timeout(
     :param timeout: for how many seconds it waited.
     :param deadlock: why it waits no longer although it might.
     """
-    seen = snapshot(pool)
+    seen = _seen(pool) if deadlock is None else snapshot(pool)
     if deadlock is None:  # the one that asks has left the line, but counts
         more = seen.statistics.waiting + bool(timeout)
         seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=more))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -310,6 +311,13 @@ class Pool(Core):
     def waiters(self) -> list[Waiter]:
         """Who waits for a slot, in no order."""
         return self._ledger.waiters()
+
+    def _make_lock(self) -> None:
+        super()._make_lock()
+        self.looking = threading.RLock()
+        """Whoever makes a snapshot for an error has it: see diagnostics.py."""
+        self.looked: tuple[Any, float] = None, 0.0
+        """A snapshot that took long, and until when it serves; written under :attr:`looking`."""
 
     def start_anew(self) -> list[Any]:
         """:meth:`Core.start_anew`."""
