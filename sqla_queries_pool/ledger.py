@@ -157,7 +157,10 @@ class Ledger(Books):
         if slot.handle is not None and now >= slot.expires and not self.lines:
             return self._idle_again(attachment, entry, now) + self._count_lifetime(slot) + self._renew(now)
         hollow = slot.handle is None
-        waiter = self._next_for(attachment, hollow, now)
+        if attachment.line and len(self.lines) == 1 and not hollow:
+            waiter: Waiter | None = next(iter(attachment.line))  # only its own engine's wait
+        else:
+            waiter = self._next_for(attachment, hollow, now)
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
         if connects and not self.may_connect(now):
             waiter = None if hollow else next(iter(attachment.line), None)
@@ -303,25 +306,23 @@ class Ledger(Books):
 
     # -- waiting -----------------------------------------------------------------------------------
 
-    def join(self, waiter: Waiter, now: float, since: float | None = None) -> Any:
-        """Return an entry if there is one by now, else put the waiter in line and return None.
+    def line_up(self, waiter: Waiter, now: float, since: float | None = None) -> None:
+        """Put a waiter in line, for whom :meth:`take` has just found nothing.
 
         :param since: it was in line before and since then, and what it got it could not use.
         """
         attachment = waiter.attachment
-        entry = self.take(attachment, waiter.holder, now)
-        if entry is None:
-            waiter.since = now if since is None else since
-            line = attachment.line
-            if line:
-                attachment.pace.was(len(line), now)
-            else:
-                attachment.pace.begin(self.mean_connect, now)
-            line[waiter] = None
-            for other in [w for w in line if w.since > waiter.since]:
+        line = attachment.line
+        if line:
+            attachment.pace.was(len(line), now)
+        else:
+            attachment.pace.begin(self.mean_connect, now)
+        waiter.since = now if since is None else since
+        line[waiter] = None
+        if since is not None:  # nobody else has come before those who are there
+            for other in [w for w in line if w.since > since]:
                 line.move_to_end(other)
-            self.lines[attachment] = None
-        return entry
+        self.lines[attachment] = None
 
     def insist(self, waiter: Waiter, now: float, last: bool = False) -> Work:
         """A waiter asks again: is there, by now, an idle connection whose slot its line may have?

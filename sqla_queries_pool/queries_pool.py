@@ -8,6 +8,7 @@ itself for ``recycle``, ``pre_ping`` and invalidation.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import sys
@@ -238,28 +239,31 @@ class QueriesPool(SQLAlchemyPool):
         """The long way: wait for a slot, open a connection, or look whether the one at hand is alive."""
         shared = self._shared
         timeout = math.inf if self._timeout is None else self._timeout
-        since, deadline = shared.now(), time.monotonic() + timeout
+        since, begin = shared.now(), time.monotonic()
+        watch = None if self._on_deadlock == deadlock.IGNORE else functools.partial(self._watch, since)
         stages = Stages()
-        refused = False
+        again = False
         refusal: Exception | None = None
-        in_vain = None if self._on_deadlock == deadlock.IGNORE else self._watch(since)
         while True:
             try:
-                if entry is None:
-                    left = max(0.0, deadline - time.monotonic())
-                    if left or not refused:
-                        stages.enter(WAITING)
-                        again = since if refused else None
-                        entry = shared.wait(self._attachment, left, self._gc_on_wait, again, in_vain)
+                left = max(0.0, begin + timeout - time.monotonic())
+                if again:
+                    entry = shared.take(self._attachment, since) if left else None
+                if entry.__class__ is ThreadGate:
+                    stages.enter(WAITING)
+                    entry = shared.wait(entry, left, self._gc_on_wait, watch)
                 if entry is None:
                     raise refusal or self._refusal() or self._got_nothing(timeout)
-                entry.slot.label, entry.slot.stack = _label(), found
+                slot = entry.slot
+                slot.label, slot.stack = _label(), found
                 if isinstance(entry, Permit):
                     stages.enter(OPENING)
                     return self._open(entry)
-                return self._examine(entry, deadline, stages)
+                if self._attachment.ping_after and not slot.suspect and not slot.poll(0) and not slot.suspect:
+                    return entry  # type: ignore[no-any-return]
+                return self._examine(entry, begin + timeout, stages)
             except _Refused as error:
-                refused, refusal, entry = True, error.refusal or refusal, None
+                again, refusal = True, error.refusal or refusal
             except Exception as error:
                 refusal = None  # its traceback refers to this frame
                 stages.note(error, shared.label)
@@ -273,7 +277,7 @@ class QueriesPool(SQLAlchemyPool):
         return error
 
     def _watch(self, since: float) -> Callable[[ThreadGate, float], None]:
-        """Return what looks for a deadlock while a checkout waits."""
+        """Return what looks for a deadlock when a checkout waits in vain."""
         watch = deadlock.Watch(PoolManager.everywhere, self._deadlock_grace)
         told = False
 

@@ -276,10 +276,11 @@ class Books:
         line.insert(sum(other.since <= came for other in line), waiter)
 
         def join() -> Any:
-            entry = self.ledger.join(waiter, self.now, since)
+            entry = self.ledger.take(attachment, waiter.holder, self.now)
             if entry is not None:
                 line.remove(waiter)
             else:
+                self.ledger.line_up(waiter, self.now, since)
                 assert waiter.since == came
             return entry
 

@@ -337,7 +337,7 @@ def test_what_gave_way_to_a_checkout_that_died_unheard_is_closed_with_it(eventua
         for fairy in both:
             fairy.close()
         del both, fairy
-        permit = scene.shared.wait(scene.other._attachment, 0.0, False)
+        permit = scene.shared.take(scene.other._attachment)
         assert permit.evicts is not None
         del permit
     audit = scene.shared.audit()

@@ -38,7 +38,7 @@ from sqla_queries_pool import (
 )
 from sqla_queries_pool.audit import check
 from sqla_queries_pool.books import Books
-from sqla_queries_pool.diagnostics import holders
+from sqla_queries_pool.diagnostics import snapshot
 from sqla_queries_pool.gates import ThreadGate
 from sqla_queries_pool.housekeeping import Housekeeper
 from sqla_queries_pool.ledger import Ledger
@@ -275,7 +275,7 @@ def test_reading_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
         assert (pool.size(), pool.checkedin(), pool.checkedout(), pool.overflow()) == (2, 0, 1, -1)
         assert shared.report()["connections"]["held"] == 1
         assert PoolManager.report()["pools"][pool.pid]["connections"]["open"] == 1
-        assert len(holders(shared)) == 1
+        assert len(snapshot(shared).holders) == 1
         assert PoolManager.size(pool.pid) == 1
         assert not PoolManager.is_full(pool.pid)
         assert not PoolManager.has_idle_connection(pool.pid)
@@ -433,7 +433,7 @@ def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
     pool._timeout = timeout
 
 
-OTHERS = {"__init__", "everyone", "numbers", "vacant", "waiters", "start_anew"}
+OTHERS = {"__init__", "everyone", "look_in", "numbers", "vacant", "waiters", "start_anew"}
 """Those that only read, and those that nobody else can be inside of."""
 METHODS = sorted(
     name

@@ -12,8 +12,8 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar, TypeAlias
 
 from .. import liveness
 from ..audit import UNDER_WAY, Audit, Finding, findings, mend
@@ -51,10 +51,21 @@ from .guard import Guard
 LIFETIME = "its lifetime (pool_recycle) is over"
 DEAD = "found dead before it was used"
 INVALIDATED = "invalidated by its holder"
+InVain: TypeAlias = Callable[[ThreadGate, float], None]
 AT_ONCE = (Wake, Due, Leaked, Returned)
 """Work that takes no time."""
+LOOKS_COST = 20.0
+"""How many times as long as it took nobody looks at the books again because he waits in vain."""
 REMEMBERED = 30.0
 """Seconds for which a database that was there counts as one that will be there again."""
+
+
+def looks() -> Iterator[float]:
+    """After how many seconds whoever waits looks for something, but for the first time."""
+    yield from (PATIENCE, GC_AFTER)
+    yield from itertools.count(GC_AFTER + 1.0)
+
+
 every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
 """All that there are in the process, also those that no PoolManager knows."""
 
@@ -104,6 +115,9 @@ class Core(Guard):
         """What looked wrong last time, and since when."""
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again."""
+        self._books_at = -math.inf
+        """When who waits in vain may look at the books again (``time.monotonic``): a look goes through all
+        connections."""
         self._worker = Worker()
         self.lingering = Lingering(self.housekeeper.schedule)
         every_pool.add(self)
@@ -115,10 +129,12 @@ class Core(Guard):
 
     # -- checkout and check-in ----------------------------------------------------------------------
 
-    def take(self, attachment: Attachment) -> Any:
-        """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or None:
-        there is no slot.
+    def take(self, attachment: Attachment, since: float | None = None) -> Any:
+        """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or, where there
+        is no slot, a :class:`ThreadGate`: the caller is in line, and has to :meth:`wait` with it.
 
+        :param since: since when it waits, by the pool's clock, if it was in line before: it has its place
+            again.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         # _decide() by hand: 0.2 of the 0.9 microseconds that a checkout takes in here.
@@ -131,6 +147,9 @@ class Core(Guard):
                 try:
                     now = self._clock()
                     entry = ledger.take(attachment, here.caller, now)
+                    if entry is None:  # at once, lest others come and go before it looks again
+                        entry = ThreadGate(attachment, here.caller, checkout_label.get())
+                        ledger.line_up(entry, now, since)
                 finally:
                     self._inside = False
         finally:
@@ -147,72 +166,77 @@ class Core(Guard):
 
     def wait(
         self,
-        attachment: Attachment,
+        waiter: ThreadGate,
         timeout: float,
         gc_on_wait: bool,
-        since: float | None = None,
-        in_vain: Callable[[ThreadGate, float], None] | None = None,
+        watch: Callable[[], InVain] | None = None,
     ) -> Any:
         """Wait in line for what :meth:`take` returns.
 
         :param timeout: seconds, ``inf`` for as long as it takes; with 0 it may still have a slot that
             somebody can give up.
         :param gc_on_wait: ask the collector for abandoned connections meanwhile.
-        :param since: since when it waits, by the pool's clock, if it was in line before: it has its place
-            again.
-        :param in_vain: called with the waiter and ``time.monotonic`` when the collector and a look at the
-            books have changed nothing; it may raise.
+        :param watch: makes what is called with the waiter and ``time.monotonic`` when the collector and a
+            look at the books have changed nothing; that may raise.
         :return: None if ``timeout`` was over first.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         begin = time.monotonic()
-        deadline = begin + timeout
-        gc_at = begin + min(GC_AFTER, timeout / 2)
-        waiter = ThreadGate(attachment, here.caller, checkout_label.get())
-        entry = None
         try:
-            entry = self._decide(self._ledger.join, waiter, self._clock(), since)
-            # It looks again when time has changed what it may have, and every second, so that
-            # nothing depends on one wake-up.
-            looks = itertools.chain((SPARE, PATIENCE, GC_AFTER), itertools.count(GC_AFTER + 1.0))
-            now, look = begin, next(looks)
-            while entry is None:
-                while begin + look <= now:
-                    look = next(looks)
-                pause = min(begin + look - now, self._ledger.look_in(waiter, self._clock()))
-                if self._ledger.refusals and (until := self._ledger.retry_at - self._clock()) > 0:
-                    pause = min(pause, max(0.01, until))
-                waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
-                now = time.monotonic()
-                if waiter.answer is None:
-                    self._do(self._decide(self._ledger.insist, waiter, self._clock(), now >= deadline))
-                if waiter.answer is None and now >= min(gc_at, deadline):
-                    if gc_on_wait and now >= gc_at:
-                        collect_garbage()
-                    if self.mend():
-                        waiter.wait(2 * UNDER_WAY)
-                        self.mend()
-                    if in_vain is not None and waiter.answer is None:
-                        in_vain(waiter, now)
-                entry = waiter.answer
-                if now >= deadline:
-                    break
-            if entry is None:
-                entry = self._decide(self._ledger.leave, waiter)
-            return entry
+            # Nearly everybody is served before there is anything to be looked at.
+            waiter.wait(max(0.0, min(SPARE, timeout, self._ledger.look_in(waiter, self._clock()))))
+            if waiter.answer is None:
+                self._look_while_waiting(waiter, begin, begin + timeout, gc_on_wait, watch)
+            return self._decide(self._ledger.leave, waiter) if waiter.answer is None else waiter.answer
         except BaseException:
-            if entry is None:
-                entry = self._decide(self._ledger.leave, waiter)
+            entry = self._decide(self._ledger.leave, waiter)
             if entry is not None:
-                self._hand_back(attachment, entry)
+                self._hand_back(waiter.attachment, entry)
             raise
+
+    def _look_while_waiting(
+        self,
+        waiter: ThreadGate,
+        begin: float,
+        deadline: float,
+        gc_on_wait: bool,
+        watch: Callable[[], InVain] | None,
+    ) -> None:
+        in_vain: InVain | None = None
+        gc_at = begin + min(GC_AFTER, (deadline - begin) / 2)
+        # It looks again when time has changed what it may have, and every second, so that nothing depends on
+        # one wake-up.
+        times = (begin + after for after in looks())
+        look = next(times)
+        while True:
+            now = time.monotonic()
+            self._do(self._decide(self._ledger.insist, waiter, self._clock(), now >= deadline))
+            if waiter.answer is None and now >= min(gc_at, deadline):
+                if gc_on_wait and now >= gc_at:
+                    collect_garbage()
+                if now >= self._books_at and self.mend():
+                    waiter.wait(2 * UNDER_WAY)
+                    self.mend()
+                if watch is not None and waiter.answer is None:
+                    in_vain = in_vain or watch()
+                    in_vain(waiter, now)
+            if waiter.answer is not None or now >= deadline:
+                return
+            while look <= now:
+                look = next(times)
+            pause = min(look - now, self._ledger.look_in(waiter, self._clock()))
+            if self._ledger.refusals and (until := self._ledger.retry_at - self._clock()) > 0:
+                pause = min(pause, max(0.01, until))
+            waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
 
     def mend(self) -> bool:
         """Put right what an exception from outside has cut in two, or kept from being told: see audit.py.
 
         :return: is there something that looks wrong for the first time?  It may be under way; call again.
         """
+        begin = time.monotonic()
         found, now = self._decide(self._findings), time.monotonic()
+        self._books_at = now + LOOKS_COST * (now - begin)
         self._suspects = {finding: self._suspects.get(finding, now) for finding in found}
         sure = [finding for finding, since in self._suspects.items() if now - since >= finding.patience]
         wrong, work = self._decide(mend, self._ledger, sure, self._clock())
@@ -307,7 +331,10 @@ class Core(Guard):
             if self._inbox:
                 self._settle()
         if work:
-            self._do(work)
+            if len(work) == 1 and work[0].__class__ is Wake:  # _do() by hand: who is woken waits for the GIL
+                work[0].waiter.open()
+            else:
+                self._do(work)
 
     def give_hollow(self, attachment: Attachment, entry: Any) -> None:
         """Take an entry back whose connection is not to be used again, and is closed if it is open.
