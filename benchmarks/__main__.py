@@ -4,79 +4,46 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from rich.console import Console
 
 from sqla_queries_pool.demo.server import DemoError, Server, database
-from sqla_queries_pool.demo.workload import WARM_UP
 
-from . import contended, report, uncontended
-from .competitors import QUERIES, QUERIES_3, QUEUE, Backend, fake, postgresql
+from . import bursts, chart, contended, footprint, gil, overload, report, scaling, uncontended
+from .competitors import Backend, fake, postgresql
+from .effort import FULL, QUICK, Effort
 from .figures import Cell
 
-
-@dataclass(frozen=True)
-class Effort:
-    """How long to measure."""
-
-    rounds: int
-    """Of everything; each has all competitors in turn."""
-    batches: int
-    """In a round without contention."""
-    checkouts: int
-    """In a batch."""
-    seconds: float
-    """Of each load under contention, and ..."""
-    warm_up: float = WARM_UP
-    """... before it is measured."""
+GROUPS: dict[str, Callable[[Sequence[Backend], Effort], Iterator[Cell]]] = {
+    "uncontended": uncontended.cells,
+    "contended": contended.grid,
+    "budget": contended.budget,
+    "bursts": bursts.cells,
+    "scaling": scaling.cells,
+    "footprint": footprint.cells,
+    "overload": overload.cells,
+    "gil": gil.cells,
+}
 
 
-FULL = Effort(rounds=4, batches=60, checkouts=500, seconds=1.0)
-QUICK = Effort(rounds=2, batches=30, checkouts=300, seconds=0.3)
-LOADS = ((40, 4, 0.005), (8, 4, 0.001), (16, 4, 0.0))
-"""Threads, connections, seconds of work.  Without work, the pool is all that there is."""
-SHARED = ((40, 8, 0.005), (9, 8, 0.005))
-"""The same, for several engines on one budget.  With nine threads, there is always somebody else's idle
-connection that could be closed to open one's own: a pool that does it at once does little else."""
-
-
-def cells(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
-    """Measure everything, cell by cell."""
-    rounds, batches, checkouts = effort.rounds, effort.batches, effort.checkouts
-    for backend in backends:
-        yield uncontended.measure(backend, "checkout, return", None, rounds, batches, checkouts)
-        if backend.look is not None:  # twenty times as slow, so a tenth as many are as exact
-            name = "checkout, SELECT 1, return"
-            yield uncontended.measure(backend, name, backend.look, rounds, batches, max(1, checkouts // 10))
-    for group, competitors, loads in (
-        ("contended", (QUEUE, QUERIES), LOADS),
-        ("one budget", (QUERIES, QUERIES_3, QUEUE), SHARED),
-    ):
-        for backend in backends:
-            for threads, connections, work in loads:
-                yield contended.measure(
-                    backend,
-                    group,
-                    competitors,
-                    threads=threads,
-                    connections=connections,
-                    work=work,
-                    rounds=effort.rounds,
-                    seconds=effort.seconds,
-                    warm_up=effort.warm_up,
-                )
+def cells(groups: Sequence[str], backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
+    """Measure, cell by cell."""
+    for group in groups:
+        yield from GROUPS[group](backends, effort)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, print, and write the file; return the exit status."""
+    """Measure, print, and write the files; return the exit status."""
     chosen = _parser().parse_args(arguments)
     effort = QUICK if chosen.quick else FULL
     status = Console(stderr=True)
     measured = []
+    begin = time.perf_counter()
     with ExitStack() as stack:
         backends = [fake()]
         try:
@@ -86,21 +53,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
             backends.append(postgresql(server))
         except DemoError as error:
             status.print(f"no figures on PostgreSQL: {error}", markup=False)
-        for cell in cells(backends, effort):
-            status.print(f"measured: {cell.group}, {cell.name}")
+        for cell in cells(chosen.only, backends, effort):
+            status.print(f"{time.perf_counter() - begin:.0f} s: {cell.group}, {cell.name}", markup=False)
             measured.append(cell)
-    report.show(measured, Console(width=None if sys.stdout.isatty() else report.WIDTH, highlight=False))
+    seconds = round(time.perf_counter() - begin)
+    console = Console(width=None if sys.stdout.isatty() else report.WIDTH, highlight=False)
+    report.show(measured, console)
+    console.print(f"It took {seconds} s.")
     if chosen.json is not None:
-        report.write(measured, asdict(effort), chosen.json)
+        report.write(measured, asdict(effort) | {"took": seconds}, chosen.json)
+    if chosen.svg is not None:
+        chart.draw(measured, chosen.svg)
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks", description="Measure QueriesPool beside QueuePool; takes three minutes."
+        prog="python -m benchmarks",
+        description="Measure QueriesPool beside other pools; takes less than ten minutes.",
     )
     parser.add_argument("--quick", action="store_true", help="measure for less than a minute, less exactly")
+    parser.add_argument(
+        "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help=", ".join(GROUPS)
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file, too")
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios to QueuePool (matplotlib)")
     parser.add_argument("--url", help="the PostgreSQL (default: DATABASE_URL, else one of its own)")
     return parser
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from statistics import median
 
@@ -11,33 +12,83 @@ from sqlalchemy.pool import Pool
 
 from sqla_queries_pool.demo.workload import Work
 
-from .competitors import BARE, QUERIES, QUEUE, QUEUE_LIFO, Backend
-from .figures import Cell, Figure
+from .competitors import (
+    BARE,
+    NULL,
+    PRE_PING,
+    PSYCOPG,
+    PSYCOPG2,
+    QUERIES,
+    QUERIES_OWN,
+    QUEUE,
+    QUEUE_LIFO,
+    Backend,
+    Competitor,
+)
+from .effort import Effort
+from .figures import Cell, Figure, Target
 
-GROUP = "uncontended, one thread"
-COMPETITORS = (QUEUE, QUEUE_LIFO, QUERIES, BARE)
+GROUP = "one thread: checkout and return"
+POOLED = (QUEUE, QUEUE_LIFO, PSYCOPG, PSYCOPG2, QUERIES_OWN, QUERIES, BARE)
+WITHOUT_SERVER = (*POOLED, NULL)
+ON_SERVER = (*POOLED, PRE_PING)
+"""NullPool is missing: there it measures how long it takes to connect, a hundred times as long."""
 
 
-def measure(
-    backend: Backend, name: str, work: Work | None, rounds: int, batches: int, checkouts: int
+def cells(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
+    """Measure on each backend: nothing else, and with a query where there is somebody to ask."""
+    rounds, batches, checkouts = effort.rounds, effort.batches, effort.checkouts
+    for backend in backends:
+        competitors = WITHOUT_SERVER if backend.dialect is None else ON_SERVER
+        measured = _measure(backend, competitors, "nothing else", None, rounds, batches, checkouts)
+        yield measured
+        if backend.look is not None:  # twenty times as slow, so a tenth as many are as exact
+            fewer = max(1, checkouts // 10)
+            yield _measure(backend, ON_SERVER, "SELECT 1 between", backend.look, rounds, batches, fewer)
+
+
+def _measure(
+    backend: Backend,
+    competitors: Sequence[Competitor],
+    name: str,
+    work: Work | None,
+    rounds: int,
+    batches: int,
+    checkouts: int,
 ) -> Cell:
     """Let the competitors take turns, in batches so short that a disturbance hits few of them.
 
     A ratio is one of neighbours: two batches of the same turn.  The figure of a round is the median of
     its batches.
     """
-    cell = Cell(GROUP, f"{backend.name}: {name}", QUEUE.name)
     with ExitStack() as stack:
-        pools = {c.name: stack.enter_context(backend.pools(c, 5))[0] for c in COMPETITORS}
+        there = [c for c in competitors if c.there]
+        pools = {c.name: stack.enter_context(backend.pools(c, 5))[0] for c in there}
         rows = [_round(pools, work, batches, checkouts) for _ in range(rounds)]
+    cell = Cell(GROUP, f"{backend.name}: {name}")
     for competitor in pools:
         seconds = [median(turn[competitor] for turn in turns) for turns in rows]
-        ratios = [median(turn[competitor] / turn[QUEUE.name] for turn in turns) for turns in rows]
         cell.figures[competitor] = {
             "µs": Figure.of(second * 1e6 for second in seconds),
-            "ratio": Figure.of(ratios),
+            "ratio": _ratio(rows, competitor, QUEUE.name),
         }
+    if work is None:
+        cell.targets.extend(_targets(rows, f"checkout, {backend.name}"))
     return cell
+
+
+def _targets(rows: list[list[dict[str, float]]], bar: str) -> Iterator[Target]:
+    ratio = _ratio(rows, QUERIES.name, QUEUE.name)
+    yield Target("time / QueuePool", ratio, at_most=1.0, bar=bar)
+    if PRE_PING.name in rows[0][0]:
+        ratio = _ratio(rows, QUERIES.name, PRE_PING.name)
+        yield Target("time / QueuePool, pre-ping", ratio, at_most=0.25, bar=f"{bar}, to pre-ping")
+    else:
+        yield Target("time / QueuePool, the goal", ratio, at_most=0.85)
+
+
+def _ratio(rows: list[list[dict[str, float]]], one: str, other: str) -> Figure:
+    return Figure.of(median(turn[one] / turn[other] for turn in turns) for turns in rows)
 
 
 def _round(pools: dict[str, Pool], work: Work | None, batches: int, checkouts: int) -> list[dict[str, float]]:
@@ -45,12 +96,12 @@ def _round(pools: dict[str, Pool], work: Work | None, batches: int, checkouts: i
     order = list(pools)
     turns = []
     for _ in range(batches):
-        turns.append({name: _batch(pools[name], work, checkouts) for name in order})
+        turns.append({name: batch(pools[name], work, checkouts) for name in order})
         order.append(order.pop(0))  # nobody comes always after the same
     return turns
 
 
-def _batch(pool: Pool, work: Work | None, checkouts: int) -> float:
+def batch(pool: Pool, work: Work | None, checkouts: int) -> float:
     """Return the seconds of one checkout."""
     connect = pool.connect
     connect().close()  # opens the connection, and brings the pool's code into the caches

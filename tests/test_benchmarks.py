@@ -1,69 +1,393 @@
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import io
 import json
+import sys
+from collections import deque
 from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
+from sqlalchemy import exc
 
 from sqla_queries_pool.demo.server import Server, read_url
 from sqla_queries_pool.embedded import EmbeddedPostgres
+
+REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
 def program() -> Iterator[Any]:
     """The benchmarks: a package of the repository, which is not installed."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(Path(__file__).parent.parent))
-        yield importlib.import_module("benchmarks.__main__")
+        patch.syspath_prepend(str(REPOSITORY))
+        names = [path.stem for path in (REPOSITORY / "benchmarks").glob("*.py")]
+        yield SimpleNamespace(**{n.strip("_"): importlib.import_module(f"benchmarks.{n}") for n in names})
 
 
 @pytest.fixture(scope="module")
-def cells(program: Any, pg_server: EmbeddedPostgres) -> list[Any]:
-    """All that is measured, in as little time as can be."""
-    effort = program.Effort(rounds=2, batches=2, checkouts=3, seconds=0.03, warm_up=0.02)
+def tiny(program: Any) -> Any:
+    """As little effort as can be."""
+    return program.effort.Effort(
+        rounds=2,
+        batches=2,
+        checkouts=3,
+        threads=(2, 6),
+        connections=(2,),
+        works=(0.0, 0.001),
+        load_rounds=1,
+        seconds=0.03,
+        turns=2,
+        crowd=30,
+        imports=1,
+        overload=0.2,
+    )
+
+
+@pytest.fixture(scope="module")
+def cells(program: Any, tiny: Any, pg_server: EmbeddedPostgres) -> list[Any]:
+    """All that is measured."""
     with closing(Server(read_url(pg_server.url()))) as server:
-        return list(program.cells([program.fake(), program.postgresql(server)], effort))
+        backends = [program.competitors.fake(), program.competitors.postgresql(server)]
+        return list(program.main.cells(list(program.main.GROUPS), backends, tiny))
 
 
-@pytest.mark.slow
-def test_every_cell_is_measured_for_all_who_take_part(program: Any, cells: list[Any]) -> None:
-    """Without and with contention and on one budget, with the fake driver and on PostgreSQL."""
-    assert [cell.group for cell in cells].count("uncontended, one thread") == 3
-    assert [cell.group for cell in cells].count("contended") == 2 * len(program.LOADS)
-    assert [cell.group for cell in cells].count("one budget") == 2 * len(program.SHARED)
-    assert len({(cell.group, cell.name) for cell in cells}) == len(cells)
-    for cell in cells:
-        assert {"QueuePool", "QueriesPool"} <= set(cell.figures)
-        assert len({tuple(figures) for figures in cell.figures.values()}) == 1
-
-
-@pytest.mark.slow
-def test_ratios_refer_to_a_competitor_of_the_same_cell(cells: list[Any]) -> None:
-    """The reference's own is 1, and a median lies between the least and the most."""
-    for cell in cells:
-        reference = cell.figures[cell.reference]["ratio"]
-        assert (reference.least, reference.most) in ((1, 1), (0, 1), (0, 0))  # 0: nobody was served
-        for figures in cell.figures.values():
-            for figure in figures.values():
-                assert figure.least <= figure.median <= figure.most
-
-
-@pytest.mark.slow
-def test_the_table_and_the_file_have_all_cells(program: Any, cells: list[Any], tmp_path: Path) -> None:
-    """Every cell and competitor is in the table; the file is JSON and has the parameters, too."""
-    from rich.console import Console
-
+def shown(program: Any, cells: list[Any]) -> str:
+    """What the program prints."""
     text = io.StringIO()
-    program.report.show(cells, Console(file=text, width=program.report.WIDTH))
-    program.report.write(cells, {"rounds": 2}, tmp_path / "figures.json")
-    written = json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))
-    assert written["parameters"] == {"rounds": 2}
-    assert len(written["cells"]) == len(cells)
+    program.report.show(cells, Console(file=text, width=200))
+    return text.getvalue()
+
+
+# -- figures and verdicts ---------------------------------------------------------------------------
+
+
+def test_a_figure_is_the_median_with_what_was_least_and_most(program: Any) -> None:
+    """Of the rounds, in whatever order."""
+    figure = program.figures.Figure.of([5.0, 1.0, 2.0])
+    assert (figure.median, figure.least, figure.most) == (2.0, 1.0, 5.0)
+
+
+def test_a_ratio_is_one_of_the_same_round(program: Any) -> None:
+    """A machine that is slow in one round is slow for both."""
+    figure = program.figures.Figure.ratio([10.0, 200.0], [20.0, 100.0])
+    assert (figure.least, figure.median, figure.most) == (0.5, 1.25, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "bounds", "verdict"),
+    [
+        ((0.9, 1.0, 1.1), {"at_least": 1.0}, "met"),
+        ((0.8, 0.9, 1.1), {"at_least": 1.0}, "within the spread"),
+        ((0.7, 0.8, 0.9), {"at_least": 1.0}, "not met"),
+        ((0.9, 1.0, 1.1), {"at_most": 1.0}, "met"),
+        ((0.9, 1.1, 1.2), {"at_most": 1.0}, "within the spread"),
+        ((1.1, 1.2, 1.3), {"at_most": 1.0}, "not met"),
+        ((0, 0, 0), {"at_most": 0}, "met"),
+        ((1, 1, 1), {"at_most": 0}, "not met"),
+        ((1, 2, 3), {}, ""),
+    ],
+)
+def test_the_median_decides_whether_a_target_is_met(
+    program: Any, values: tuple[float, ...], bounds: dict[str, float], verdict: str
+) -> None:
+    """If it misses it and a round does not, that is said, too; without a bound there is no verdict."""
+    target = program.figures.Target("what", program.figures.Figure.of(values), **bounds)
+    assert target.verdict == verdict
+    assert target.judged == bool(bounds)
+
+
+# -- what is printed, and drawn ---------------------------------------------------------------------
+
+
+def grid(program: Any, *values: float) -> list[Any]:
+    """Cells of one group with one target each, its spread on both sides."""
+    figures = program.figures
+    return [
+        figures.Cell(
+            "grid",
+            f"cell {number}",
+            {"QueuePool": {"per second": figures.Figure.of([7654.0])}},
+            [
+                figures.Target(
+                    "ratio", figures.Figure(value, value / 2, value + 0.05), at_least=1.0, bar="ratio"
+                )
+            ],
+        )
+        for number, value in enumerate(values)
+    ]
+
+
+def test_many_cells_are_shown_in_a_line_each(program: Any) -> None:
+    """With what was to be reached, and a word where it was not."""
+    lines = shown(program, grid(program, 1.2, 0.5, 1.1, 1.3)).splitlines()
+    (missed,) = [line for line in lines if "cell 1" in line]
+    assert "0.5" in missed
+    assert "not met" in missed
+    (reached,) = [line for line in lines if "cell 3" in line]
+    assert "not met" not in reached
+    assert not any("7,654" in line for line in lines)
+
+
+def test_few_cells_are_shown_with_all_competitors(program: Any) -> None:
+    """Each with its figures, and each target in words."""
+    text = shown(program, grid(program, 1.2))
+    assert "7,654" in text
+    assert "ratio: 1.2 (0.6..1.25), at least 1: met" in text
+
+
+def test_the_summary_counts_verdicts_and_names_the_farthest_value(program: Any) -> None:
+    """Targets that are called the same are one requirement."""
+    lines = shown(program, grid(program, 1.2, 0.5, 0.7, 1.3)).splitlines()
+    (row,) = [line.split() for line in lines if "at least 1" in line]
+    assert row == ["grid", "ratio", "at", "least", "1", "0.5", "2", "2"]
+
+
+def test_a_bar_stands_for_all_cells_that_name_it(program: Any) -> None:
+    """It is their median, and its line goes from the least to the most of them."""
+    (bar,) = program.chart.bars(grid(program, 0.5, 1.2, 1.1))
+    assert (bar.value, bar.least, bar.most, bar.bound, bar.less) == (1.1, 0.5, 1.2, 1.0, False)
+    assert bar.label == "ratio (3 cells)"
+    assert bar.reaches
+
+
+def test_a_bar_of_one_cell_has_the_spread_of_its_rounds(program: Any) -> None:
+    """There are no other cells to tell how it varies."""
+    figures = program.figures
+    target = figures.Target("time", figures.Figure.of([0.4, 0.5, 1.1]), at_most=1.0, bar="checkout")
+    (bar,) = program.chart.bars([figures.Cell("group", "cell", {}, [target])])
+    assert (bar.label, bar.value, bar.least, bar.most, bar.less) == ("checkout", 0.5, 0.4, 1.1, True)
+
+
+def test_the_chart_names_its_bars(program: Any, tmp_path: Path) -> None:
+    """The text of an SVG can be read and searched; the same figures make the same file."""
+    pytest.importorskip("matplotlib")
+    for name in ("one.svg", "two.svg"):
+        program.chart.draw(grid(program, 0.5, 1.2, 1.1), tmp_path / name)
+    text = (tmp_path / "one.svg").read_text(encoding="utf-8")
+    assert ">ratio (3 cells)</text>" in text
+    assert "1.10" in text
+    assert text == (tmp_path / "two.svg").read_text(encoding="utf-8")
+
+
+# -- who is compared --------------------------------------------------------------------------------
+
+
+def everybody(program: Any) -> list[Any]:
+    """All competitors that are installed."""
+    known = vars(program.competitors).values()
+    found = {c.name: c for c in known if isinstance(c, program.competitors.Competitor)}
+    found |= {c.name: c for c in program.overload.COMPETITORS}
+    return [competitor for competitor in found.values() if competitor.there]
+
+
+def test_who_is_not_installed_does_not_take_part(program: Any) -> None:
+    """Without an error: not everybody has all of them."""
+    kind = program.competitors.Competitor
+    assert not kind("a pool", program.competitors.queue_pool(), needs="no_such_module").there
+    assert kind("a pool", program.competitors.queue_pool()).there
+
+
+def test_every_competitor_gives_a_connection_and_takes_it_back(program: Any) -> None:
+    """One after the other gets the same one, after a rollback; NullPool gives each a new one.
+
+    The one that pings can't do so here.
+    """
+    calls: deque[str] = deque()
+
+    class Connection(program.competitors.FakeConnection):  # type: ignore[misc]
+        def rollback(self) -> None:
+            calls.append("rollback")
+
+    def connect() -> Connection:
+        calls.append("connect")
+        return Connection()
+
+    for competitor in (c for c in everybody(program) if c is not program.competitors.PRE_PING):
+        calls.clear()
+        with program.competitors.fake(connect).pools(competitor, 2) as pools:
+            assert len(pools) == competitor.engines
+            for _ in range(3):
+                pools[0].connect().close()
+        assert calls.count("connect") == (3 if competitor.name == "NullPool" else 1), competitor.name
+        assert calls.count("rollback") == 3, competitor.name
+
+
+def test_who_waits_in_vain_is_told_so_in_sqlalchemys_words(program: Any) -> None:
+    """All that take part where somebody has to wait raise the same error, and know the same limit."""
+    for competitor in (*program.overload.COMPETITORS, program.competitors.QUERIES_3):
+        if competitor.there:
+            with program.competitors.fake().pools(competitor, 1, timeout=0.01) as pools:
+                with closing(pools[0].connect()), pytest.raises(exc.TimeoutError):
+                    pools[-1].connect()
+                pools[-1].connect().close()
+
+
+# -- how it is counted ------------------------------------------------------------------------------
+
+
+def test_instructions_are_the_same_in_each_run_and_grow_with_the_work(program: Any) -> None:
+    """Also of what is called; and a tracer that was there before is there again."""
+
+    def work(times: int) -> None:
+        for _ in range(times):
+            step()
+
+    def step() -> int:
+        return sum((1, 2, 3))
+
+    def tracer(*_: object) -> None: ...
+
+    count = program.scaling.instructions
+    before = sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        once, again, more = count(lambda: work(1)), count(lambda: work(1)), count(lambda: work(11))
+        assert sys.gettrace() is tracer
+    finally:
+        sys.settrace(before)
+    assert once == again
+    assert more - once >= 10 * 4
+
+
+def test_a_checkout_of_the_line_keeps_it_as_long_as_it_is(program: Any) -> None:
+    """The first gets the connection and the last is new, so that each checkout is like the one before."""
+    line = program.scaling.Line(3)
+    waiting = list(line.attachment.line)
+    for _ in range(3):
+        line.checkout()
+    assert len(line.attachment.line) == 3
+    assert all(waiter.answer is not None for waiter in waiting)
+    assert not set(waiting) & set(line.attachment.line)
+
+
+@pytest.mark.parametrize(("patience", "served"), [(1.0, True), (0.0, False)])
+def test_a_request_counts_if_it_is_served_before_its_caller_gives_up(
+    program: Any, monkeypatch: pytest.MonkeyPatch, patience: float, served: bool
+) -> None:
+    """Where they are as patient as can be, all are served of a load that is half of what the pool can do."""
+    monkeypatch.setattr(program.overload, "LOAD", 0.5)
+    backend = program.competitors.fake()
+    with backend.pools(program.competitors.QUEUE, program.overload.CONNECTIONS, timeout=30.0) as (pool,):
+        crowd = program.overload._Crowd(pool, backend.work(0.0), 0.2)
+        monkeypatch.setattr(program.overload, "PATIENCE", patience)
+        result = crowd.run()
+    assert (result.in_time > 0) == served
+    assert (result.late == 0) == served
+    assert result.refused == 0
+
+
+# -- the program ------------------------------------------------------------------------------------
+
+
+def test_a_group_that_nobody_knows_is_refused(program: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    """Before anything is measured, and with those that there are."""
+    with pytest.raises(SystemExit):
+        program.main.main(["--only", "uncontented"])
+    assert "uncontended" in capsys.readouterr().err
+
+
+def test_a_python_that_has_the_gil_says_that_it_is_not_measured(
+    program: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is nothing to compare it with."""
+    monkeypatch.setattr(program.gil.sysconfig, "get_config_var", lambda name: None)
+    (cell,) = program.gil.cells([], tiny)
+    assert cell.name == "not measured: this Python has the GIL"
+    assert cell.name in shown(program, [cell])
+
+
+@pytest.mark.slow
+def test_throughput_with_and_without_the_gil_is_measured_in_other_processes(program: Any, tiny: Any) -> None:
+    """On a Python that can't do without it, both are with it."""
+    cell = program.gil.compare(tiny)
+    assert all(figures["checkouts/s"].least > 0 for figures in cell.figures.values())
+    assert [target.what for target in cell.targets] == ["throughput / with the GIL"]
+
+
+@pytest.mark.slow
+def test_the_program_measures_what_it_is_told_to_and_writes_it(
+    program: Any,
+    tiny: Any,
+    pg_server: EmbeddedPostgres,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The groups that were named, as a table and as JSON, with the parameters and the verdicts."""
+    monkeypatch.setattr(program.main, "QUICK", tiny)
+    path = tmp_path / "figures.json"
+    named = ["--only", "uncontended", "footprint"]
+    assert program.main.main(["--quick", *named, "--url", pg_server.url(), "--json", str(path)]) == 0
+    written = json.loads(path.read_text(encoding="utf-8"))
+    assert {cell["group"] for cell in written["cells"]} == {"one thread: checkout and return", "footprint"}
+    assert written["parameters"]["checkouts"] == tiny.checkouts
+    assert written["parameters"]["took"] >= 0
+    verdicts = {target["verdict"] for cell in written["cells"] for target in cell["targets"]}
+    assert verdicts <= {"met", "within the spread", "not met", ""}
+    printed = capsys.readouterr().out
+    assert "memory per idle connection" in printed
+    assert "It took" in printed
+
+
+@pytest.mark.slow
+def test_all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: list[Any]) -> None:
+    """Every group of the program, with both backends where it says so, and the same targets throughout."""
+    groups = [cell.group for cell in cells]
+    assert groups.count("one thread: checkout and return") == 3
+    assert groups.count("many threads, fake driver") == 2 * 1 * 2
+    assert groups.count("many threads, PostgreSQL") == len(program.contended.SERVER_LOADS)
+    assert groups.count("one budget") == 2 * len(program.contended.BUDGET_LOADS)
+    assert groups.count("50 requests at once") == 2
+    assert groups.count("more of something") == 4
+    assert groups.count("footprint") == 2
+    assert groups.count("overload") == 1
+    assert len({(cell.group, cell.name) for cell in cells}) == len(cells)
+    text = shown(program, cells)
+    assert all(cell.name in text and cell.group in text for cell in cells)
+
+
+@pytest.mark.slow
+def test_all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> None:
+    """Each in one cell at least; and who takes part in a cell has the same figures as the others."""
+    measured = {name for cell in cells for name in cell.figures}
+    assert {competitor.name for competitor in everybody(program)} <= measured
     for cell in cells:
-        assert all(part in text.getvalue() for part in cell.name.split(": "))
-        assert all(competitor in text.getvalue() for competitor in cell.figures)
+        if cell.group != "more of something":
+            assert len({tuple(figures) for figures in cell.figures.values()}) <= 1
+        for figures in cell.figures.values():
+            assert all(figure.least <= figure.median <= figure.most for figure in figures.values())
+
+
+@pytest.mark.slow
+def test_what_is_counted_does_not_depend_on_the_machine(cells: list[Any]) -> None:
+    """Instructions of a checkout of the ledger, and bytes of a connection."""
+    targets = {target.what: target for cell in cells for target in cell.targets}
+    checkout = targets["waiters in the ledger: instructions, ratio"].value
+    assert checkout.least == checkout.most
+    assert 0 < targets["bytes above SQLAlchemy's own record"].value.median < 1024
+
+
+def test_the_load_of_a_grid_cell_lasts_for_as_many_turns_as_were_asked_for(
+    program: Any, monkeypatch: pytest.MonkeyPatch, tiny: Any
+) -> None:
+    """Else, where many threads want few connections for long, nobody could have had one twice."""
+    seen: list[dict[str, Any]] = []
+    real = program.contended.run
+
+    def run(pools: Any, work: Any, **arguments: Any) -> Any:
+        seen.append(arguments)
+        return real(pools, work, **arguments)
+
+    monkeypatch.setattr(program.contended, "run", run)
+    effort = dataclasses.replace(tiny, threads=(6,), works=(0.0, 0.001), turns=20)
+    list(program.contended.grid([program.competitors.fake()], effort))
+    turn = 6 / 2 * 0.001
+    assert sorted({arguments["seconds"] for arguments in seen}) == pytest.approx([effort.seconds, 20 * turn])
+    assert max(arguments["warm_up"] for arguments in seen) >= turn
