@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
@@ -27,7 +28,20 @@ from sqla_queries_pool.embedded import EmbeddedPostgres
 MAX_CONNECTIONS = 100  # of the session's server
 MEMORY = Path("/dev/shm")
 ROOM = 1 << 30  # bytes; the session's server takes about a fifth of that
+LONGEST = ("test_soak", "test_injection")
+"""Files that take a minute or more, whatever the number of their tests."""
 _numbers = itertools.count(1)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """The order of files is the one below: pytest-xdist's own would begin the soak, one test, last."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Those that take longest come first, or several processes would wait for one in the end."""
+    tests = Counter(item.path for item in items)
+    items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path]))
 
 
 def pytest_collection_finish() -> None:
