@@ -272,7 +272,6 @@ class Proxy:
             self._end(link, reset=reset)
 
     def _end(self, link: _Link, *, reset: bool) -> None:
-        self._links.remove(link)
         for end in link.ends:
             self._watch(end, 0, link)
             with end.socket, suppress(OSError):
@@ -282,6 +281,7 @@ class Proxy:
                     end.socket.shutdown(socket.SHUT_RDWR)
                     while end.socket.recv(CHUNK):  # to close with something unread would send RST
                         pass
+        self._links.remove(link)  # last: who sees that there is none any more relies on its end
 
 
 class _End:
