@@ -20,6 +20,7 @@ from .errors import (
     PoolException,
     PoolFullError,
     QueriesException,
+    TooManyRequests,
 )
 from .labels import checkout_label, labelled
 from .pool import Connection, Pool, PoolManager
@@ -52,6 +53,7 @@ __all__ = [
     "QueriesPool",
     "Snapshot",
     "Statistics",
+    "TooManyRequests",
     "Waiting",
     "checkout_label",
     "labelled",

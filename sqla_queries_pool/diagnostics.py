@@ -12,10 +12,21 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from . import slots, stacks
-from .errors import CheckoutTimeout, PoolDeadlock
+from .errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
 from .logs import logger
 from .pool import Pool
-from .slots import HELD, LENT, Attachment, Leaked, Resetter, Returned, Slot
+from .slots import (
+    HELD,
+    LENT,
+    LINE_FULL,
+    TURNED_AWAY,
+    Attachment,
+    Leaked,
+    Resetter,
+    Returned,
+    Slot,
+    TurnedAway,
+)
 from .stats import Statistics
 
 MOST_NAMED = 3
@@ -33,8 +44,9 @@ LONG = 10.0
 LONGER = 10.0
 """... and so many times as long as connections are used on average."""
 
-CHEAP = 0.005
-"""Seconds; a snapshot that takes less is made for each error."""
+CHEAP = 0.002
+"""Seconds; a snapshot that takes less is made for each timeout, but not for each that is turned away: those
+come by the hundreds."""
 
 WAITING, OPENING, PROBING = "waiting for a slot", "opening a connection", "probing one that was idle"
 """What a checkout may be at."""
@@ -105,7 +117,7 @@ class Diagnosis:
     """What is the matter, most likely, and what to do about it."""
 
     kind: str
-    """One of ``deadlock refused nested-checkout slow-connect leak long-use too-small``."""
+    """One of ``deadlock line-full overload refused nested-checkout slow-connect leak long-use too-small``."""
     cause: str
     remedy: str
     details: str = ""
@@ -187,11 +199,13 @@ def snapshot(pool: Pool) -> Snapshot:
     )
 
 
-def _seen(pool: Pool) -> Snapshot:
+def _seen(pool: Pool, cheap: float) -> Snapshot:
     """Return a snapshot for an error: of this moment, unless many checkouts ask at once that had nothing.
 
     Where hundreds wait, a snapshot takes tens of milliseconds.  One is for all then, so that overload is not
     made worse by telling of it: for as long that a tenth of the time at most goes into snapshots.
+
+    :param cheap: seconds; one that takes less serves once.
     """
     with pool.looking:  # the others wait for the one, or each would make its own
         seen, until = pool.looked  # type: tuple[Snapshot | None, float]
@@ -199,7 +213,7 @@ def _seen(pool: Pool) -> Snapshot:
         if seen is None or begin >= until:
             seen = snapshot(pool)
             took = time.monotonic() - begin
-            pool.looked = (seen, begin + 10 * took) if took > CHEAP else (None, 0.0)
+            pool.looked = (seen, begin + 10 * took) if took > cheap else (None, 0.0)
     return seen
 
 
@@ -324,25 +338,41 @@ def _leak(cause: str) -> Diagnosis:
     )
 
 
+def turned_away(why: TurnedAway) -> Diagnosis:
+    """Say why a checkout was refused, and what to do about it."""
+    if why.kind == LINE_FULL:
+        return Diagnosis(why.kind, why.why, "Try again later, or raise max_waiting.")
+    return Diagnosis(why.kind, why.why, "Try again later, ask for less, or raise queue_target.")
+
+
 def checkout_timeout(
-    pool: Pool, attachment: Attachment, timeout: float, deadlock: Diagnosis | None = None
+    pool: Pool, attachment: Attachment, timeout: float, found: Diagnosis | None = None
 ) -> CheckoutTimeout:
     """Return the error for a checkout that got no connection; its cause is the last connect error.
 
     :param timeout: for how many seconds it waited.
-    :param deadlock: why it waits no longer although it might.
+    :param found: why it waits no longer although it might: a deadlock, or it was turned away.
     """
-    seen = _seen(pool) if deadlock is None else snapshot(pool)
-    if deadlock is None:  # the one that asks has left the line, but counts
+    away = found is not None and found.kind in TURNED_AWAY
+    seen = _seen(pool, 0.0 if away else CHEAP) if found is None or away else snapshot(pool)
+    if found is None or away:  # the one that asks has left the line, but counts
         more = seen.statistics.waiting + bool(timeout)
         seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=more))
-    seen = dataclasses.replace(seen, diagnosis=deadlock or diagnose(seen, threading.get_ident()))
+    likely = diagnose(seen, threading.get_ident()) if found is None or away else found
+    seen = dataclasses.replace(seen, diagnosis=found or likely)
     ceiling = attachment.quota.stated
     own = ceiling is not None and ceiling < (pool.max_size or math.inf)
-    within = seen.line(f"had no connection within {timeout:{'g' if deadlock is None else '.1f'}} s: ")
-    error = (CheckoutTimeout if deadlock is None else PoolDeadlock)(
-        f"QueriesPool {within}{f' ({ceiling:.0f} for this engine)' if own else ''}. {seen.named()}. "
-        f"{_told(seen.diagnosis)}\n{seen.report()}",
+    if found is not None and away:
+        kind: type[CheckoutTimeout] = TooManyRequests
+        what = f"refused a checkout after {timeout:.2g} s, since {found.cause}: "
+        advice = f"{found.remedy} {_told(likely)}"
+    else:
+        kind = CheckoutTimeout if found is None else PoolDeadlock
+        what = f"had no connection within {timeout:{'g' if found is None else '.1f'}} s: "
+        advice = _told(likely)
+    error = kind(
+        f"QueriesPool {seen.line(what)}{f' ({ceiling:.0f} for this engine)' if own else ''}. {seen.named()}. "
+        f"{advice}\n{seen.report()}",
         code="3o7r",
     )
     error.snapshot = seen

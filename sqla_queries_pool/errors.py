@@ -82,6 +82,14 @@ class CheckoutTimeout(exc.TimeoutError):
     """The same as data: a :class:`~sqla_queries_pool.diagnostics.Snapshot`."""
 
 
+class TooManyRequests(CheckoutTimeout):
+    """A checkout was refused before its ``timeout``, for too many wait: ``max_waiting`` and ``queue_target``.
+
+    Who is told early has time left to do something else, and leaves the connections to those whose callers
+    still wait for an answer.
+    """
+
+
 class PoolDeadlock(CheckoutTimeout):
     """Checkouts wait for each other, and nothing has moved for ``deadlock_grace`` seconds.
 

@@ -35,7 +35,9 @@ from .slots import (
     HELD,
     IDLE,
     LENT,
+    LINE_FULL,
     OPENING,
+    OVERLOAD,
     Attachment,
     Close,
     Fill,
@@ -46,6 +48,7 @@ from .slots import (
     Reset,
     Resetter,
     Slot,
+    TurnedAway,
     Waiter,
     Wake,
     Work,
@@ -223,12 +226,14 @@ class Ledger(Books):
         return any(slot.holder is not holder for slot in self._out(attachment))
 
     def look_in(self, waiter: Waiter, now: float) -> float:
-        """Return after how many seconds a waiter insists, because its line may open one by then."""
-        attachment = waiter.attachment
+        """Return after how many seconds a waiter looks, since it may open one by then, or is turned away."""
+        attachment, target, seconds = waiter.attachment, waiter.attachment.queue_target, math.inf
         full = attachment.quota.full or len(self.slots) >= self.limit
-        if full or self.refusals or not attachment.pace.price:
-            return math.inf  # as often as others do
-        return attachment.pace.look_in(len(attachment.line), waiter.since, now)
+        if attachment.pace.price and not full and not self.refusals:
+            seconds = attachment.pace.look_in(len(attachment.line), waiter.since, now)
+        if target < math.inf:
+            seconds = min(seconds, attachment.pace.overdue_in(waiter.since, target, now))
+        return seconds
 
     def _open(
         self, attachment: Attachment, holder: Any, now: float, insist: bool, last: bool = False
@@ -345,6 +350,31 @@ class Ledger(Books):
             last = False
         return work
 
+    def turn_away(self, waiter: Waiter, now: float, new: bool = False) -> TurnedAway | None:
+        """Take a waiter out of the line that is too long for it, or is overloaded; return why, or None.
+
+        :param new: it has just come, and finds the line as long as it may be.
+        """
+        attachment = waiter.attachment
+        line, target = attachment.line, attachment.queue_target
+        if waiter not in line:
+            return None
+        why = None
+        if new and len(line) > attachment.max_waiting and list(line).index(waiter) >= attachment.max_waiting:
+            why = TurnedAway(
+                LINE_FULL, f"the line is full: {attachment.max_waiting} wait already, and that is max_waiting"
+            )
+        elif now - waiter.since >= target and attachment.pace.overloaded(target, now):
+            behind = now - attachment.pace.in_time
+            why = TurnedAway(
+                OVERLOAD,
+                f"the pool is overloaded: the line was never empty for {behind:.1f} s, and was slower than "
+                f"queue_target={target:g} s; until it is empty nobody waits for longer than that",
+            )
+        if why is not None:
+            self._out_of_line(waiter)
+        return why
+
     def leave(self, waiter: Waiter) -> Any:
         """Take a waiter out of the line; return what it was given meanwhile, or None."""
         self._out_of_line(waiter)
@@ -356,6 +386,7 @@ class Ledger(Books):
         pace = waiter.attachment.pace
         pace.was(len(waiter.attachment.line), now)
         pace.served += entry.slot.state is HELD
+        pace.was_served(now - waiter.since, waiter.attachment.queue_target, now)
         self.mean_wait += (now - waiter.since - self.mean_wait) / 16
         self.totals.waited.add(now - waiter.since)
         return Wake(waiter)

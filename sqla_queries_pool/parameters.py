@@ -76,6 +76,28 @@ def min_size(name: str, value: object) -> int:
     return int(number)
 
 
+def max_waiting(name: str, value: object) -> int | None:
+    """Return how many may wait, zero or more, ``None`` for any number.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    number = _number(value)
+    if number is not None and not (number >= 0 and number.is_integer()):
+        raise _error(name, value, "a whole number of checkouts, zero or more, or None for any number")
+    return None if number is None else int(number)
+
+
+def queue_target(name: str, value: object) -> float | None:
+    """Return a duration of more than zero in seconds, ``None`` for none.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    number = _number(value)
+    if number is not None and not number > 0:
+        raise _error(name, value, "a number of seconds above zero, or None for no target")
+    return number
+
+
 def flag(name: str, value: object) -> bool:
     """Return a yes or no; ini files have text for it.
 

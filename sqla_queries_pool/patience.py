@@ -1,4 +1,4 @@
-"""Is it better to wait for a connection that is out than to open another?
+"""Is it better to wait for a connection that is out than to open another?  Is it of any use to wait?
 
 A connect has a price, the time that it takes; waiting is paid by the moment, and nobody knows for how long.
 Who waits for as long as a connect takes, and then opens, pays twice the best price at most (the "ski rental
@@ -10,6 +10,10 @@ decides, by how it has moved.  It opens
 * as many as have stood in it all the time while somebody could have connected: they would have been in use
   all that time.  A line that comes and goes opens none.  As many as are out at most, so that a line that is
   just slow at most doubles what there is, each time.
+
+And where more come than can be served, whoever is served after a long wait is too late for whoever asked:
+first come, first served then means that all are served too late.  Such a line refuses who has waited for
+longer than its target, so that those served are fresh.
 
 Plain numbers, no clock; ledger.py has the lines.
 """
@@ -27,6 +31,10 @@ LATE = 0.00001
 """Seconds by which a look is late, lest it come too early by a rounding error."""
 FIRST_LOOK = 0.125
 """The part of its price after which it is first known how a line moves."""
+INTERVAL = 20
+"""For how many targets nobody may have been served within the target before a line counts as overloaded.
+It is twenty wherever this was thought of: CoDel has 5 and 100 ms (RFC 8289), "Fail at Scale" (B. Maurer,
+ACM Queue 13, 2015) the same, Elixir's DBConnection 50 and 1000 ms."""
 WEIGHT = 0.25
 """How much the last connect counts in the mean."""
 
@@ -39,7 +47,7 @@ def mean(before: float, took: float) -> float:
 class Pace:
     """How one line moves."""
 
-    __slots__ = ("granted", "price", "served", "shortest", "since")
+    __slots__ = ("granted", "in_time", "price", "served", "shortest", "since")
 
     def __init__(self) -> None:
         self.price = 0.0
@@ -53,9 +61,13 @@ class Pace:
         self.granted = 0
         """How many may still open because so many have stood in line all the time."""
 
+        self.in_time = 0.0
+        """When the line was empty last, or, until it is overloaded, somebody was served within the target."""
+
     def begin(self, price: float, now: float) -> None:
         """Somebody comes, and is the first."""
         self.granted = 0
+        self.in_time = now
         self._watch(price, now)
 
     def _watch(self, price: float, now: float) -> None:
@@ -83,6 +95,19 @@ class Pace:
             self._watch(price, now)
         if self.granted:
             self.granted -= 1
+
+    def overloaded(self, target: float, now: float) -> bool:
+        """Is it of no use to wait for longer than the target?  Until the line is empty again."""
+        return now - self.in_time >= INTERVAL * target
+
+    def was_served(self, waited: float, target: float, now: float) -> None:
+        """Somebody was."""
+        if waited <= target and not self.overloaded(target, now):
+            self.in_time = now
+
+    def overdue_in(self, came: float, target: float, now: float) -> float:
+        """Return after how many seconds who came at that time is to be refused, if nothing changes."""
+        return LATE + max(0.0, came + target - now, self.in_time + INTERVAL * target - now)
 
     def look_in(self, length: int, came: float, now: float) -> float:
         """Return after how many seconds who came at that time looks whether :meth:`opens` has changed."""

@@ -30,6 +30,8 @@ PARAMETERS: Final = (
     "deadlock_grace",
     "on_deadlock",
     "min_size",
+    "max_waiting",
+    "queue_target",
     "read_only_is_disconnect",
     "pool_size",
     "max_overflow",

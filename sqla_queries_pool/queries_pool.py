@@ -33,13 +33,15 @@ from .diagnostics import (
     checkout_timeout,
     snapshot,
     tell_of_leak,
+    turned_away,
 )
+from .errors import PoolDeadlock
 from .gates import ThreadGate
 from .labels import checkout_label
 from .parameters import UNSTATED, Unstated
 from .pool import Connection, Pool, PoolManager
 from .records import Proxy, Record
-from .slots import HELD, LENT, Attachment, Permit, Quota
+from .slots import HELD, LENT, Attachment, Permit, Quota, TurnedAway
 from .stats import Statistics
 
 _label = checkout_label.get
@@ -89,6 +91,11 @@ class QueriesPool(SQLAlchemyPool):
     :param read_only_is_disconnect: take an error that says that the server is read only (SQLSTATE 25006) for
         a disconnect: all connections are replaced, and new ones go where the URL points.  For a primary that
         may be demoted while connections stay open.
+    :param max_waiting: how many checkouts of this engine may wait; one more is refused at once, with
+        :class:`TooManyRequests`; ``None`` for any number.
+    :param queue_target: seconds within which who waits is to be served; where nobody was for twenty times as
+        long, who has waited for longer is refused, with :class:`TooManyRequests`, until the line is empty, so
+        that those served are served in time; ``None`` refuses nobody.
     :param kw: what :class:`sqlalchemy.pool.Pool` takes.
     :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a value means nothing.
     :raises TypeError: for a parameter that nobody knows.
@@ -117,6 +124,8 @@ class QueriesPool(SQLAlchemyPool):
         deadlock_grace: float = 1.0,
         on_deadlock: str = deadlock.RAISE,
         read_only_is_disconnect: bool = False,
+        max_waiting: int | None = None,
+        queue_target: float | None = None,
         **kw: Any,
     ) -> None:
         # Not a parameter, because create_engine would take it for one.
@@ -136,6 +145,8 @@ class QueriesPool(SQLAlchemyPool):
         self._deadlock_grace = parameters.finite_seconds("deadlock_grace", deadlock_grace)
         self._on_deadlock = parameters.one_of("on_deadlock", on_deadlock, DEADLOCKS)
         self._read_only_is_disconnect = parameters.flag("read_only_is_disconnect", read_only_is_disconnect)
+        self._max_waiting = parameters.max_waiting("max_waiting", max_waiting)
+        self._queue_target = parameters.queue_target("queue_target", queue_target)
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **parameters.of_sqlalchemys(kw))
@@ -157,6 +168,8 @@ class QueriesPool(SQLAlchemyPool):
             listen_for_read_only(self._dialect)
         if self._pre_ping and _ping_is_over not in self.dispatch.checkout:  # a successor has it already
             event.listen(self, "checkout", _ping_is_over, insert=True)
+        self._attachment.max_waiting = math.inf if self._max_waiting is None else self._max_waiting
+        self._attachment.queue_target = math.inf if self._queue_target is None else self._queue_target
         self._attachment.leak_after = math.inf if self._leak_after is None else self._leak_after
         if self._track_stacks:  # an attribute of its own, so that nobody else pays
             self._do_get = self._do_get_tracked  # type: ignore[method-assign]
@@ -251,7 +264,9 @@ class QueriesPool(SQLAlchemyPool):
                     entry = shared.take(self._attachment, since) if left else None
                 if entry.__class__ is ThreadGate:
                     stages.enter(WAITING)
-                    entry = shared.wait(entry, left, self._gc_on_wait, watch)
+                    entry = shared.wait(entry, left, self._gc_on_wait, watch, again)
+                    if isinstance(entry, TurnedAway):
+                        raise self._got_nothing(shared.now() - since, turned_away(entry))
                 if entry is None:
                     raise refusal or self._refusal() or self._got_nothing(timeout)
                 slot = entry.slot
@@ -270,9 +285,9 @@ class QueriesPool(SQLAlchemyPool):
                 raise
 
     def _got_nothing(self, seconds: float, found: Diagnosis | None = None) -> Exception:
-        """Return the error of a checkout that waited in vain, for so long; ``found``: for a deadlock."""
+        """Return the error of a checkout that waited in vain, for so long; ``found``: why no longer."""
         error = checkout_timeout(self._shared, self._attachment, seconds, found)
-        level = logging.INFO if found is None else logging.WARNING
+        level = logging.WARNING if isinstance(error, PoolDeadlock) else logging.INFO
         self.logger.log(level, "%s", error.args[0].partition("\n")[0])
         return error
 
@@ -538,6 +553,8 @@ class QueriesPool(SQLAlchemyPool):
             deadlock_grace=self._deadlock_grace,
             on_deadlock=self._on_deadlock,
             read_only_is_disconnect=self._read_only_is_disconnect,
+            max_waiting=self._max_waiting,
+            queue_target=self._queue_target,
             recycle=self._recycle,
             echo=self.echo,
             logging_name=self._orig_logging_name,

@@ -22,6 +22,8 @@ HELD = "held"
 LENT = "locked"
 CLOSING = "closing"
 GONE = "gone"
+TURNED_AWAY = LINE_FULL, OVERLOAD = "line-full", "overload"
+"""Why a checkout is turned away."""
 
 
 class NotHeld(RuntimeError):
@@ -43,6 +45,13 @@ class Quota:
     @property
     def full(self) -> bool:
         return self.stated is not None and len(self.slots) >= self.stated
+
+
+class TurnedAway(NamedTuple):
+    """What a waiter gets that may not wait, or not for longer: why its line is too long, or too slow."""
+
+    kind: str
+    why: str
 
 
 class Slot:
@@ -192,12 +201,14 @@ class Attachment:
         "leak_after",
         "lent",
         "line",
+        "max_waiting",
         "min_size",
         "opener",
         "own_ttl",
         "pace",
         "ping_after",
         "pop",
+        "queue_target",
         "quota",
         "ref",
         "retired",
@@ -236,6 +247,10 @@ class Attachment:
         """Waiters in order of arrival; one that gives up leaves from the middle in O(1)."""
         self.pace = Pace()
         """How :attr:`line` moves; written by the ledger."""
+        self.max_waiting = math.inf
+        """How long :attr:`line` may be."""
+        self.queue_target = math.inf
+        """Seconds; nobody waits for longer while the line is overloaded."""
         self.generation = 0
         """Born into new connections; dispose() ends one."""
         self.retired = 0

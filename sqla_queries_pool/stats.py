@@ -88,7 +88,7 @@ class Totals:
 
     __slots__ = (
         *("bypasses", "closes", "connect_errors", "connects", "dead", "deadlocks", "failed_resets", "left"),
-        *("mended", "peak_held", "timeouts", "used", "waited"),
+        *("mended", "peak_held", "refused", "timeouts", "used", "waited"),
     )
 
     def __init__(self) -> None:
@@ -105,6 +105,8 @@ class Totals:
         """Reason -> how many connections were closed for it."""
         self.timeouts = 0
         """Checkouts that got nothing within their time, deadlocks included."""
+        self.refused = 0
+        """Checkouts that were turned away before their time was over; not among the timeouts."""
         self.deadlocks = 0
         self.bypasses = 0
         """How often a connection went to its own engine's waiter although another engine's had waited longer
@@ -159,6 +161,9 @@ class Statistics:
     """Checkouts that were served after a wait in line."""
     timeouts: int
     """Checkouts that got nothing within their time, deadlocks included."""
+    refused: int
+    """Checkouts turned away before their time was over (``max_waiting``, ``queue_target``); not among the
+    timeouts."""
     deadlocks: int
     bypasses: int
     """How often a connection went to its own engine's waiter although another engine's had waited longer."""
@@ -199,6 +204,7 @@ class ManagerStatistics:
     checkouts: int = 0
     waits: int = 0
     timeouts: int = 0
+    refused: int = 0
     deadlocks: int = 0
     connects: int = 0
     connect_errors: int = 0
@@ -216,6 +222,7 @@ class ManagerStatistics:
             checkouts=gone.checkouts + sum(pool.checkouts for pool in pools),
             waits=gone.waits + sum(pool.waits for pool in pools),
             timeouts=gone.timeouts + sum(pool.timeouts for pool in pools),
+            refused=gone.refused + sum(pool.refused for pool in pools),
             deadlocks=gone.deadlocks + sum(pool.deadlocks for pool in pools),
             connects=gone.connects + sum(pool.connects for pool in pools),
             connect_errors=gone.connect_errors + sum(pool.connect_errors for pool in pools),

@@ -26,6 +26,7 @@ from sqla_queries_pool.slots import (
     Reset,
     Resetter,
     Slot,
+    TurnedAway,
     Wake,
 )
 
@@ -296,6 +297,18 @@ class Books:
             return self.ledger.leave(waiter)
 
         return self.decide(leave)
+
+    def turn_away(self, waiter: Gate, new: bool = False) -> TurnedAway | None:
+        """A waiter asks whether it may wait at all, or for longer."""
+
+        def turn_away() -> TurnedAway | None:
+            away = self.ledger.turn_away(waiter, self.now, new)
+            if away is not None:
+                waiter.line.remove(waiter)
+            return away
+
+        away: TurnedAway | None = self.decide(turn_away)
+        return away
 
     def give(self, attachment: Attachment, entry: Any) -> None:
         """A check-in."""

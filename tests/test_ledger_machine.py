@@ -190,6 +190,22 @@ class LedgerMachine(RuleBasedStateMachine):
         elif answer is not None:
             self.books.give(engine.attachment, answer)
 
+    @precondition(lambda self: self.waiting)
+    @rule(n=which, new=st.booleans())
+    def is_turned_away(self, n: int, new: bool) -> None:
+        """It is, if the line before it is as long as it may be, or is overloaded and it waited for long."""
+        engine, gate = chosen(n, self.waiting)
+        before = list(self.books.lines[engine.attachment])
+        place = before.index(gate) if gate in before else -1
+        away = self.books.turn_away(gate, new)
+        if away is not None:
+            too_long = new and place >= engine.attachment.max_waiting
+            assert too_long or self.books.now - gate.since >= engine.attachment.queue_target
+            assert gate.answer is None
+            self.waiting.remove((engine, gate))
+        else:
+            assert not new or place < engine.attachment.max_waiting
+
     @precondition(lambda self: self.opening)
     @rule(n=which, let_in=st.booleans())
     def fail_to_open(self, n: int, let_in: bool) -> None:
@@ -425,6 +441,9 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(ceiling=ceilings, ttl=ttls, lifo=st.booleans())
     def attach(self, ceiling: float | None, ttl: float, lifo: bool) -> None:
         self.engines.append(Engine(self.books.engine(ceiling, ttl, lifo)))
+        if not lifo:  # any of them, so that others have neither
+            attachment = self.engines[-1].attachment
+            attachment.max_waiting, attachment.queue_target = 2, 0.05
 
     @rule(n=which)
     def dispose(self, n: int) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ from sqla_queries_pool import (
     ConnectionBusyError,
     PoolManager,
     QueriesPool,
+    TooManyRequests,
     ledger,
     retirement,
 )
@@ -369,6 +371,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
         step()
         shared.close()
     fail_to_wait(a, step)
+    be_turned_away(a, step)
     PoolManager.attach(a.pid, "an engine that is dropped at once", Attachment(Quota(None), 60.0))
     step()
     shared.shutdown()
@@ -431,6 +434,17 @@ def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
             out.append(pool.connect())
             step()
     pool._timeout = timeout
+
+
+def be_turned_away(pool: QueriesPool, step: Callable[[], None]) -> None:
+    """A checkout finds the pool full, and may not wait."""
+    out = []
+    pool._attachment.max_waiting = 0
+    with pytest.raises(TooManyRequests):  # noqa: PT012
+        while True:
+            out.append(pool.connect())
+            step()
+    pool._attachment.max_waiting = math.inf
 
 
 OTHERS = {"__init__", "everyone", "look_in", "numbers", "vacant", "waiters", "start_anew"}

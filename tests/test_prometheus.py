@@ -300,6 +300,7 @@ def test_what_is_told_is_what_the_pool_says_of_itself(registry: CollectorRegistr
         ("waiting_checkouts",): 0,
         ("checkouts_total",): n.checkouts,
         ("timeouts_total",): n.timeouts,
+        ("refused_total",): n.refused,
         ("deadlocks_total",): n.deadlocks,
         ("connects_total",): 2,
         ("connect_errors_total",): n.connect_errors,
@@ -325,7 +326,16 @@ def test_each_kind_of_number_is_the_one_of_its_name(registry: CollectorRegistry,
     """With numbers that all differ, none is told under another's name."""
     pool = pool_of(engine)
     totals = pool._ledger.totals
-    names = ("timeouts", "deadlocks", "connect_errors", "bypasses", "dead", "failed_resets", "mended")
+    names = (
+        "timeouts",
+        "refused",
+        "deadlocks",
+        "connect_errors",
+        "bypasses",
+        "dead",
+        "failed_resets",
+        "mended",
+    )
     for number, name in enumerate(names, 11):
         setattr(totals, name, number)
     totals.peak_held = 9

@@ -621,5 +621,7 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "deadlock_grace",
         "on_deadlock",
         "read_only_is_disconnect",
+        "max_waiting",
+        "queue_target",
     }
     assert issubclass(QueriesPool, sqlalchemy.pool.Pool)

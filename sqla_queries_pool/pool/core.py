@@ -41,6 +41,7 @@ from ..slots import (
     Resetter,
     Returned,
     Slot,
+    TurnedAway,
     Wake,
     Work,
 )
@@ -61,8 +62,8 @@ REMEMBERED = 30.0
 
 
 def looks() -> Iterator[float]:
-    """After how many seconds whoever waits looks for something, but for the first time."""
-    yield from (PATIENCE, GC_AFTER)
+    """After how many seconds whoever waits looks for something, if not earlier."""
+    yield from (SPARE, PATIENCE, GC_AFTER)
     yield from itertools.count(GC_AFTER + 1.0)
 
 
@@ -170,6 +171,7 @@ class Core(Guard):
         timeout: float,
         gc_on_wait: bool,
         watch: Callable[[], InVain] | None = None,
+        again: bool = False,
     ) -> Any:
         """Wait in line for what :meth:`take` returns.
 
@@ -178,20 +180,30 @@ class Core(Guard):
         :param gc_on_wait: ask the collector for abandoned connections meanwhile.
         :param watch: makes what is called with the waiter and ``time.monotonic`` when the collector and a
             look at the books have changed nothing; that may raise.
-        :return: None if ``timeout`` was over first.
+        :param again: it was in line before, and so is not turned away by ``max_waiting``.
+        :return: None if ``timeout`` was over first, :class:`TurnedAway` if it may not wait, or for no
+            longer.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
-        begin = time.monotonic()
+        begin, attachment = time.monotonic(), waiter.attachment
+        away: TurnedAway | None = None
         try:
-            # Nearly everybody is served before there is anything to be looked at.
-            waiter.wait(max(0.0, min(SPARE, timeout, self._ledger.look_in(waiter, self._clock()))))
-            if waiter.answer is None:
-                self._look_while_waiting(waiter, begin, begin + timeout, gc_on_wait, watch)
-            return self._decide(self._ledger.leave, waiter) if waiter.answer is None else waiter.answer
+            if len(attachment.line) > attachment.max_waiting and timeout and not again:
+                # Whoever may not wait is served as who can't: by what can be opened, or is spare.
+                self._do(self._decide(self._ledger.insist, waiter, self._clock(), True))
+                away = self._decide(self._ledger.turn_away, waiter, self._clock(), True)
+            if away is None and waiter.answer is None:
+                # Nearly everybody is served before there is anything to be looked at.
+                waiter.wait(max(0.0, min(SPARE, timeout, self._ledger.look_in(waiter, self._clock()))))
+                if waiter.answer is None:
+                    away = self._look_while_waiting(waiter, begin, begin + timeout, gc_on_wait, watch)
+            if away is None and waiter.answer is None:
+                self._decide(self._ledger.leave, waiter)
+            return away or waiter.answer
         except BaseException:
             entry = self._decide(self._ledger.leave, waiter)
             if entry is not None:
-                self._hand_back(waiter.attachment, entry)
+                self._hand_back(attachment, entry)
             raise
 
     def _look_while_waiting(
@@ -201,7 +213,8 @@ class Core(Guard):
         deadline: float,
         gc_on_wait: bool,
         watch: Callable[[], InVain] | None,
-    ) -> None:
+    ) -> TurnedAway | None:
+        attachment = waiter.attachment
         in_vain: InVain | None = None
         gc_at = begin + min(GC_AFTER, (deadline - begin) / 2)
         # It looks again when time has changed what it may have, and every second, so that nothing depends on
@@ -211,7 +224,11 @@ class Core(Guard):
         while True:
             now = time.monotonic()
             self._do(self._decide(self._ledger.insist, waiter, self._clock(), now >= deadline))
-            if waiter.answer is None and now >= min(gc_at, deadline):
+            if waiter.answer is None and attachment.queue_target < math.inf:
+                away = self._decide(self._ledger.turn_away, waiter, self._clock())
+                if away is not None:
+                    return away
+            if waiter.answer is None and now >= min(max(gc_at, look), deadline):
                 if gc_on_wait and now >= gc_at:
                     collect_garbage()
                 if now >= self._books_at and self.mend():
@@ -221,7 +238,7 @@ class Core(Guard):
                     in_vain = in_vain or watch()
                     in_vain(waiter, now)
             if waiter.answer is not None or now >= deadline:
-                return
+                return None
             while look <= now:
                 look = next(times)
             pause = min(look - now, self._ledger.look_in(waiter, self._clock()))

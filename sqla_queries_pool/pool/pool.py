@@ -14,7 +14,7 @@ from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnect
 from ..ledger import GAVE_WAY
 from ..lingering import LONGEST
 from ..parameters import Unstated
-from ..slots import CLOSING, HELD, IDLE, OPENING, Attachment, Numbers, Slot, Waiter
+from ..slots import CLOSING, HELD, IDLE, OPENING, TURNED_AWAY, Attachment, Numbers, Slot, Waiter
 from ..stats import Statistics
 from .connection import Connection
 from .core import Core, close_quietly
@@ -325,15 +325,17 @@ class Pool(Core):
         return super().start_anew()
 
     def got_nothing(self, seen: Any) -> None:
-        """A checkout got nothing within its time; ``seen`` is a snapshot of why."""
-        self.count("timeouts")
+        """A checkout got nothing within its time, or was turned away; ``seen`` is a snapshot of why."""
+        self.count("refused" if seen.diagnosis.kind in TURNED_AWAY else "timeouts")
         if seen.diagnosis.kind == "deadlock":
             self.count("deadlocks")
-        self._timeouts.append(seen)
+        if not self._timeouts or self._timeouts[-1].taken_at != seen.taken_at:  # not one that is shared
+            self._timeouts.append(seen)
 
     @property
     def last_timeouts(self) -> tuple[Any, ...]:
-        """Snapshots of the last checkouts that got nothing within their time, the newest last."""
+        """Snapshots of the last checkouts that got nothing within their time, or were turned away, the newest
+        last."""
         return tuple(self._timeouts.copy())
 
     def statistics(self) -> Statistics:
@@ -355,6 +357,7 @@ class Pool(Core):
             checkouts=used.count + totals.left,
             waits=waited.count,
             timeouts=totals.timeouts,
+            refused=totals.refused,
             deadlocks=totals.deadlocks,
             bypasses=totals.bypasses,
             connects=connects.count,
