@@ -132,7 +132,7 @@ def test_a_check_in_does_not_wait_for_the_lock(
     stop.go()
     held = other.join()
     assert not pool._shared._inbox
-    assert pool.checkedin() + pool.checkedout() == 2
+    assert pool.checkedout() == 1, "the check-in counts"
     held.close()
     assert_whole(pool, eventually)
 
