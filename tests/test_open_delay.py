@@ -144,6 +144,21 @@ def test_a_line_that_stands_opens_as_many_as_have_stood_and_at_most_doubles(book
         line += crowd(books, engine, 4 - len(line))
 
 
+def test_a_line_that_was_short_once_opens_no_more_than_stood_then(books: Books) -> None:
+    """Those who came after that may be a burst of their own."""
+    engine = books.engine()
+    out = priced(books, engine, 4)
+    line = crowd(books, engine, 4)
+    books.now += PRICE / 2
+    for record in out[:3]:
+        books.give(engine, record)
+    line += crowd(books, engine, 5)
+    books.now += PRICE / 2
+    assert look(books, line[-1:]) == 0
+    assert sum(isinstance(gate.answer, Permit) for gate in line) == 1
+    del out
+
+
 def test_a_line_that_comes_and_goes_opens_none(books: Books) -> None:
     """However long it goes on: what is out is enough."""
     engine = books.engine()
