@@ -44,9 +44,8 @@ LONG = 10.0
 LONGER = 10.0
 """... and so many times as long as connections are used on average."""
 
-CHEAP = 0.002
-"""Seconds; a snapshot that takes less is made for each timeout, but not for each that is turned away: those
-come by the hundreds."""
+MOST_SPENT = 0.25
+"""Seconds that go into snapshots for errors before several errors share one."""
 
 WAITING, OPENING, PROBING = "waiting for a slot", "opening a connection", "probing one that was idle"
 """What a checkout may be at."""
@@ -199,21 +198,20 @@ def snapshot(pool: Pool) -> Snapshot:
     )
 
 
-def _seen(pool: Pool, cheap: float) -> Snapshot:
-    """Return a snapshot for an error: of this moment, unless many checkouts ask at once that had nothing.
+def _seen(pool: Pool) -> Snapshot:
+    """Return a snapshot for an error: of this moment, unless many checkouts ask that had nothing.
 
-    Where hundreds wait, a snapshot takes tens of milliseconds.  One is for all then, so that overload is not
-    made worse by telling of it: for as long that a tenth of the time at most goes into snapshots.
-
-    :param cheap: seconds; one that takes less serves once.
+    Where hundreds wait, a snapshot takes tens of milliseconds, and overload is not to be made worse by telling
+    of it: when :data:`MOST_SPENT` is used up, one serves for as long that snapshots take a tenth of the time.
     """
     with pool.looking:  # the others wait for the one, or each would make its own
-        seen, until = pool.looked  # type: tuple[Snapshot | None, float]
         begin = time.monotonic()
-        if seen is None or begin >= until:
-            seen = snapshot(pool)
-            took = time.monotonic() - begin
-            pool.looked = (seen, begin + 10 * took) if took > cheap else (None, 0.0)
+        spent, at = pool.looked_for
+        spent = max(0.0, spent - (begin - at) / 10)
+        seen: Snapshot | None = pool.looked
+        if seen is None or spent < MOST_SPENT:
+            seen = pool.looked = snapshot(pool)
+            pool.looked_for = spent + time.monotonic() - begin, begin
     return seen
 
 
@@ -354,7 +352,7 @@ def checkout_timeout(
     :param found: why it waits no longer although it might: a deadlock, or it was turned away.
     """
     away = found is not None and found.kind in TURNED_AWAY
-    seen = _seen(pool, 0.0 if away else CHEAP) if found is None or away else snapshot(pool)
+    seen = _seen(pool) if found is None or away else snapshot(pool)
     if found is None or away:  # the one that asks has left the line, but counts
         more = seen.statistics.waiting + bool(timeout)
         seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=more))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,7 +13,14 @@ from fakes import FakeClock, FakeDriver, Task
 from ledger_fakes import Books, Gate, Record
 from sqlalchemy import create_engine, exc
 
-from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool, TooManyRequests
+from sqla_queries_pool import (
+    CheckoutTimeout,
+    ParameterError,
+    PoolManager,
+    QueriesPool,
+    TooManyRequests,
+    diagnostics,
+)
 from sqla_queries_pool.patience import INTERVAL
 from sqla_queries_pool.slots import LINE_FULL, OVERLOAD, Attachment, Permit
 
@@ -294,6 +302,41 @@ def test_one_more_than_may_wait_is_refused_at_once(
     assert PoolManager.statistics().refused >= 1
 
 
+def test_many_who_get_nothing_at_once_share_a_snapshot(
+    stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An overload is not made worse by telling of it: snapshots take a tenth of the time; each error counts."""
+    taken: list[Any] = []
+    take = diagnostics.snapshot
+
+    def slowly(pool: Any) -> Any:
+        taken.append(take(pool))
+        begin = time.monotonic()
+        while time.monotonic() < begin + 0.5:  # it is work, so nothing here waits for time to pass
+            pass
+        return taken[-1]
+
+    monkeypatch.setattr(diagnostics, "snapshot", slowly)
+    full = stage(max_waiting=0)
+    tasks = [Task(full.pool.connect) for _ in range(8)]
+    errors = []
+    for task in tasks:
+        with pytest.raises(TooManyRequests) as caught:
+            task.result()
+        errors.append(caught.value)
+    full.pool._timeout = 0
+    with pytest.raises(CheckoutTimeout) as caught_last:
+        full.pool.connect()
+    assert len(taken) == 1
+    assert {error.snapshot.taken_at for error in [*errors, caught_last.value]} == {taken[0].taken_at}
+    numbers = full.pool.statistics()
+    assert (numbers.refused, numbers.timeouts, len(full.pool._shared.last_timeouts)) == (8, 1, 1)
+    full.pool._shared.looked_for = 0.0, 0.0  # a while later
+    with pytest.raises(CheckoutTimeout):
+        full.pool.connect()
+    assert len(full.pool._shared.last_timeouts) == len(taken) == 2
+
+
 def test_with_no_line_at_all_who_finds_nothing_is_refused(stage: Callable[..., Stage]) -> None:
     """``max_waiting=0``; what can be opened is opened."""
     full = stage(max_waiting=0)
@@ -347,6 +390,22 @@ def test_with_a_target_that_is_kept_everybody_is_served(
     for task in tasks:
         task.result()
     assert fine.pool.statistics().refused == 0
+
+
+def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
+    stage: Callable[..., Stage], eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To look for deadlocks and for what is to be mended takes long where many wait: as seldom as without."""
+    often = stage(queue_target=0.01)
+    shared = often.pool._shared
+    looks, mends = [], []
+    insist, mend = shared._ledger.insist, shared.mend
+    monkeypatch.setattr(shared._ledger, "look_in", lambda *_: 0.001)
+    monkeypatch.setattr(shared._ledger, "insist", lambda *args: looks.append(1) or insist(*args))
+    monkeypatch.setattr(shared, "mend", lambda: mends.append(1) or mend())
+    often.waits()
+    eventually(lambda: len(looks) > 500 and mends, "it looks")
+    assert len(mends) < len(looks) / 100
 
 
 def test_a_permit_counts_as_served(books: Books) -> None:

@@ -316,8 +316,10 @@ class Pool(Core):
         super()._make_lock()
         self.looking = threading.RLock()
         """Whoever makes a snapshot for an error has it: see diagnostics.py."""
-        self.looked: tuple[Any, float] = None, 0.0
-        """A snapshot that took long, and until when it serves; written under :attr:`looking`."""
+        self.looked: Any = None
+        """The last of them; written under :attr:`looking`, as is ..."""
+        self.looked_for = 0.0, 0.0
+        """... how many seconds went into them, less a tenth of the time since, and when that was so."""
 
     def start_anew(self) -> list[Any]:
         """:meth:`Core.start_anew`."""
