@@ -13,7 +13,7 @@ from typing import Any
 
 from sqla_queries_pool.audit import check
 from sqla_queries_pool.ledger import GRACE, LOWERED, PATIENCE, Ledger
-from sqla_queries_pool.patience import WORTH_IT
+from sqla_queries_pool.patience import LONGEST, WORTH_IT
 from sqla_queries_pool.slots import (
     HELD,
     LENT,
@@ -111,6 +111,8 @@ class Books:
         """What is open and neither detached nor lost sight of."""
         self.lines: weakref.WeakKeyDictionary[Attachment, list[Gate]] = weakref.WeakKeyDictionary()
         """Who waits for which engine, in order of arrival."""
+        self.moved: weakref.WeakKeyDictionary[Attachment, tuple[Gate, float]] = weakref.WeakKeyDictionary()
+        """Who is the first in each line, and since when."""
         self.refusals = 0
         """How many pauses there were, one after the other, since the server has refused a connection."""
         self.pause_length = 0.0
@@ -153,6 +155,9 @@ class Books:
             return  # it may wait for the server, whatever is idle
         idle = any(a.idle for a in self.lines) or self.ledger.by_hand.idle
         for attachment, line in self.lines.items():
+            room = not attachment.quota.full and len(self.ledger.slots) < self.ledger.limit
+            stands = bool(line) and self.now - self.moved[attachment][1] >= LONGEST
+            assert not (room and stands), "waits for what is out, and could have connected meanwhile"
             longest = max(PATIENCE, self.ledger.mean_connect)
             patient = bool(line) and self.now - line[0].since >= longest
             patient = patient and not self.ledger.may_wait(attachment, line[0].holder, self.now)
@@ -198,7 +203,10 @@ class Books:
         check(ledger)
         everyone = [a for ref in ledger.attachments if (a := ref())]
         for attachment in everyone:
-            assert list(attachment.line) == self.lines[attachment], "the line is not the one that formed"
+            line = self.lines[attachment]
+            assert list(attachment.line) == line, "the line is not the one that formed"
+            if line and self.moved.get(attachment, (None, 0.0))[0] is not line[0]:
+                self.moved[attachment] = line[0], self.now
             assert all(e.owner is attachment.ref for e in [*attachment.idle, *attachment.hollow])
             assert all(e.slot.home is attachment.ref for e in [*attachment.idle, *attachment.hollow])
         for attachment in [*everyone, ledger.by_hand]:
