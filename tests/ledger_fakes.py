@@ -111,7 +111,8 @@ class Books:
         """What is open and neither detached nor lost sight of."""
         self.lines: weakref.WeakKeyDictionary[Attachment, list[Gate]] = weakref.WeakKeyDictionary()
         """Who waits for which engine, in order of arrival."""
-        self.moved: weakref.WeakKeyDictionary[Attachment, tuple[Gate, float]] = weakref.WeakKeyDictionary()
+        self.moved: weakref.WeakKeyDictionary[Attachment, tuple[weakref.ref[Gate], float]]
+        self.moved = weakref.WeakKeyDictionary()
         """Who is the first in each line, and since when."""
         self.refusals = 0
         """How many pauses there were, one after the other, since the server has refused a connection."""
@@ -205,8 +206,9 @@ class Books:
         for attachment in everyone:
             line = self.lines[attachment]
             assert list(attachment.line) == line, "the line is not the one that formed"
-            if line and self.moved.get(attachment, (None, 0.0))[0] is not line[0]:
-                self.moved[attachment] = line[0], self.now
+            first = self.moved.get(attachment)
+            if line and (first is None or first[0]() is not line[0]):
+                self.moved[attachment] = weakref.ref(line[0]), self.now
             assert all(e.owner is attachment.ref for e in [*attachment.idle, *attachment.hollow])
             assert all(e.slot.home is attachment.ref for e in [*attachment.idle, *attachment.hollow])
         for attachment in [*everyone, ledger.by_hand]:
