@@ -305,7 +305,7 @@ def test_one_more_than_may_wait_is_refused_at_once(
 def test_many_who_get_nothing_at_once_share_a_snapshot(
     stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An overload is not made worse by telling of it: snapshots take a tenth of the time; each error counts."""
+    """An overload is not made worse by telling of it: snapshots have a budget; each error counts."""
     taken: list[Any] = []
     take = diagnostics.snapshot
 
