@@ -202,7 +202,8 @@ def _seen(pool: Pool) -> Snapshot:
     """Return a snapshot for an error: of this moment, unless many checkouts ask that had nothing.
 
     Where hundreds wait, a snapshot takes tens of milliseconds, and overload is not to be made worse by
-    telling of it: when :data:`MOST_SPENT` is used up, one serves for as long that snapshots take a tenth of the time.
+    telling of it: when :data:`MOST_SPENT` is used up, one serves for so long that they take a tenth of the
+    time.
     """
     with pool.looking:  # the others wait for the one, or each would make its own
         begin = time.monotonic()
