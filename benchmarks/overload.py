@@ -19,7 +19,7 @@ from sqlalchemy.pool import Pool
 
 from sqla_queries_pool.demo.workload import Work
 
-from .competitors import PSYCOPG, QUERIES, QUEUE, Backend, Competitor, fake, psycopg_pool
+from .competitors import PSYCOPG, QUERIES, QUEUE, Backend, Competitor, fake, psycopg_pool, queries_pool
 from .effort import Effort
 from .figures import Cell, Figure, Target
 
@@ -34,7 +34,12 @@ PATIENCE = 1.0
 """Seconds from its arrival in which a request is of use."""
 MAX_WAITING = round(CAPACITY * PATIENCE / 2)
 """As many as can be served in half the time that they have."""
-REFUSING: tuple[Competitor, ...] = ()
+QUEUE_TARGET = 0.05
+"""Seconds."""
+REFUSING = (
+    Competitor("QueriesPool, max_waiting", queries_pool(max_waiting=MAX_WAITING)),
+    Competitor("QueriesPool, queue_target", queries_pool(queue_target=QUEUE_TARGET)),
+)
 """QueriesPool with early refusal, in its ways."""
 COMPETITORS = (
     QUEUE,

@@ -96,8 +96,7 @@ class Books:
         self.retry_at = -math.inf
         """While there are refusals: nobody tries to connect before that time."""
         self.leaks = Leaks()
-        self.totals = Totals()
-        """What was done so far."""
+        self.count_anew()
         self.vacant_since: float | None = None
         """Since when there is neither a slot nor an engine; None while there is."""
 
@@ -142,6 +141,15 @@ class Books:
             while entries:
                 work.append(self._close(entries.popleft(), reason))
         return work
+
+    def count_anew(self) -> None:
+        """Forget what was done so far, as a forked child does."""
+        self.totals = Totals()
+        """What was done so far."""
+        self.used = self.totals.used
+        """Where a check-in finds it."""
+        self.peak_held = 0
+        """The most slots that were held or locked at once."""
 
     # -- locks, lines, ages ------------------------------------------------------------------------
 

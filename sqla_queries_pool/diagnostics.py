@@ -202,13 +202,12 @@ def _seen(pool: Pool) -> Snapshot:
     """Return a snapshot for an error: of this moment, unless many checkouts ask that had nothing.
 
     Where hundreds wait, a snapshot takes tens of milliseconds, and overload is not to be made worse by
-    telling of it: when :data:`MOST_SPENT` is used up, one serves for so long that they take a tenth of the
-    time.
+    telling of it: when :data:`MOST_SPENT` is used up, a fiftieth of the time at most goes into more of them.
     """
     with pool.looking:  # the others wait for the one, or each would make its own
         begin = time.monotonic()
         spent, at = pool.looked_for
-        spent = max(0.0, spent - (begin - at) / 10)
+        spent = max(0.0, spent - (begin - at) / 50)
         seen: Snapshot | None = pool.looked
         if seen is None or spent < MOST_SPENT:
             seen = pool.looked = snapshot(pool)
@@ -363,7 +362,7 @@ def checkout_timeout(
     own = ceiling is not None and ceiling < (pool.max_size or math.inf)
     if found is not None and away:
         kind: type[CheckoutTimeout] = TooManyRequests
-        what = f"refused a checkout after {timeout:.2g} s, since {found.cause}: "
+        what = f"refused a checkout after {timeout:.1f} s, since {found.cause}: "
         advice = f"{found.remedy} {_told(likely)}"
     else:
         kind = CheckoutTimeout if found is None else PoolDeadlock

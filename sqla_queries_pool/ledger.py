@@ -53,7 +53,7 @@ from .slots import (
     Wake,
     Work,
 )
-from .stats import BOUNDS, Totals
+from .stats import BOUNDS, SHORTEST
 
 IDLE_TTL = "idle for its idle_ttl"
 DISPOSED = "its generation has ended"
@@ -95,9 +95,9 @@ class Ledger(Books):
             slot.holder = holder
             slot.since = now
             slot.uses += 1
-            self.out += 1
-            if self.out > self.totals.peak_held:
-                self.totals.peak_held = self.out
+            self.out = out = self.out + 1
+            if out > self.peak_held:
+                self.peak_held = out
             return entry
         if attachment.hollow and not attachment.line and self.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
@@ -116,9 +116,10 @@ class Ledger(Books):
         slot.state = IDLE
         self.out -= 1
         if slot.holder is not None:
-            used = self.totals.used  # Durations.add() by hand
-            used.counts[bisect_left(BOUNDS, seconds := now - slot.since)] += 1
+            seconds = now - slot.since
+            used = self.used  # Durations.add() by hand, and no search where each nanosecond counts
             used.seconds += seconds
+            used.counts[0 if seconds <= SHORTEST else bisect_left(BOUNDS, seconds)] += 1
             slot.holder = None
         slot.since = now
         if (
@@ -148,7 +149,7 @@ class Ledger(Books):
         slot.since = now
         slot.uses += 1
         self.out += 1
-        self.totals.peak_held = max(self.totals.peak_held, self.out)
+        self.peak_held = max(self.peak_held, self.out)
         return entry
 
     def _give_on(self, attachment: Attachment, entry: Any, slot: Slot, now: float) -> Work:
@@ -416,7 +417,7 @@ class Ledger(Books):
             slot.state = HELD
             self.out += 1
             if slot.holder is not None:
-                self.totals.peak_held = max(self.totals.peak_held, self.out)
+                self.peak_held = max(self.peak_held, self.out)
         slot.since = now
         work = self._count_lifetime(slot)
         attachment = slot.home() if slot.home is not None else None
@@ -571,8 +572,7 @@ class Ledger(Books):
         slot.uses += 1
         slot.state = LENT
         self.out += 1
-        if self.out > self.totals.peak_held:
-            self.totals.peak_held = self.out
+        self.peak_held = max(self.peak_held, self.out)
         return True
 
     def give_lent(self, slot: Slot, now: float) -> Work:
@@ -614,7 +614,7 @@ class Ledger(Books):
         self.mean_wait = self.mean_connect = 0.0
         self.refusals = 0
         self.lifetimes.clear()
-        self.totals = Totals()
+        self.count_anew()
         self.leaks.clear()
         self.renewing = None
         # Whose death nobody was told, because the letter lay in the parent's inbox.

@@ -32,6 +32,7 @@ BOUNDS: Final = (
     60.0,
 )
 """Upper bounds of the buckets, in seconds; what took longer is in one more bucket."""
+SHORTEST: Final = BOUNDS[0]
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,7 @@ class Totals:
 
     __slots__ = (
         *("bypasses", "closes", "connect_errors", "connects", "dead", "deadlocks", "failed_resets", "left"),
-        *("mended", "peak_held", "refused", "timeouts", "used", "waited"),
+        *("mended", "refused", "timeouts", "used", "waited"),
     )
 
     def __init__(self) -> None:
@@ -117,8 +118,6 @@ class Totals:
         """Connections that could not be rolled back when they came home."""
         self.mended = 0
         """What was put right in the books (audit.py)."""
-        self.peak_held = 0
-        """The most connections that were out at once."""
 
     # Letters, see Guard._post: the last argument is the time.
 

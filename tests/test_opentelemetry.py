@@ -314,7 +314,7 @@ def test_a_pool_that_begins_anew_is_told_from_its_beginning(
     name = pool_of(engine).label
     use(engine, 5)
     assert collected(reader)["use_time", name].count == 5
-    pool_of(engine)._ledger.totals = stats.Totals()
+    pool_of(engine)._ledger.count_anew()
     use(engine, 2)
     assert collected(reader)["use_time", name].count == 7
 

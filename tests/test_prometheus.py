@@ -338,7 +338,7 @@ def test_each_kind_of_number_is_the_one_of_its_name(registry: CollectorRegistry,
     )
     for number, name in enumerate(names, 11):
         setattr(totals, name, number)
-    totals.peak_held = 9
+    pool._ledger.peak_held = 9
     totals.closes["gave way to another engine"] = 7
     for number, durations in enumerate((totals.waited, totals.used, totals.connects), 2):
         for _ in range(number):

@@ -319,7 +319,7 @@ class Pool(Core):
         self.looked: Any = None
         """The last of them; written under :attr:`looking`, as is ..."""
         self.looked_for = 0.0, 0.0
-        """... how many seconds went into them, less a tenth of the time since, and when that was so."""
+        """... how many seconds went into them, less a fiftieth of the time since, and when that was so."""
 
     def start_anew(self) -> list[Any]:
         """:meth:`Core.start_anew`."""
@@ -355,7 +355,7 @@ class Pool(Core):
             opening=n.opening,
             closing=n.closing,
             waiting=n.waiting,
-            peak_held=totals.peak_held,
+            peak_held=self._ledger.peak_held,
             checkouts=used.count + totals.left,
             waits=waited.count,
             timeouts=totals.timeouts,
