@@ -152,7 +152,8 @@ class Line:
 
     def _join(self) -> None:
         self.now += 0.001
-        self.ledger.join(ThreadGate(self.attachment, self), self.now)
+        assert self.ledger.take(self.attachment, self, self.now) is None
+        self.ledger.line_up(ThreadGate(self.attachment, self), self.now)
 
     def checkout(self) -> None:
         """The connection comes home, who is first in line gets it, and another one lines up."""
