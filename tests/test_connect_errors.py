@@ -522,7 +522,7 @@ def long_pauses(monkeypatch: pytest.MonkeyPatch, outside: Outside) -> None:
     """Pauses are an hour, and the time stands still until the test says that one is over."""
     monkeypatch.setattr(retirement, "FIRST_PAUSE", HOUR)
     monkeypatch.setattr(retirement, "LONGEST_PAUSE", HOUR)
-    monkeypatch.setattr("sqla_queries_pool.pool.core.REMEMBERED", 1000 * HOUR)
+    monkeypatch.setattr("sqla_queries_pool.pool.hands.REMEMBERED", 1000 * HOUR)
     PoolManager.create(outside.pid, max_size=20, idle_ttl=None, time_method=outside.clock)
 
 
@@ -661,7 +661,7 @@ def test_an_outage_that_lasts_comes_to_everybody_at_once(
     outside: Outside, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When it was half a minute ago that the database was there, nobody waits for his turn to be refused."""
-    monkeypatch.setattr("sqla_queries_pool.pool.core.REMEMBERED", HOUR)
+    monkeypatch.setattr("sqla_queries_pool.pool.hands.REMEMBERED", HOUR)
     engine = outside.engine()
     engine.connect().close()
     outside.outage()

@@ -34,7 +34,7 @@ from sqla_queries_pool import (
     Statistics,
 )
 from sqla_queries_pool.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
-from sqla_queries_pool.pool.core import DEAD, INVALIDATED
+from sqla_queries_pool.pool.hands import DEAD, INVALIDATED
 from sqla_queries_pool.stats import Durations
 
 Eventually = Callable[..., None]

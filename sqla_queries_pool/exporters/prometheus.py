@@ -25,7 +25,7 @@ except ModuleNotFoundError as error:
 
 from ..ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
 from ..pool import PoolManager
-from ..pool.core import DEAD, INVALIDATED, LIFETIME
+from ..pool.hands import DEAD, INVALIDATED, LIFETIME
 from ..stats import BOUNDS, Histogram, Statistics
 
 PREFIX = "sqla_queries_pool_"

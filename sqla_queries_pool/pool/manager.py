@@ -14,7 +14,8 @@ from ..parameters import UNSTATED
 from ..slots import Attachment
 from ..stats import ManagerStatistics
 from .connection import Connection
-from .core import Core, close_quietly, every_pool
+from .core import Core, every_pool
+from .hands import close_quietly
 from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool
 
 

@@ -17,7 +17,8 @@ from ..parameters import Unstated
 from ..slots import CLOSING, HELD, IDLE, OPENING, TURNED_AWAY, Attachment, Numbers, Slot, Waiter
 from ..stats import Statistics
 from .connection import Connection
-from .core import Core, close_quietly
+from .core import Core
+from .hands import close_quietly
 
 MOST_TIMEOUTS = 20
 """How many checkouts that got nothing are remembered."""
