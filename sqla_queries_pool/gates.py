@@ -21,7 +21,7 @@ class ThreadGate:
     (``threading.Condition`` makes one such lock per wait itself).
     """
 
-    __slots__ = ("_closed", "answer", "attachment", "holder", "label", "since")
+    __slots__ = ("_closed", "answer", "attachment", "before", "holder", "label", "since")
 
     attachment: Attachment
     """For whom it waits."""
@@ -29,6 +29,8 @@ class ThreadGate:
     """The waiting thread (callers.py): it will hold what it is given."""
     since: float
     """When it joined the line, by the pool's clock; written by the ledger."""
+    before: int
+    """How many of its line had their answer when it joined, or looked last; written by the ledger first."""
     answer: Entry | None
     """What it was given; written once, by the ledger, inside the lock."""
 

@@ -158,13 +158,13 @@ class Ledger(Books):
             return [self._close(entry, LOWERED), *self._serve(now)]
         if slot.generation < attachment.retired:
             return [self._close(entry, DISPOSED), *self._serve(now)]
+        if attachment.line and len(self.lines) == 1 and slot.handle is not None:  # only its own engine's wait
+            first = next(iter(attachment.line))
+            return [self._answer(first, self._hold(entry, first.holder, now), now)]
         if slot.handle is not None and now >= slot.expires and not self.lines:
             return self._idle_again(attachment, entry, now) + self._count_lifetime(slot) + self._renew(now)
         hollow = slot.handle is None
-        if attachment.line and len(self.lines) == 1 and not hollow:
-            waiter: Waiter | None = next(iter(attachment.line))  # only its own engine's wait
-        else:
-            waiter = self._next_for(attachment, hollow, now)
+        waiter = self._next_for(attachment, hollow, now)
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
         if connects and not self.may_connect(now):
             waiter = None if hollow else next(iter(attachment.line), None)
@@ -324,6 +324,7 @@ class Ledger(Books):
         else:
             attachment.pace.begin(self.mean_connect, now)
         waiter.since = now if since is None else since
+        waiter.before = attachment.answered
         line[waiter] = None
         if since is not None:  # nobody else has come before those who are there
             for other in [w for w in line if w.since > since]:
@@ -384,12 +385,15 @@ class Ledger(Books):
     def _answer(self, waiter: Waiter, entry: Any, now: float) -> Wake:
         waiter.answer = entry  # first: one that is out of line, but has no answer, would wait for ever
         self._out_of_line(waiter)
-        pace = waiter.attachment.pace
-        pace.was(len(waiter.attachment.line), now)
-        pace.served += entry.slot.state is HELD
-        pace.was_served(now - waiter.since, waiter.attachment.queue_target, now)
-        self.mean_wait += (now - waiter.since - self.mean_wait) / 16
-        self.totals.waited.add(now - waiter.since)
+        attachment, waited = waiter.attachment, now - waiter.since
+        attachment.answered += 1
+        if attachment.pace.price:
+            attachment.pace.was(len(attachment.line), now)
+            attachment.pace.served += entry.slot.state is HELD
+        if attachment.queue_target < math.inf:
+            attachment.pace.was_served(waited, attachment.queue_target, now)
+        self.mean_wait += (waited - self.mean_wait) / 16
+        self.totals.waited.add(waited)
         return Wake(waiter)
 
     def _serve(self, now: float) -> Work:

@@ -178,6 +178,7 @@ class Waiter(Protocol):
     holder: Any
     label: str | None
     since: float
+    before: int
     answer: Any
 
     def open(self) -> None: ...
@@ -195,6 +196,7 @@ class Attachment:
 
     __slots__ = (
         "__weakref__",
+        "answered",
         "generation",
         "hollow",
         "idle",
@@ -247,6 +249,8 @@ class Attachment:
         """Waiters in order of arrival; one that gives up leaves from the middle in O(1)."""
         self.pace = Pace()
         """How :attr:`line` moves; written by the ledger."""
+        self.answered = 0
+        """How many of its waiters have had an answer."""
         self.max_waiting = math.inf
         """How long :attr:`line` may be."""
         self.queue_target = math.inf

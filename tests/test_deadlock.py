@@ -682,7 +682,7 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
     PoolDeadlock was one by what was recorded, and none is missing, since nothing else ends the run."""
     print("seed", seed)
     # Looks every 10 ms, so that the run does not take minutes.
-    monkeypatch.setattr(core, "looks", lambda: itertools.count(0.01, 0.01))
+    monkeypatch.setattr(core, "looks", lambda *_: itertools.count(0.01, 0.01))
     monkeypatch.setattr(core, "GC_AFTER", 0.11)
     pids = {"north": new_pid(), "south": new_pid()}
     limits = {"north": 5, "south": 3, "north/all": 5, "north/few": 2, "south/all": 3}

@@ -35,14 +35,18 @@ from .garbage import GC_AFTER, collect_garbage
 from .hands import Hands
 
 InVain: TypeAlias = Callable[[ThreadGate, float], None]
-LOOKS_COST = 20.0
+LOOKS_COST = 100.0
 """How many times as long as it took nobody looks at the books again because he waits in vain."""
 
 
-def looks() -> Iterator[float]:
-    """After how many seconds whoever waits looks for something, if not earlier."""
-    yield from (SPARE, PATIENCE, GC_AFTER)
-    yield from itertools.count(GC_AFTER + 1.0)
+def looks(alone: bool, gc_after: float) -> Iterator[float]:
+    """After how many seconds whoever waits looks for something, if not earlier.
+
+    :param alone: are there no others, whose idle connections may be had after a while?
+    :param gc_after: after how many seconds it looks for what is wrong.
+    """
+    yield from () if alone else (SPARE, PATIENCE)
+    yield from itertools.count(gc_after, 1.0)  # so that nothing depends on one wake-up
 
 
 every_pool: weakref.WeakSet[Core] = weakref.WeakSet()
@@ -147,20 +151,28 @@ class Core(Hands):
             longer.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
-        begin, attachment = time.monotonic(), waiter.attachment
+        begin, attachment, ledger = time.monotonic(), waiter.attachment, self._ledger
+        alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
+        gc_after = min(GC_AFTER, timeout / 2)
         away: TurnedAway | None = None
         try:
             if len(attachment.line) > attachment.max_waiting and timeout and not again:
                 # Whoever may not wait is served as who can't: by what can be opened, or is spare.
-                self._do(self._decide(self._ledger.insist, waiter, self._clock(), True))
-                away = self._decide(self._ledger.turn_away, waiter, self._clock(), True)
-            if away is None and waiter.answer is None:
+                self._do(self._decide(ledger.insist, waiter, self._clock(), True))
+                away = self._decide(ledger.turn_away, waiter, self._clock(), True)
+            elif waiter.answer is None:
                 # Nearly everybody is served before there is anything to be looked at.
-                waiter.wait(max(0.0, min(SPARE, timeout, self._ledger.look_in(waiter, self._clock()))))
-                if waiter.answer is None:
-                    away = self._look_while_waiting(waiter, begin, begin + timeout, gc_on_wait, watch)
+                pause = gc_after if alone else SPARE
+                if attachment.pace.price or attachment.queue_target < math.inf:
+                    pause = min(pause, ledger.look_in(waiter, self._clock()))
+                waiter.wait(max(0.0, min(pause, timeout)))
             if away is None and waiter.answer is None:
-                self._decide(self._ledger.leave, waiter)
+                times = (begin + after for after in looks(alone, gc_after))
+                away = self._look_while_waiting(
+                    waiter, times, begin + gc_after, begin + timeout, gc_on_wait, watch
+                )
+                if away is None and waiter.answer is None:
+                    self._decide(ledger.leave, waiter)
             return away or waiter.answer
         except BaseException:
             entry = self._decide(self._ledger.leave, waiter)
@@ -171,17 +183,14 @@ class Core(Hands):
     def _look_while_waiting(
         self,
         waiter: ThreadGate,
-        begin: float,
+        times: Iterator[float],
+        gc_at: float,
         deadline: float,
         gc_on_wait: bool,
         watch: Callable[[], InVain] | None,
     ) -> TurnedAway | None:
         attachment = waiter.attachment
         in_vain: InVain | None = None
-        gc_at = begin + min(GC_AFTER, (deadline - begin) / 2)
-        # It looks again when time has changed what it may have, and every second, so that nothing depends on
-        # one wake-up.
-        times = (begin + after for after in looks())
         look = next(times)
         while True:
             now = time.monotonic()
@@ -191,12 +200,14 @@ class Core(Hands):
                 if away is not None:
                     return away
             if waiter.answer is None and now >= min(max(gc_at, look), deadline):
-                if gc_on_wait and now >= gc_at:
+                # Where others were served meanwhile, threads run, and the collector with them.
+                moved, waiter.before = attachment.answered != waiter.before, attachment.answered
+                if not moved and gc_on_wait and now >= gc_at:
                     collect_garbage()
-                if now >= self._books_at and self.mend():
+                if not moved and now >= self._books_at and self.mend():
                     waiter.wait(2 * UNDER_WAY)
                     self.mend()
-                if watch is not None and waiter.answer is None:
+                if not moved and watch is not None and waiter.answer is None:
                     in_vain = in_vain or watch()
                     in_vain(waiter, now)
             if waiter.answer is not None or now >= deadline:
