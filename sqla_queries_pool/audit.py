@@ -55,8 +55,9 @@ def findings(ledger: Ledger) -> list[Finding]:
 
 
 def _left(slot: Slot) -> bool:
-    held = slot.state is HELD and slot.entry is not None and slot.entry() is not None
-    return held and slot.proxy is not None and slot.proxy() is None
+    record = slot.entry() if slot.state is HELD and slot.entry is not None else None
+    proxy = getattr(record, "fairy_ref", None)
+    return proxy is not None and proxy() is None
 
 
 def _wrong(ledger: Ledger, slot: Slot, listed: set[int]) -> str | None:
@@ -79,6 +80,9 @@ def _wrong(ledger: Ledger, slot: Slot, listed: set[int]) -> str | None:
 
 def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], Work]:
     """Close what nobody can give back, and derive anew what follows from the slots; return what was wrong."""
+    if found:  # what was found when nobody had the lock may be over: the collector comes to its callbacks
+        still = set(findings(ledger))
+        found = [finding for finding in found if finding in still]
     work: Work = []
     wrong = [f"{slot!r}: {what}" for slot, what, _ in found]
     for slot, *_ in found:

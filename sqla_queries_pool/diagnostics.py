@@ -45,7 +45,9 @@ LONGER = 10.0
 """... and so many times as long as connections are used on average."""
 
 MOST_SPENT = 0.25
-"""Seconds that go into snapshots for errors before several errors share one."""
+"""Seconds that go into snapshots for errors before several errors share one, ..."""
+OLDEST = 1.0
+"""... which is so many seconds old at most."""
 
 WAITING, OPENING, PROBING = "waiting for a slot", "opening a connection", "probing one that was idle"
 """What a checkout may be at."""
@@ -198,21 +200,22 @@ def snapshot(pool: Pool) -> Snapshot:
     )
 
 
-def _seen(pool: Pool) -> Snapshot:
-    """Return a snapshot for an error: of this moment, unless many checkouts ask that had nothing.
+def _seen(pool: Pool) -> tuple[Snapshot, bool]:
+    """Return a snapshot for an error: of this moment, unless many checkouts ask that had nothing; is it?
 
     Where hundreds wait, a snapshot takes tens of milliseconds, and overload is not to be made worse by
-    telling of it: when :data:`MOST_SPENT` is used up, a fiftieth of the time at most goes into more of them.
+    telling of it: when :data:`MOST_SPENT` is used up, one serves for :data:`OLDEST` seconds.
     """
     with pool.looking:  # the others wait for the one, or each would make its own
         begin = time.monotonic()
         spent, at = pool.looked_for
-        spent = max(0.0, spent - (begin - at) / 50)
+        spent = max(0.0, spent - (begin - at) / 50)  # a fiftieth of the time may go into more of them
         seen: Snapshot | None = pool.looked
-        if seen is None or spent < MOST_SPENT:
+        if seen is None or spent < MOST_SPENT or begin - at >= OLDEST:
             seen = pool.looked = snapshot(pool)
             pool.looked_for = spent + time.monotonic() - begin, begin
-    return seen
+            return seen, True
+    return seen, False
 
 
 def holders(pool: Pool, threads: stacks.Threads) -> list[Holder]:
@@ -280,7 +283,7 @@ def of_server(handle: Any) -> tuple[int | None, str | None]:
 def diagnose(seen: Snapshot, asker: int) -> Diagnosis:
     """Say why a checkout got nothing, most likely, and what to do about it.
 
-    :param asker: the identifier of the thread that got nothing; it waits no more.
+    :param asker: the identifier of the thread that got nothing, and waits no more; 0 for any.
     """
     waiting_too = {asker, *(waiting.thread for waiting in seen.waiting)}
     nested = [holder for holder in seen.holders if holder.thread in waiting_too]
@@ -352,11 +355,11 @@ def checkout_timeout(
     :param found: why it waits no longer although it might: a deadlock, or it was turned away.
     """
     away = found is not None and found.kind in TURNED_AWAY
-    seen = _seen(pool) if found is None or away else snapshot(pool)
+    seen, fresh = _seen(pool) if found is None or away else (snapshot(pool), True)
     if found is None or away:  # the one that asks has left the line, but counts
         more = seen.statistics.waiting + bool(timeout)
         seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=more))
-    likely = diagnose(seen, threading.get_ident()) if found is None or away else found
+    likely = diagnose(seen, threading.get_ident() if fresh else 0) if found is None or away else found
     seen = dataclasses.replace(seen, diagnosis=found or likely)
     ceiling = attachment.quota.stated
     own = ceiling is not None and ceiling < (pool.max_size or math.inf)

@@ -347,9 +347,9 @@ class Ledger(Books):
             if permit is None:
                 break
             work.append(self._answer(first, permit, now))
-            if not waiter.attachment.pace.granted:
+            # Who can't wait any more may have those before it opened for, to come to its turn.
+            if not (waiter.attachment.pace.granted or (last and waiter in line)):
                 break
-            last = False
         return work
 
     def turn_away(self, waiter: Waiter, now: float, new: bool = False) -> TurnedAway | None:

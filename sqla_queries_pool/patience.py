@@ -113,5 +113,6 @@ class Pace:
         """Return after how many seconds who came at that time looks whether :meth:`opens` has changed."""
         if self.opens(length, now):
             return 0.0
-        waited, first = now - came, self.price * FIRST_LOOK
-        return LATE + (first - waited if waited < first else self.price - waited % self.price)
+        price = self.price  # read once: this is asked without the lock
+        waited, first = now - came, price * FIRST_LOOK
+        return LATE + (first - waited if waited < first else price - waited % (price or 1.0))

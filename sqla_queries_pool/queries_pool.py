@@ -39,7 +39,7 @@ from .errors import PoolDeadlock
 from .gates import ThreadGate
 from .labels import checkout_label
 from .parameters import UNSTATED, Unstated
-from .pool import Connection, Pool, PoolManager
+from .pool import Pool, PoolManager
 from .records import Proxy, Record
 from .slots import HELD, LENT, Attachment, Permit, Quota, TurnedAway
 from .stats import Statistics
@@ -147,6 +147,9 @@ class QueriesPool(SQLAlchemyPool):
         self._read_only_is_disconnect = parameters.flag("read_only_is_disconnect", read_only_is_disconnect)
         self._max_waiting = parameters.max_waiting("max_waiting", max_waiting)
         self._queue_target = parameters.queue_target("queue_target", queue_target)
+        self.records_out: set[Any] = set()
+        """The records that are out.  Where a proxy dies in a cycle with its record, its weak reference is
+        told only if something outside leads to it; not the slot, for the registry must lead to no engine."""
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **parameters.of_sqlalchemys(kw))
@@ -219,7 +222,8 @@ class QueriesPool(SQLAlchemyPool):
                 raise
         echo = self.logger.isEnabledFor(logging.DEBUG)
         proxy = Proxy(self, record, echo)
-        record.fairy_ref = record.slot.proxy = weakref.ref(proxy, record.abandoned)
+        record.fairy_ref = weakref.ref(proxy, record.abandoned)
+        self.records_out.add(record)
         if echo:
             self.logger.debug("Connection %r checked out from pool", proxy.dbapi_connection)
         if self._pre_ping or self.dispatch.checkout:
@@ -463,9 +467,8 @@ class QueriesPool(SQLAlchemyPool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # SQLAlchemy's checkin() would come by here, Record's does not: this is a proxy that detaches.
-        slot: Connection = record.slot  # type: ignore[attr-defined]
-        slot.proxy = None
-        self._shared.let_go(slot)
+        self.records_out.discard(record)
+        self._shared.let_go(record.slot)  # type: ignore[attr-defined]
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         try:

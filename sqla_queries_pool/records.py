@@ -7,6 +7,7 @@ a third of what a checkout and its return take on SQLAlchemy 2.1, and a fourth o
 from __future__ import annotations
 
 import sys
+import time
 import weakref
 from typing import Any
 
@@ -47,11 +48,10 @@ class Record(ConnectionRecord):
             self.owner._dialect.do_rollback(proxied)
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
-        """As SQLAlchemy's; a soft one is looked at before its next use."""
+        """As SQLAlchemy's; it is looked at before its next use."""
         if sys._getframe(1).f_code is FINALIZER:  # its rollback has failed
             self.owner._shared.count("failed_resets")
-        if soft:
-            self.slot.suspect = True
+        self.slot.suspect = True  # also where a listener keeps it from being closed
         super().invalidate(e, soft)
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
@@ -64,9 +64,9 @@ class Record(ConnectionRecord):
         if self.fairy_ref is None and _fairy_was_created:
             super().checkin()  # for the second time: it warns, and that is all
             return
-        fairy_ref, self.fairy_ref = self.fairy_ref, None
-        self.slot.proxy = None
         owner = self.owner
+        owner.records_out.discard(self)
+        fairy_ref, self.fairy_ref = self.fairy_ref, None
         if self.finalize_callback or owner.dispatch.checkin:
             self._tell_listeners(fairy_ref)
         owner._shared.give(owner._attachment, self)
@@ -96,10 +96,13 @@ class Record(ConnectionRecord):
 
     def abandoned(self, proxy_ref: weakref.ref[Any]) -> None:
         """Its proxy has died without having been closed: bring it home, as its close would have."""
-        if self.slot.proxy is proxy_ref:
-            self.slot.proxy = None
-        if self.fairy_ref is proxy_ref and self.slot.state is HELD:  # else an audit was first
-            Proxy(self.owner, self, self.owner._should_log_debug()).close()
+        if self.fairy_ref is proxy_ref and self.slot.state is HELD:
+            proxy = Proxy(self.owner, self, self.owner._should_log_debug())
+            self.fairy_ref = weakref.ref(proxy, self.abandoned)
+            proxy.close()
+            self.owner._shared.abandoned_at = time.monotonic()
+        elif self.fairy_ref is proxy_ref:  # an audit was first
+            self.owner.records_out.discard(self)
 
     def cut_off(self) -> None:
         """In a forked child: the connection is the parent's.
@@ -144,11 +147,14 @@ class Proxy(ConnectionFairy):
         if self._counter:
             return
         pool: Any = self._pool
-        record = self._connection_record
+        record: Any = self._connection_record
         dispatch = pool.dispatch
+        if record is not None and (record.fairy_ref is None or record.fairy_ref() is not self):
+            # The collector has brought it home, and then somebody's `__del__` closes the proxy.
+            self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
+            return
         if (
             record.__class__ is not Record  # detached, or inherited by a fork
-            or record.fairy_ref is None
             or record.finalize_callback
             or self.dbapi_connection is None
             or self._echo
@@ -164,24 +170,31 @@ class Proxy(ConnectionFairy):
             elif pool._reset_on_return is reset_commit:
                 pool._dialect.do_commit(self)
         except BaseException as error:
-            self._reset_failed(record, error)
+            if not self._is_over(record, error):
+                raise
         # First, so that whatever happens next nobody but this frame has the record, and its death is noticed.
         self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
-        record.fairy_ref = record.slot.proxy = None
+        pool.records_out.discard(record)
+        record.fairy_ref = None
         pool._shared.give(pool._attachment, record)
 
     _close_special = close
 
-    def _reset_failed(self, record: Record, error: BaseException) -> None:
-        """The connection is of no use any more, as SQLAlchemy has it; one that was interrupted, neither."""
+    def _is_over(self, record: Record, error: BaseException) -> bool:
+        """It could not be reset, so it is of no use any more; is that all, as SQLAlchemy has it?
+
+        An interrupt reaches who closes it; the record comes home in here then.
+        """
         self._pool.logger.error("Exception during reset or similar", exc_info=True)
         record.owner._shared.count("failed_resets")
         if not isinstance(error, Exception):
             self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
-            record.fairy_ref = record.slot.proxy = None
+            self._pool.records_out.discard(record)  # type: ignore[attr-defined]
+            record.fairy_ref = None
             record.come_home_hollow(error)
-            raise error
+            return False
         record.invalidate(error)
+        return True
 
 
 class LeftBehind:
@@ -209,4 +222,5 @@ class ForeignRecord(Record):
     __slots__ = ()
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
+        self.owner.records_out.discard(self)
         self.fairy_ref = None

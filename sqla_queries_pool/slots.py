@@ -69,7 +69,6 @@ class Slot:
         "label",
         "poll",
         "process",
-        "proxy",
         "quota",
         "reason",
         "session",
@@ -107,9 +106,6 @@ class Slot:
         """The attachment's generation when the connecting of this socket began."""
         self.holder: Any = None
         """The thread that holds or opens it (callers.py); None for nobody, or the pool itself."""
-        self.proxy: weakref.ref[Any] | None = None
-        """Weak: the proxy that its holder has.  Its callback brings the entry home, and keeps it alive till
-        then: where both die in one cycle, it is called only if something outside refers to it, like this."""
         self.label: str | None = None
         """What its holder calls what he does (labels.py); his, and left as it is when he gives it back."""
         self.stack: Any = ()

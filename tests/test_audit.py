@@ -19,7 +19,8 @@ from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
-from sqla_queries_pool.audit import Audit, check
+from sqla_queries_pool.audit import COLLECTED, Audit, Finding, check
+from sqla_queries_pool.audit import mend as audit_mend
 from sqla_queries_pool.gates import ThreadGate
 from sqla_queries_pool.pool import Pool, core
 from sqla_queries_pool.slots import CLOSING, GONE, HELD, LENT, OPENING, Permit
@@ -788,6 +789,18 @@ def test_nothing_secret_is_in_an_audit(caplog: pytest.LogCaptureFixture) -> None
     assert PASSWORD not in repr(audit)
     assert PASSWORD not in caplog.text
     assert "fake" in caplog.text
+
+
+def test_what_has_come_right_since_it_was_found_is_left_alone(eventually: Eventually) -> None:
+    """The collector may bring an entry home between the look and the mending, and somebody takes it."""
+    scene = Scene()
+    connection: Any = scene.pool.connect()
+    slot = connection._connection_record.slot
+    found = [Finding(slot, "held, but its proxy is gone", COLLECTED)]
+    wrong, work = scene.shared._decide(audit_mend, scene.ledger, found, 0.0)
+    assert (wrong, work) == ([], [])
+    connection.close()
+    scene.assert_right(eventually)
 
 
 # -- where it can be asked for -----------------------------------------------------------------------

@@ -6,12 +6,14 @@ that (``QueriesPool.connect``, ``Proxy.close``) does what SQLAlchemy's does.
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import os
 import subprocess
 import sys
 import tracemalloc
+import weakref
 from types import FrameType
 from typing import Any
 
@@ -23,6 +25,7 @@ from sqlalchemy.pool import Pool, QueuePool
 
 import sqla_queries_pool
 from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.logs import NAME
 from sqla_queries_pool.records import Proxy
 
 PACKAGE = os.path.dirname(sqla_queries_pool.__file__) + os.sep
@@ -294,12 +297,87 @@ def test_a_proxy_that_was_closed_is_closed() -> None:
     second.close()
 
 
+def test_a_connection_whose_invalidation_was_cut_short_is_not_used_again() -> None:
+    """A listener raises, and the connection was not closed: the next checkout replaces it, as QueuePool's."""
+    for kind in (QueriesPool, QueuePool):
+        driver = FakeDriver()
+        pool: Any = kind(driver.connect)
+
+        def refuse(*_: object) -> None:
+            raise RuntimeError("no")
+
+        event.listen(pool, "invalidate", refuse)
+        connection = pool.connect()
+        connection._connection_record.starttime -= 1  # the times of day that are compared may be coarse
+        with pytest.raises(RuntimeError):
+            connection.invalidate()
+        connection.close()
+        event.remove(pool, "invalidate", refuse)
+        pool.connect().close()
+        assert [one.closed for one in driver.connections] == [True, False], kind
+
+
+def test_who_closes_what_the_collector_has_brought_home_closes_nothing() -> None:
+    """An object in a cycle that closes its connection in ``__del__``: it is somebody else's by then."""
+    pool = new_pool(max_size=1)
+    late: list[Any] = []
+
+    class Owner:
+        def __init__(self) -> None:
+            self.me, self.connection = self, pool.connect()
+
+        def __del__(self) -> None:
+            late.append(pool.connect())  # it has come home: the collector clears weak references first
+            self.connection.close()
+
+    Owner()
+    gc.collect()
+    (mine,) = late
+    assert mine.dbapi_connection is not None
+    assert pool.checkedout() == 1
+    mine.close()
+    assert pool.checkedout() == 0
+
+
+def test_the_registry_leads_to_no_engine_that_has_a_connection_out() -> None:
+    """So it is collected with what it has out, and the slot is free."""
+    pid = new_pid()
+    pool: Any = new_pool(pid, max_size=1)
+    pool.connection = pool.connect()
+    engine = weakref.ref(pool)
+    del pool
+    gc.collect()
+    assert engine() is None
+    other = new_pool(pid, max_size=1)
+    other.connect().close()
+
+
+def test_an_interrupted_rollback_leaves_no_cycle_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Error, traceback, frame, error: it would keep the record, and its death would not be noticed."""
+    pool = new_pool(max_size=1)
+    connection: Any = pool.connect()
+    record = weakref.ref(connection._connection_record)
+
+    def fail() -> None:
+        raise KeyboardInterrupt
+
+    connection.dbapi_connection.rollback = fail
+    monkeypatch.setattr(logging.getLogger(NAME), "disabled", True)  # the test's own log keeps the traceback
+    with sleeping_collector():
+        with contextlib.suppress(KeyboardInterrupt):
+            connection.close()
+        pool.dispose()
+        del connection
+        assert record() is None
+
+
 def test_with_a_proxy_of_sqlalchemys_that_it_does_not_know_it_goes_sqlalchemys_way() -> None:
     """A later SQLAlchemy's may be made of more.  Then everything works as well, in more steps."""
     code = """
 from sqlalchemy.pool import base
 base._ConnectionFairy.__slots__ += ("of_tomorrow",)
 import sqla_queries_pool, gc
+from sqla_queries_pool.logs import NAME
 from sqla_queries_pool.records import Proxy
 from fakes import FakeDriver
 driver = FakeDriver()

@@ -96,6 +96,16 @@ def test_one_who_waits_in_vain_opens_after_the_price_of_a_connect(books: Books) 
     del out
 
 
+def test_who_can_not_wait_any_more_does_not_fail_because_others_were_first(books: Books) -> None:
+    """There is room: those before it are opened for, too, as if nobody had waited; those behind are not."""
+    engine = books.engine()
+    out = priced(books, engine, 1)
+    gates = crowd(books, engine, 5)
+    books.insist(gates[2], last=True)
+    assert [isinstance(gate.answer, Permit) for gate in gates] == [True] * 3 + [False] * 2
+    del out
+
+
 def test_a_crowd_before_a_connection_that_stays_out_opens_at_its_first_look(books: Books) -> None:
     """At the pace so far the last would wait for longer than a connect: all open but those who would not."""
     engine = books.engine()

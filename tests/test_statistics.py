@@ -355,6 +355,7 @@ def test_detached_and_lost_ones_count_as_checkouts_that_are_over(eventually: Eve
     assert pool.statistics().checkouts == 2
     # What an interrupt in the middle of a checkout leaves: a record that nobody has in hand any more.
     fairy: Any = pool.connect()
+    pool.records_out.clear()
     fairy._connection_record.fairy_ref = None
     fairy.dbapi_connection = fairy._connection_record = None
     del fairy

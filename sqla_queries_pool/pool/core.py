@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from ..audit import UNDER_WAY, Audit, Finding, findings, mend
+from ..audit import COLLECTED, UNDER_WAY, Audit, Finding, findings, mend
 from ..callers import here
 from ..gates import ThreadGate
 from ..housekeeping import Worker
@@ -89,6 +89,8 @@ class Core(Hands):
         """What looked wrong last time, and since when."""
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again."""
+        self.abandoned_at = -math.inf
+        """When a connection that nobody had closed came home last, by ``time.monotonic``."""
         self._books_at = -math.inf
         """When who waits in vain may look at the books again (``time.monotonic``): a look goes through all
         connections."""
@@ -151,11 +153,12 @@ class Core(Hands):
             longer.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
-        begin, attachment, ledger = time.monotonic(), waiter.attachment, self._ledger
-        alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
-        gc_after = min(GC_AFTER, timeout / 2)
+        attachment, ledger = waiter.attachment, self._ledger
         away: TurnedAway | None = None
         try:
+            begin = time.monotonic()
+            alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
+            gc_after = min(GC_AFTER, timeout / 2)
             if len(attachment.line) > attachment.max_waiting and timeout and not again:
                 # Whoever may not wait is served as who can't: by what can be opened, or is spare.
                 self._do(self._decide(ledger.insist, waiter, self._clock(), True))
@@ -274,6 +277,8 @@ class Core(Hands):
 
     def _findings(self) -> list[Finding]:
         found = findings(self._ledger)
+        if time.monotonic() - self.abandoned_at < COLLECTED:  # the collector may not be through
+            found = [finding for finding in found if finding.patience < COLLECTED]
         # Whose closing is done by now has a letter in the inbox, put there before the work was dropped: so
         # look at the letters last.
         heard_of = {id(argument) for _, arguments in self._inbox.copy() for argument in arguments}
