@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import secrets
 import sys
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -101,6 +102,16 @@ def instructions(call: Callable[[], object]) -> int:
 
     The garbage collector, which might come meanwhile, waits.
     """
+    collects = gc.isenabled()
+    gc.disable()
+    try:
+        return _monitored(call) if hasattr(sys, "monitoring") else _traced(call)
+    finally:
+        if collects:
+            gc.enable()
+
+
+def _traced(call: Callable[[], object]) -> int:
     count = 0
 
     def trace(frame: FrameType, event: str, _: Any) -> Any:
@@ -109,15 +120,33 @@ def instructions(call: Callable[[], object]) -> int:
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         return trace
 
-    before, collects = sys.gettrace(), gc.isenabled()
-    gc.disable()
+    before = sys.gettrace()
     sys.settrace(trace)
     try:
         call()
     finally:
         sys.settrace(before)
-        if collects:
-            gc.enable()
+    return count
+
+
+def _monitored(call: Callable[[], object]) -> int:
+    """From Python 3.12 on, where a tracer misses what it sees for the first time."""
+    monitoring: Any = sys.monitoring  # type: ignore[attr-defined]
+    count, me = 0, threading.get_ident()
+
+    def instruction(*_: object) -> None:
+        nonlocal count
+        count += threading.get_ident() == me
+
+    tool = monitoring.PROFILER_ID
+    monitoring.use_tool_id(tool, "benchmarks")
+    try:
+        monitoring.register_callback(tool, monitoring.events.INSTRUCTION, instruction)
+        monitoring.set_events(tool, monitoring.events.INSTRUCTION)
+        call()
+    finally:
+        monitoring.set_events(tool, 0)
+        monitoring.free_tool_id(tool)
     return count
 
 

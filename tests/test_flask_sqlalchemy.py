@@ -397,7 +397,10 @@ def backends_meanwhile(observer: Any, url: str, sockets: Sockets, tasks: list[Ta
     """The most backends that were seen until all tasks had ended, without those that were closed."""
     most = 0
     while any(task.is_alive() for task in tasks):
-        rows = observer.query("SELECT pid FROM pg_stat_activity WHERE datname = %s", name_of(url))
+        rows = observer.query(
+            "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = %s",
+            name_of(url),
+        )
         most = max(most, len({pid for (pid,) in rows} - sockets.ended))
     return most
 

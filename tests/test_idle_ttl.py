@@ -39,7 +39,10 @@ def new_engine(pg_url: str) -> Iterator[Callable[..., Engine]]:
 
 def backends(observer: Any, url: str) -> dict[str, int]:
     """How many client backends the test's database has, by `application_name`."""
-    sql = "SELECT application_name, count(*) FROM pg_stat_activity WHERE datname = %s GROUP BY 1"
+    sql = (
+        "SELECT application_name, count(*) FROM pg_stat_activity"
+        " WHERE backend_type = 'client backend' AND datname = %s GROUP BY 1"
+    )
     return dict(observer.query(sql, make_url(url).database))
 
 

@@ -435,13 +435,20 @@ def test_what_an_outage_has_cost_of_min_size_is_refilled(
     pool.warm_up()
     database = str(make_url(pg_url).database)
     before = {
-        row[0] for row in pg_observer.query("SELECT pid FROM pg_stat_activity WHERE datname = %s", database)
+        row[0]
+        for row in pg_observer.query(
+            "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = %s",
+            database,
+        )
     }
     assert pg_observer.terminate(database) == 3
     pool._shared.sweep()
 
     def refilled() -> bool:
-        rows = pg_observer.query("SELECT pid FROM pg_stat_activity WHERE datname = %s", database)
+        rows = pg_observer.query(
+            "SELECT pid FROM pg_stat_activity WHERE backend_type = 'client backend' AND datname = %s",
+            database,
+        )
         return len(rows) == 3 and not before & {row[0] for row in rows} and pool.checkedin() == 3
 
     eventually(refilled, "three others")

@@ -174,7 +174,11 @@ def test_the_limit_holds_whatever_goes_on(
             connection.autocommit = True  # in a transaction it would see the same all the time
             with connection.cursor() as cursor:
                 while time.monotonic() < end:
-                    cursor.execute("SELECT count(*) FROM pg_stat_activity WHERE datname = %s", (name,))
+                    cursor.execute(
+                        "SELECT count(*) FROM pg_stat_activity"
+                        " WHERE backend_type = 'client backend' AND datname = %s",
+                        (name,),
+                    )
                     most.append(cursor.fetchone()[0])  # type: ignore[index]
 
     most: list[int] = []
