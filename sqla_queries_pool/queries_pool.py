@@ -467,7 +467,6 @@ class QueriesPool(SQLAlchemyPool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # SQLAlchemy's checkin() would come by here, Record's does not: this is a proxy that detaches.
-        self.records_out.discard(record)
         self._shared.let_go(record.slot)  # type: ignore[attr-defined]
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:

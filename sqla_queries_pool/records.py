@@ -180,6 +180,11 @@ class Proxy(ConnectionFairy):
 
     _close_special = close
 
+    def detach(self) -> None:
+        """As SQLAlchemy's.  First, nothing but the proxy leads to the record, see :meth:`close`."""
+        self._pool.records_out.discard(self._connection_record)  # type: ignore[attr-defined]
+        super().detach()
+
     def _is_over(self, record: Record, error: BaseException) -> bool:
         """It could not be reset, so it is of no use any more; is that all, as SQLAlchemy has it?
 
