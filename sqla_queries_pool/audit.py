@@ -33,7 +33,7 @@ class Audit:
 
 UNDER_WAY = 0.02
 """Seconds after which what looks wrong is looked at again: it may have been under way in another thread."""
-COLLECTED = 3.0
+COLLECTED = 1.0
 """The same of what the garbage collector may be busy with."""
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy.pool import reset_commit, reset_rollback
 
 from . import liveness
-from .pool import Connection
+from .pool import Connection, Pool
 from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, ConnectionRecord
 from .slots import HELD
 
@@ -97,10 +97,11 @@ class Record(ConnectionRecord):
     def abandoned(self, proxy_ref: weakref.ref[Any]) -> None:
         """Its proxy has died without having been closed: bring it home, as its close would have."""
         if self.fairy_ref is proxy_ref and self.slot.state is HELD:
+            Pool.abandoned_at = time.monotonic()
             proxy = Proxy(self.owner, self, self.owner._should_log_debug())
             self.fairy_ref = weakref.ref(proxy, self.abandoned)
             proxy.close()
-            self.owner._shared.abandoned_at = time.monotonic()
+            Pool.abandoned_at = time.monotonic()
         elif self.fairy_ref is proxy_ref:  # an audit was first
             self.owner.records_out.discard(self)
 

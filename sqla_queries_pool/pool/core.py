@@ -11,7 +11,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from ..audit import COLLECTED, UNDER_WAY, Audit, Finding, findings, mend
 from ..callers import here
@@ -73,6 +73,10 @@ class Core(Hands):
     :param time_method: a monotonic clock in seconds, in place of ``time.monotonic``.
     """
 
+    abandoned_at: ClassVar[float] = -math.inf
+    """When the collector last brought home what nobody had closed, in any pool, by ``time.monotonic``: each
+    takes it a round trip, and it comes to the next when that is over."""
+
     def __init__(self, pool_id: str, time_method: Callable[[], float] | None = None) -> None:
         super().__init__(pool_id, time_method)
         self.id = pool_id
@@ -89,8 +93,6 @@ class Core(Hands):
         """What looked wrong last time, and since when."""
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again."""
-        self.abandoned_at = -math.inf
-        """When a connection that nobody had closed came home last, by ``time.monotonic``."""
         self._books_at = -math.inf
         """When who waits in vain may look at the books again (``time.monotonic``): a look goes through all
         connections."""
@@ -229,6 +231,8 @@ class Core(Hands):
         """
         begin = time.monotonic()
         found, now = self._decide(self._findings), time.monotonic()
+        if now - self.abandoned_at < COLLECTED and found:
+            return True  # the collector may still come to tell of them, one after the other
         self._books_at = now + LOOKS_COST * (now - begin)
         self._suspects = {finding: self._suspects.get(finding, now) for finding in found}
         sure = [finding for finding, since in self._suspects.items() if now - since >= finding.patience]
@@ -254,10 +258,10 @@ class Core(Hands):
         dead = self._close_dead(list(self._ledger.everyone()))
         stray = self._stray()
         if self.mend() or stray:
-            visit = _Visit()
-            self._worker.submit(functools.partial(self.housekeeper.schedule, visit, 2 * UNDER_WAY))
-            visit.over.wait(1.0)
-            self.mend()
+            self._wait_for_others(max(2 * UNDER_WAY, self.abandoned_at + COLLECTED - time.monotonic()))
+            if self.mend():
+                self._wait_for_others(2 * UNDER_WAY)
+                self.mend()
             stray = [slot for slot in self._stray() if slot in stray]
         for slot in stray:
             self._mended.append(f"{slot!r}: open, but not counted")
@@ -268,6 +272,12 @@ class Core(Hands):
         self._mended.clear()
         return Audit(connections, dead, mended)
 
+    def _wait_for_others(self, seconds: float) -> None:
+        """Wait until the worker has done what it had to do, and for so long after that."""
+        visit = _Visit()
+        self._worker.submit(functools.partial(self.housekeeper.schedule, visit, seconds))
+        visit.over.wait(1.0 + seconds)
+
     def _stray(self) -> list[Connection]:
         """Whose socket is open that counts nowhere."""
         counted = set(self._ledger.slots.copy())
@@ -277,8 +287,6 @@ class Core(Hands):
 
     def _findings(self) -> list[Finding]:
         found = findings(self._ledger)
-        if time.monotonic() - self.abandoned_at < COLLECTED:  # the collector may not be through
-            found = [finding for finding in found if finding.patience < COLLECTED]
         # Whose closing is done by now has a letter in the inbox, put there before the work was dropped: so
         # look at the letters last.
         heard_of = {id(argument) for _, arguments in self._inbox.copy() for argument in arguments}
