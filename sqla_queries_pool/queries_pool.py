@@ -278,7 +278,9 @@ class QueriesPool(SQLAlchemyPool):
                 if isinstance(entry, Permit):
                     stages.enter(OPENING)
                     return self._open(entry)
-                if self._attachment.ping_after and not slot.suspect and not slot.poll(0) and not slot.suspect:
+                # Handed over, it was in use a moment ago: so it is no older, but perhaps too old.
+                soon = self._attachment.ping_after and self._recycle < 0
+                if soon and not slot.suspect and not slot.poll(0) and not slot.suspect:
                     return entry  # type: ignore[no-any-return]
                 return self._examine(entry, begin + timeout, stages)
             except _Refused as error:
