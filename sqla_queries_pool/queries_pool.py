@@ -278,9 +278,10 @@ class QueriesPool(SQLAlchemyPool):
                 if isinstance(entry, Permit):
                     stages.enter(OPENING)
                     return self._open(entry)
-                # Handed over, it was in use a moment ago: so it is no older, but perhaps too old.
-                soon = self._attachment.ping_after and self._recycle < 0
-                if soon and not slot.suspect and not slot.poll(0) and not slot.suspect:
+                # What was handed over was in use a moment ago, so a poll is enough; unless all is to be
+                # pinged (ping_after=0), or replaced by the time of day (pool_recycle), which _examine() asks.
+                enough = self._attachment.ping_after and self._recycle < 0
+                if enough and not slot.suspect and not slot.poll(0) and not slot.suspect:
                     return entry  # type: ignore[no-any-return]
                 return self._examine(entry, begin + timeout, stages)
             except _Refused as error:

@@ -254,16 +254,7 @@ def test_whoever_listens_is_told_what_queuepool_tells(names: tuple[str, ...]) ->
     told: dict[str, list[tuple[str, int]]] = {}
     for pool in (new_pool(), QueuePool(FakeDriver().connect)):
         said = told[type(pool).__name__] = []
-        for name in (
-            "connect",
-            "first_connect",
-            "checkout",
-            "checkin",
-            "reset",
-            "close",
-            "invalidate",
-            "detach",
-        ):
+        for name in names:
             event.listen(pool, name, lambda *args, n=name, said=said: said.append((n, len(args))))
         for end in ("close", "close", "invalidate", "detach"):
             connection = pool.connect()
