@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import hazards
+import inside
 import psycopg2
 import psycopg2.errors
 import psycopg2.extensions
@@ -150,7 +151,7 @@ def clock() -> FakeClock:
 @pytest.fixture
 def no_other_pools(monkeypatch: pytest.MonkeyPatch) -> None:
     """What other tests have left is in no overview of all pools."""
-    monkeypatch.setattr(PoolManager, "_pools", {})
+    inside.hide_pools(monkeypatch)
 
 
 @pytest.fixture

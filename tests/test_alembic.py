@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+import inside
 import pytest
 from conftest import Observer
 from fakes import SECONDS, Task
@@ -108,7 +109,7 @@ def tables(engine: Engine) -> set[str]:
 
 def held(engine: Engine) -> int:
     """How many connections of an engine's pool somebody has."""
-    numbers: dict[str, int] = engine.pool._shared.report()["connections"]  # type: ignore[attr-defined]
+    numbers: dict[str, int] = inside.shared(engine.pool).report()["connections"]  # type: ignore[attr-defined]
     return numbers["held"] + numbers["opening"]
 
 

@@ -200,3 +200,56 @@ def test_importing_the_package_starts_nothing() -> None:
         "assert not [m for m in sys.modules if m.startswith((*around, 'psycopg2'))]"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=PACKAGE.parent, timeout=60)
+
+
+# -- the tests themselves -----------------------------------------------------------------------------
+
+TESTS = Path(__file__).parent
+HELPERS = [path for path in TESTS.glob("*.py") if not path.name.startswith(("test_", "inside"))]
+OF_SQLALCHEMY = {"test_seams.py"}
+"""It looks at private parts of SQLAlchemy, which is what it is for."""
+
+
+def private_names(tree: ast.AST) -> set[str]:
+    """The private names that a module gives to something."""
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
+            found.add(node.attr)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return {name for name in found if name.startswith("_") and not name.startswith("__") and name != "_"}
+
+
+@pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.name)
+def test_tests_reach_what_is_private_through_inside_alone(path: Path) -> None:
+    """So that what is moved or renamed is mended in one place."""
+    if path.name == "inside.py" or path.name in OF_SQLALCHEMY:
+        return
+    ours_alone = set().union(*(private_names(parsed(module)) for module in modules()))
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    helpers = [ast.parse(other.read_text(encoding="utf-8")) for other in HELPERS]
+    ours_alone -= set().union(*map(private_names, (tree, *helpers)))  # the tests' own
+    reached = [
+        f"line {node.lineno}: {name}"
+        for node in ast.walk(tree)
+        for name in _reached(node)
+        if name in ours_alone
+    ]
+    assert not reached
+
+
+def _reached(node: ast.AST) -> list[str]:
+    if isinstance(node, ast.Attribute) and not (
+        isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+    ):
+        return [node.attr]
+    patches = isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
+    if patches and (getattr(node.func, "attr", "") or getattr(node.func, "id", "")) in (
+        *("setattr", "getattr", "hasattr", "delattr"),
+    ):
+        texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        return [text.rpartition(".")[2] for text in texts]
+    return []

@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from conftest import Observer
 from fakes import FakeConnection, FakeDriver
@@ -41,8 +42,8 @@ class Scene:
         self.pid = new_pid()
         self.pool = self.engine()
         self.other = self.engine()
-        self.shared: Pool = self.pool._shared
-        self.ledger = self.shared._ledger
+        self.shared: Pool = inside.shared(self.pool)
+        self.ledger = inside.ledger(self.shared)
         self.kept: list[Any] = []
 
     def engine(self, **kw: Any) -> QueriesPool:
@@ -51,28 +52,28 @@ class Scene:
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
         """Nobody is told of the death of what is bound in here, as if its callback had been interrupted."""
-        told, self.ledger._on_lost = self.ledger._on_lost, lambda _: None
+        hear = inside.deafen(self.ledger)
         try:
             yield
         finally:
-            self.ledger._on_lost = told
+            hear()
 
     def idle(self) -> Any:
         """The record of an idle connection."""
         self.pool.connect().close()
-        return self.pool._attachment.idle[-1]
+        return inside.attachment(self.pool).idle[-1]
 
     def taken_away(self) -> Any:
         """The record of an idle connection that was taken out of the list behind the ledger's back."""
         self.idle()
-        self.kept.append(self.pool._attachment.idle.pop())
+        self.kept.append(inside.attachment(self.pool).idle.pop())
         return self.kept[-1]
 
     def out(self) -> Any:
         """The record of a connection that is out."""
         fairy: Any = self.pool.connect()
         self.kept.append(fairy)
-        return fairy._connection_record
+        return inside.record(fairy)
 
     def added(self) -> tuple[Any, Session]:
         """A slot that was added by hand, and who has locked it."""
@@ -80,21 +81,23 @@ class Scene:
         PoolManager.add(self.pid, handle)
         PoolManager.lock(self.pid, handle, session)
         self.kept.append(session)
-        return self.shared._by_handle[id(handle)], session
+        return inside.by_handle(self.shared)[id(handle)], session
 
     def assert_right(self, eventually: Eventually) -> None:
         """The books agree with themselves, the whole budget can be had, and the sockets are those counted."""
         for pool in (self.pool, self.other):
             assert_whole(pool, eventually)
         shared = self.shared
-        eventually(lambda: len(self.driver.live) == shared.numbers.open == len(shared._by_handle), "sockets")
+        eventually(
+            lambda: len(self.driver.live) == shared.numbers.open == len(inside.by_handle(shared)), "sockets"
+        )
         assert self.driver.peak <= 2 + len([one for one in self.kept if one is STRAY])
-        shared._decide(check, self.ledger)
+        inside.decide(shared, check, self.ledger)
 
 
 def mend(shared: Pool) -> None:
     """What looks wrong a moment later, too, is mended: it may have been under way at the first look."""
-    eventually(lambda: not shared.mend(), "nothing looks wrong for the first time")
+    eventually(lambda: not inside.upkeep(shared).mend(), "nothing looks wrong for the first time")
 
 
 STRAY = object()
@@ -107,7 +110,7 @@ STRAY = object()
 def a_record_that_died_unheard(scene: Scene) -> str:
     """A checkout was lost together with the callback of the record."""
     with scene.deaf():
-        slot = scene.pool._do_get().slot  # type: ignore[attr-defined]
+        slot = inside.do_get(scene.pool).slot  # type: ignore[attr-defined]
     assert slot.state == HELD
     return "held, but its holder is gone"
 
@@ -115,14 +118,14 @@ def a_record_that_died_unheard(scene: Scene) -> str:
 def a_permit_that_died_unheard(scene: Scene) -> str:
     """The same before the connection was opened."""
     with scene.deaf():
-        slot = scene.shared.take(scene.pool._attachment).slot
+        slot = inside.checkouts(scene.shared).take(inside.attachment(scene.pool)).slot
     assert slot.state == OPENING
     return "opening, but its holder is gone"
 
 
 def a_permit_without_an_entry(scene: Scene) -> str:
     """Interrupted before it was said what stands for the slot."""
-    permit = scene.shared.take(scene.pool._attachment)
+    permit = inside.checkouts(scene.shared).take(inside.attachment(scene.pool))
     permit.slot.entry = None
     return "opening, but its holder is gone"
 
@@ -137,7 +140,7 @@ def an_idle_connection_whose_record_died(scene: Scene) -> str:
     """The same, and the record has died unheard."""
     with scene.deaf():
         scene.idle()
-    scene.pool._attachment.idle.clear()
+    inside.attachment(scene.pool).idle.clear()
     return "idle, but in no list"
 
 
@@ -145,7 +148,7 @@ def a_hollow_entry_in_no_list(scene: Scene) -> str:
     """The same without a connection."""
     fairy = scene.pool.connect()
     fairy.invalidate()
-    scene.kept.append(scene.pool._attachment.hollow.pop())
+    scene.kept.append(inside.attachment(scene.pool).hollow.pop())
     return "idle, but in no list"
 
 
@@ -162,14 +165,14 @@ def an_engines_stale_lock_in_no_list(scene: Scene) -> str:
     record = scene.idle()
     PoolManager.lock(scene.pid, record.dbapi_connection, Session())
     scene.kept.append(record)
-    scene.pool._attachment.lent.clear()
+    inside.attachment(scene.pool).lent.clear()
     return "locked, but in no list"
 
 
 def a_close_that_was_dropped(scene: Scene) -> str:
     """The work of closing has got lost; the record lives."""
     scene.kept.append(scene.idle())
-    scene.shared._decide(scene.ledger.close_idle, scene.pool._attachment, "test")
+    inside.decide(scene.shared, scene.ledger.close_idle, inside.attachment(scene.pool), "test")
     return "to be closed, but nobody does"
 
 
@@ -177,7 +180,7 @@ def a_close_of_what_was_added_by_hand_that_was_dropped(scene: Scene) -> str:
     """The same where there is no record."""
     handle = scene.driver.connect()
     PoolManager.add(scene.pid, handle)
-    scene.shared._decide(scene.ledger.close_one, scene.shared._by_handle[id(handle)])
+    inside.decide(scene.shared, scene.ledger.close_one, inside.by_handle(scene.shared)[id(handle)])
     return "to be closed, but nobody does"
 
 
@@ -218,7 +221,7 @@ def an_opening_too_many(scene: Scene) -> str:
 
 def an_opening_too_few(scene: Scene) -> str:
     """Of one that is being opened it does not."""
-    permit = scene.shared.take(scene.pool._attachment)
+    permit = inside.checkouts(scene.shared).take(inside.attachment(scene.pool))
     scene.kept.append(permit)
     scene.ledger.opening.clear()
     return "what is being opened was miscounted"
@@ -233,8 +236,8 @@ def a_closing_too_many(scene: Scene) -> str:
 def a_closing_of_what_is_gone(scene: Scene) -> str:
     """Interrupted in the middle of being struck off."""
     slot = scene.taken_away().slot
-    scene.kept.append(scene.shared._decide(scene.ledger._close, scene.kept[-1], "test"))
-    scene.shared._drop_handle(slot)
+    scene.kept.append(inside.decide(scene.shared, inside.step(scene.ledger, "close"), scene.kept[-1], "test"))
+    inside.connections(scene.shared).drop(slot)
     slot.state = GONE
     scene.ledger.slots.discard(slot)
     return "what is being closed was miscounted"
@@ -242,55 +245,55 @@ def a_closing_of_what_is_gone(scene: Scene) -> str:
 
 def an_idle_list_with_what_is_out(scene: Scene) -> str:
     """The next checkout would get what somebody has."""
-    scene.pool._attachment.idle.append(scene.out())
+    inside.attachment(scene.pool).idle.append(scene.out())
     return "a list of idle connections had others in it"
 
 
 def an_idle_list_with_what_is_gone(scene: Scene) -> str:
     """The next checkout would get what counts nowhere."""
     record = scene.idle()
-    scene.shared._drop_handle(record.slot)
-    scene.ledger._strike(record.slot)
+    inside.connections(scene.shared).drop(record.slot)
+    inside.step(scene.ledger, "remove")(record.slot)
     return "a list of idle connections had others in it"
 
 
 def a_hollow_list_with_what_is_out(scene: Scene) -> str:
     """The same without a connection."""
-    scene.pool._attachment.hollow.append(scene.out())
+    inside.attachment(scene.pool).hollow.append(scene.out())
     return "a list of idle connections had others in it"
 
 
 def a_lock_of_what_is_idle(scene: Scene) -> str:
     """Interrupted while it was locked: it is in both lists."""
     record = scene.idle()
-    scene.pool._attachment.lent[record.slot] = record
+    inside.attachment(scene.pool).lent[record.slot] = record
     return "a list of locked connections had others in it"
 
 
 def an_answered_one_in_line(scene: Scene) -> str:
     """Who has its answer, and has left the line only in part."""
-    waiter = ThreadGate(scene.pool._attachment, threading.get_ident())
+    waiter = ThreadGate(inside.attachment(scene.pool), threading.get_ident())
     waiter.answer = scene.idle()
-    scene.pool._attachment.line[waiter] = None
-    scene.ledger.lines[scene.pool._attachment] = None
+    inside.attachment(scene.pool).line[waiter] = None
+    scene.ledger.lines[inside.attachment(scene.pool)] = None
     return "one who had been answered was still in line"
 
 
 def a_quota_with_what_is_gone(scene: Scene) -> str:
     """An engine counts a slot that is gone."""
-    scene.pool._attachment.quota.slots.add(scene.shared._new_connection())
+    inside.attachment(scene.pool).quota.slots.add(inside.new_slot(scene.shared))
     return "an engine's connections were miscounted"
 
 
 def a_quota_without_what_is_its(scene: Scene) -> str:
     """An engine does not count a slot that it has."""
-    scene.pool._attachment.quota.slots.discard(scene.idle().slot)
+    inside.attachment(scene.pool).quota.slots.discard(scene.idle().slot)
     return "an engine's connections were miscounted"
 
 
 def a_socket_that_counts_nowhere(scene: Scene) -> str:
     """Interrupted between striking off and closing."""
-    scene.ledger._strike(scene.taken_away().slot)
+    inside.step(scene.ledger, "remove")(scene.taken_away().slot)
     scene.kept.append(STRAY)
     return "open, but not counted"
 
@@ -323,7 +326,7 @@ def test_an_audit_names_what_is_wrong_and_puts_it_right(broken: Break, eventuall
     assert scene.shared.audit().mended == ()
     for thing in scene.kept:
         if isinstance(thing, Permit):
-            scene.shared.failed(thing, None)
+            inside.checkouts(scene.shared).failed(thing, None)
         elif isinstance(thing, PoolProxiedConnection):
             thing.close()
     scene.assert_right(eventually)
@@ -338,7 +341,7 @@ def test_what_gave_way_to_a_checkout_that_died_unheard_is_closed_with_it(eventua
         for fairy in both:
             fairy.close()
         del both, fairy
-        permit = scene.shared.take(scene.other._attachment)
+        permit = inside.checkouts(scene.shared).take(inside.attachment(scene.other))
         assert permit.evicts is not None
         del permit
     audit = scene.shared.audit()
@@ -359,7 +362,7 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
         record, session = scene.idle(), Session()
         slot = record.slot
         PoolManager.lock(scene.pid, record.dbapi_connection, session)
-        scene.kept.append(scene.pool._attachment.lent.popitem())
+        scene.kept.append(inside.attachment(scene.pool).lent.popitem())
     handle: Any = slot.handle
     assert any("locked, but in no list" in said for said in scene.shared.audit().mended)
     assert not handle.closed
@@ -395,7 +398,7 @@ def test_a_checkout_that_does_not_wait_gets_what_was_lost_at_once(
     """It is looked for before anybody gives up."""
     scene = Scene()
     broken(scene)
-    scene.other._timeout = 0
+    inside.set_timeout(scene.other, 0)
     held = [scene.other.connect(), scene.other.connect()]
     with pytest.raises(CheckoutTimeout):
         scene.other.connect()
@@ -411,7 +414,7 @@ def test_the_housekeeper_puts_it_right_when_nobody_waits(broken: Break, eventual
     what = broken(scene)
     PoolManager.set_idle_ttl(scene.pid, 0.01)
     scene.other.connect().close()
-    eventually(lambda: scene.shared._mended, f"the housekeeper has come by: {scene.shared!r}")
+    eventually(lambda: inside.mended(scene.shared), f"the housekeeper has come by: {scene.shared!r}")
     eventually(lambda: not scene.driver.live, "what was lost, and what was idle, is closed")
     assert any(what in said for said in scene.shared.audit().mended)
     PoolManager.set_idle_ttl(scene.pid, 60)
@@ -421,16 +424,16 @@ def test_the_housekeeper_puts_it_right_when_nobody_waits(broken: Break, eventual
 def test_the_housekeeper_looks_now_and_then_and_not_each_time(eventually: Eventually) -> None:
     """It looks at each connection, so not whenever one is due; by the pool's own clock."""
     scene = Scene()
-    scene.shared._clock = lambda: now[0]
+    inside.set_clock(scene.shared, lambda: now[0])
     now = [1000.0]
-    scene.shared.sweep()
+    inside.upkeep(scene.shared).sweep()
     a_record_that_died_unheard(scene)
-    scene.shared.sweep()
+    inside.upkeep(scene.shared).sweep()
     assert scene.shared.numbers.held == 1
     now[0] += 5.0
-    scene.shared.sweep()  # what looks wrong a moment later, too, is mended
+    inside.upkeep(scene.shared).sweep()  # what looks wrong a moment later, too, is mended
     eventually(lambda: scene.shared.numbers.held == 0)
-    assert len(scene.shared._mended) == 1
+    assert len(inside.mended(scene.shared)) == 1
 
 
 def test_a_line_that_was_not_known_is_known_again(eventually: Eventually) -> None:
@@ -438,7 +441,7 @@ def test_a_line_that_was_not_known_is_known_again(eventually: Eventually) -> Non
     scene = Scene()
     held = [scene.pool.connect(), scene.pool.connect()]
     waiting = Thread(lambda: scene.pool.connect())
-    eventually(lambda: scene.pool._attachment.line)
+    eventually(lambda: inside.attachment(scene.pool).line)
     scene.ledger.lines.clear()
     assert any("a line was not known" in said for said in scene.shared.audit().mended)
     handle = held[0].dbapi_connection
@@ -455,7 +458,7 @@ def test_an_engine_that_died_unheard_has_no_say_in_the_limit_any_more(eventually
     scene = Scene()
     large = scene.engine(max_size=5)
     assert scene.shared.max_size == 5
-    attachment = large._attachment
+    attachment = inside.attachment(large)
     quota = scene.ledger.attachments.pop(attachment.ref)
     attachment.ref = weakref.ref(attachment)
     scene.ledger.attachments[attachment.ref] = quota
@@ -471,9 +474,9 @@ def test_a_key_of_what_is_closed_is_forgotten(eventually: Eventually) -> None:
     """The id of a handle that is gone may be that of another one soon."""
     scene = Scene()
     slot = scene.idle().slot
-    scene.shared._by_handle[1] = slot
+    inside.by_handle(scene.shared)[1] = slot
     assert scene.shared.audit().mended == ()
-    assert list(scene.shared._by_handle) == [id(slot.handle)]
+    assert list(inside.by_handle(scene.shared)) == [id(slot.handle)]
     scene.assert_right(eventually)
 
 
@@ -517,9 +520,11 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
     idle.close()
     hollow.invalidate()
     scene.added()
-    permit = scene.shared.take(scene.other._attachment)
-    closing = scene.shared._decide(scene.ledger._permit, scene.other._attachment, 0, 0.0, None)
-    work = scene.ledger._closing(closing.slot, closing, "test")
+    permit = inside.checkouts(scene.shared).take(inside.attachment(scene.other))
+    closing = inside.decide(
+        scene.shared, inside.step(scene.ledger, "permit"), inside.attachment(scene.other), 0, 0.0, None
+    )
+    work = inside.step(scene.ledger, "closing")(closing.slot, closing, "test")
     scene.ledger.opening.discard(closing.slot)
     PoolManager.set_max_size(scene.pid, 6)
     waiting = Thread(lambda: new_pool(scene.pid, scene.driver.connect, max_size=1).connect())
@@ -530,9 +535,9 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
     assert scene.shared.numbers == before
     assert handle is not None
     assert not handle.closed  # type: ignore[attr-defined]
-    scene.shared._post(scene.ledger.closed, work.slot)
+    inside.post(scene.shared, scene.ledger.closed, work.slot)
     waiting.join()
-    scene.shared.failed(permit, None)
+    inside.checkouts(scene.shared).failed(permit, None)
     out.close()
 
 
@@ -546,14 +551,14 @@ def test_what_is_under_way_is_given_time(eventually: Eventually) -> None:
         entered.set()
         gate.wait(DEADLINE)
 
-    scene.shared._worker.submit(busy)
+    inside.worker(scene.shared).submit(busy)
     assert entered.wait(DEADLINE)
-    work = scene.shared._decide(scene.ledger.close_idle, scene.pool._attachment, "test")
+    work = inside.decide(scene.shared, scene.ledger.close_idle, inside.attachment(scene.pool), "test")
     slot = work[0].slot
     del scene.ledger.closing[slot]  # it looks lost
-    scene.shared._do_soon(work)
+    inside.do_soon(scene.shared, work)
     auditing = Thread(scene.shared.audit)
-    eventually(lambda: scene.shared._worker._thread._mail.qsize() > 1, "the audit waits for the worker")
+    eventually(lambda: inside.mail(inside.worker(scene.shared)) > 1, "the audit waits for the worker")
     gate.set()
     assert auditing.join().mended == ()
     del record, work
@@ -580,7 +585,7 @@ class Load:
     def _step(self, chance: random.Random) -> None:
         engine, what = chance.choice(self._engines), chance.random()
         if what < 0.05:  # lost between the pool and SQLAlchemy's checkout
-            engine._do_get()
+            inside.do_get(engine)
             return
         fairy: Any = engine.connect()
         if what < 0.1:
@@ -617,12 +622,12 @@ def test_under_load_nothing_is_found(switches: float | None, eventually: Eventua
     sys.setswitchinterval(switches or before)
     try:
         load = Load(new_pid(), driver, seed, 150)
-        shared = load.pool._shared
+        shared = inside.shared(load.pool)
         audits: list[Audit] = []
         while any(thread.alive for thread in load.threads):
             audits.append(shared.audit())
-            shared._mend_at = 0.0
-            shared.housekeeper.schedule(shared, 0.0)
+            inside.mend_soon(shared)
+            inside.housekeeper(shared).schedule(inside.upkeep(shared), 0.0)
         for thread in load.threads:
             thread.join()
     finally:
@@ -643,7 +648,7 @@ def test_engines_that_come_and_go_are_no_finding(eventually: Eventually) -> None
     def audit() -> list[str]:
         said: list[str] = []
         while not stop.is_set():
-            scene.shared.mend()
+            inside.upkeep(scene.shared).mend()
             said += scene.shared.audit().mended
         return said
 
@@ -664,18 +669,13 @@ def test_engines_that_come_and_go_are_no_finding(eventually: Eventually) -> None
     scene.assert_right(eventually)
 
 
-@pytest.mark.parametrize("look", [Pool.mend, Pool.audit])
+@pytest.mark.parametrize("look", inside.LOOKS)
 def test_an_engine_that_is_just_dying_is_no_finding(
     look: Callable[[Pool], Any], monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     """Its lists go before anybody was told; what a session has locked of it stays the session's."""
-    stop, told = Stop(), Pool._engine_died
-
-    def later(shared: Pool, ref: Any) -> None:
-        stop.here()
-        told(shared, ref)
-
-    monkeypatch.setattr(Pool, "_engine_died", later)
+    stop = Stop()
+    inside.before_an_engines_death_is_told(monkeypatch, stop.here)
     scene = Scene()
     engines, session = [scene.engine()], Session()
     out: list[Any] = [engines[0].connect(), engines[0].connect()]
@@ -696,7 +696,7 @@ def test_an_engine_that_is_just_dying_is_no_finding(
     assert scene.shared.audit().mended == ()
     assert not closed
     assert not handle.closed
-    assert scene.shared._by_handle[id(handle)].state == LENT
+    assert inside.by_handle(scene.shared)[id(handle)].state == LENT
     del session
     scene.assert_right(eventually)
 
@@ -734,7 +734,7 @@ def test_idle_connections_that_the_server_has_ended_are_closed_and_counted(
     for engine in engines:
         for connection in [engine.raw_connection() for _ in range(2)]:
             connection.close()
-    shared = pool_of(engines[0])._shared
+    shared = inside.shared(pool_of(engines[0]))
     assert shared.audit() == Audit(5, 0, ())
     assert pg_observer.terminate(datname) == 5
     audit = pool_of(engines[1]).audit()
@@ -753,16 +753,16 @@ def test_a_lost_connection_is_closed_on_the_server(
     """What nobody can give back: held, idle in no list, open and not counted."""
     datname = str(make_url(pg_url).database)
     pool = pool_of(make(max_size=3))
-    shared = pool._shared
-    ledger = shared._ledger
-    told, ledger._on_lost = ledger._on_lost, lambda _: None
-    kept: list[Any] = [pool._do_get(), pool._do_get(), pool._do_get()]
-    ledger._on_lost = told
+    shared = inside.shared(pool)
+    ledger = inside.ledger(shared)
+    hear = inside.deafen(ledger)
+    kept: list[Any] = [inside.do_get(pool), inside.do_get(pool), inside.do_get(pool)]
+    hear()
     kept.pop()  # held by nobody
     for record in kept:
-        shared.give(pool._attachment, record)
-        pool._attachment.idle.clear()
-    ledger._strike(kept[0].slot)
+        inside.checkouts(shared).give(inside.attachment(pool), record)
+        inside.attachment(pool).idle.clear()
+    inside.step(ledger, "remove")(kept[0].slot)
     assert pg_observer.backends(datname) == 3
     audit = shared.audit()
     assert len(audit.mended) == 3
@@ -776,13 +776,13 @@ def test_nothing_secret_is_in_an_audit(caplog: pytest.LogCaptureFixture) -> None
     """Neither in what it found nor in its representation nor in the log: it knows handles, not URLs."""
     url = make_url("fake://me@host/audit").set(password=PASSWORD)
     pool = pool_of(create_engine(url, module=FakeDriver(), poolclass=QueriesPool, max_size=2))
-    ledger = pool._shared._ledger
-    told, ledger._on_lost = ledger._on_lost, lambda _: None
-    pool._do_get()
-    pool._do_get()
-    ledger._on_lost = told
-    mend(pool._shared)
-    record: Any = pool._do_get()
+    ledger = inside.ledger(pool)
+    hear = inside.deafen(ledger)
+    inside.do_get(pool)
+    inside.do_get(pool)
+    hear()
+    mend(inside.shared(pool))
+    record: Any = inside.do_get(pool)
     ledger.opening.add(record.slot)
     audit = pool.audit()
     assert len(audit.mended) == 3
@@ -795,9 +795,9 @@ def test_what_has_come_right_since_it_was_found_is_left_alone(eventually: Eventu
     """The collector may bring an entry home between the look and the mending, and somebody takes it."""
     scene = Scene()
     connection: Any = scene.pool.connect()
-    slot = connection._connection_record.slot
+    slot = inside.record(connection).slot
     found = [Finding(slot, "held, but its proxy is gone", COLLECTED)]
-    wrong, work = scene.shared._decide(audit_mend, scene.ledger, found, 0.0)
+    wrong, work = inside.decide(scene.shared, audit_mend, scene.ledger, found, 0.0)
     assert (wrong, work) == ([], [])
     connection.close()
     scene.assert_right(eventually)
@@ -855,7 +855,7 @@ def test_a_pool_that_was_made_by_hand_is_audited_too() -> None:
         PoolManager.add(pid, handle)
     PoolManager.lock(pid, handles[0], session)
     assert PoolManager.audit(pid) == Audit(3, 0, ())
-    ledger = PoolManager._pools[pid]._ledger
+    ledger = inside.ledger(inside.pools()[pid])
     ledger.by_hand.idle.clear()
     assert [said.rpartition(": ")[2] for said in PoolManager.audit(pid).mended] == [
         "idle, but in no list"
@@ -871,7 +871,7 @@ def test_an_audit_ends_in_time_where_the_worker_does_not(eventually: Eventually)
     """A close that never ends keeps the worker; the audit says what it sees after a moment."""
     scene = Scene()
     gate = threading.Event()
-    scene.shared._worker.submit(lambda: gate.wait(DEADLINE) and None)
+    inside.worker(scene.shared).submit(lambda: gate.wait(DEADLINE) and None)
     a_record_that_died_unheard(scene)
     audit = Thread(scene.shared.audit).join()
     assert not gate.is_set()

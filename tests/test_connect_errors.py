@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
+import inside
 import psutil
 import psycopg
 import psycopg2
@@ -478,7 +479,7 @@ class Outside:
     @property
     def shared(self) -> Any:
         """The pool."""
-        return pool_of(self.engines[0])._shared
+        return inside.shared(pool_of(self.engines[0]))
 
     def outage(self) -> None:
         """The server goes: connections end, and no more are accepted."""
@@ -551,7 +552,7 @@ def test_a_permanent_error_comes_at_once_although_the_database_is_there(
             Task(pool_of(bad).connect).result()
     # The first one of SQLAlchemy's engine reads the server's version and the like, by the same connection.
     assert outside.attempts[bad] == 2
-    assert outside.shared._ledger.refusals == 0
+    assert inside.ledger(outside.shared).refusals == 0
     assert outside.shared.numbers.total == 1
     for task in outside.connecting(good, 20):
         task.result()
@@ -572,7 +573,7 @@ def test_a_passing_error_is_tried_again_until_the_server_is_back(
         eventually(lambda: outside.attempts[engine] > 4, "it tries again")
         outside.proxy.pass_on()
         task.result()
-    assert outside.shared._ledger.refusals == 0
+    assert inside.ledger(outside.shared).refusals == 0
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -612,7 +613,7 @@ def test_a_database_that_was_never_there_is_not_tried_again(outside: Outside) ->
         with pytest.raises(exc.OperationalError, match="Connection refused"):
             task.result()
     assert outside.attempts[engine] == 20
-    assert outside.shared._ledger.refusals == 0
+    assert inside.ledger(outside.shared).refusals == 0
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -745,7 +746,9 @@ def test_a_reopening_is_tried_again_as_well(outside: Outside, eventually: Eventu
         if how == "invalidated":
             connection.invalidate()
         elif how == "soft":
-            pool_of(engine)._invalidate(connection.connection)  # as an engine does after a disconnect
+            inside.invalidate_all(
+                pool_of(engine), connection.connection
+            )  # as an engine does after a disconnect
     if how == "found dead":
         outside.outage()
     else:
@@ -792,7 +795,7 @@ def test_a_wait_in_a_line_that_no_server_could_shorten_asks_as_seldom_as_ever(
 
         def wait_less(gate: Any, seconds: float) -> None:
             slices.append(seconds)
-            gate._closed.acquire(timeout=0.001 if seconds > 0.5 else seconds)
+            inside.sleep_lightly(gate, seconds)
 
         monkeypatch.setattr(wait, wait_less)
         (task,) = outside.connecting(small)

@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import inside
 import psycopg
 import psycopg2
 import psycopg2.extensions
@@ -189,13 +190,13 @@ class Recorder:
 
 def report(pool: Any) -> dict[str, Any]:
     """What is reported about the connections of a pool."""
-    found: dict[str, Any] = pool._shared.report()["connections"]
+    found: dict[str, Any] = inside.shared(pool).report()["connections"]
     return found
 
 
 def record_of(fairy: Any) -> Any:
     """The record behind what was checked out."""
-    return fairy._connection_record
+    return inside.record(fairy)
 
 
 def age(fairy: Any, seconds: float = 3600.0) -> None:
@@ -843,7 +844,7 @@ def test_what_is_replaced_at_its_checkout_is_closed_before_the_next_opens(
     fairy.close()
     assert (driver.numbers(), pool.checkedin()) == ([1], 1)
     if through == "pool-wide":
-        pool._invalidate(None)
+        inside.invalidate_all(pool, None)
     elif through == "pre_ping":
 
         def dead(connection: FakeConnection) -> None:
@@ -985,7 +986,7 @@ def test_every_way_through_sqlalchemy_is_counted_bounded_and_shown(driver: FakeD
             age(fairy, 61)
         fairy.close()
         if through == "pool-wide":
-            pool._invalidate(None)
+            inside.invalidate_all(pool, None)
         elif through == "pre_ping":
             last = len(driver.connections)
 
@@ -1546,8 +1547,8 @@ def test_nothing_is_assumed_where_engines_share(eventually: Eventually) -> None:
     assert report(two)["locked"] == 1
     PoolManager.free(pid, raw)
     clock.now += 11
-    two._shared.sweep()
-    eventually(lambda: sockets == 0 and settled(two._shared), "the idle ones are closed")
+    inside.upkeep(two).sweep()
+    eventually(lambda: sockets == 0 and settled(inside.shared(two)), "the idle ones are closed")
     assert_whole(one, eventually)
 
     @event.listens_for(one, "close")

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeConnection, FakeDriver, Task
 from hazards import report
@@ -295,21 +296,11 @@ def test_recreate_carries_over_every_parameter(driver: FakeDriver) -> None:
     assert new.pid == stated["pool_id"]
     assert (new.size(), new.timeout()) == (7, 3.0)
     for name in (
-        "_max_size",
-        "_idle_ttl",
-        "_timeout",
-        "_pool_id",
-        "_use_lifo",
-        "_gc_on_wait",
-        "_recycle",
-        "_pre_ping",
-        "_reset_on_return",
         "logging_name",
         "echo",
-        "_creator",
-        "_dialect",
     ):
         assert getattr(new, name) == getattr(old, name), name
+    assert inside.settings(new) == inside.settings(old)
 
 
 @pytest.mark.parametrize(
@@ -417,5 +408,5 @@ def test_many_engines_made_and_dropped_leave_nothing(
     del engine
     gc.collect()
     eventually(lambda: not driver.live and PoolManager.size(pid) == 0, "nothing is left")
-    assert len(keeper.pool._shared._ledger.attachments) == 1  # type: ignore[attr-defined]
+    assert len(inside.ledger(keeper.pool).attachments) == 1  # type: ignore[attr-defined]
     assert driver.peak <= 4

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import psutil
 import psycopg2
 import pytest
@@ -365,9 +366,8 @@ def test_a_taken_port_is_not_waited_for_but_another_one_taken(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free = embedded._free_port
         offers = iter([taken.getsockname()[1], taken.getsockname()[1]])
-        monkeypatch.setattr(embedded, "_free_port", lambda: next(offers, None) or free())
+        inside.patch_free_port(monkeypatch, offers)
         with EmbeddedPostgres(folder=below) as server:
             assert server.port != taken.getsockname()[1]
             assert query(server, "SELECT 1") == 1
@@ -395,7 +395,7 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, be
     def interrupted(server: EmbeddedPostgres, pid: int) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EmbeddedPostgres, "_ready", interrupted)
+    inside.patch_ready(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         EmbeddedPostgres(folder=below).start()
     assert left(below) == []
@@ -403,9 +403,9 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, be
 
 def test_a_server_that_never_gets_ready_is_ended(monkeypatch: pytest.MonkeyPatch, below: Path) -> None:
     """The wait for it has an end, too."""
-    monkeypatch.setattr(EmbeddedPostgres, "_ready", lambda server, pid: False)
+    inside.patch_ready(monkeypatch, lambda server, pid: False)
     server = EmbeddedPostgres(folder=below)
-    server._prepare()
+    inside.prepare(server)
     monkeypatch.setattr(embedded, "READY_SECONDS", 0.2)
     with pytest.raises(EmbeddedPostgresError, match="not ready after"):
         server.start()

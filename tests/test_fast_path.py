@@ -17,6 +17,7 @@ import weakref
 from types import FrameType
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeDriver
 from hazards import new_pid, new_pool, sleeping_collector
@@ -144,9 +145,8 @@ def test_a_checkout_takes_one_lock_and_its_return_another() -> None:
     """The pool's, once each; a ``with Lock`` costs as much as five frames."""
     pool = new_pool()
     pool.connect().close()
-    shared: Any = pool._shared
-    shared._lock = lock = CountingLock(shared._lock)
-    shared._try_lock = lambda: lock.acquire(False)
+    lock = CountingLock(inside.lock(pool))
+    inside.replace_lock(pool, lock, lambda: lock.acquire(False))
     for _ in range(10):
         pool.connect().close()
     assert lock.taken == 20
@@ -181,7 +181,7 @@ def test_where_another_engine_has_idle_connections_a_checkout_costs_the_same() -
     for connection in out:
         connection.close()
     assert frames(few) == frames(new_pool())
-    few._shared._ledger.peak_held = 1
+    inside.ledger(few).peak_held = 1
     assert frames(few) == frames(new_pool())
 
 
@@ -242,7 +242,7 @@ def test_a_return_resets_as_told(style: Any) -> None:
     pool = QueriesPool(driver.connect, reset_on_return=style)
     pool.connect().close()
     connection: Any = pool.connect()
-    connection._close_special(transaction_reset=True)
+    inside.close_special(connection)
     calls = driver.connections[0].calls
     assert (calls["rollback"], calls["commit"]) == (style == "rollback", 2 * (style == "commit"))
     assert pool.checkedout() == 0
@@ -300,7 +300,7 @@ def test_a_connection_whose_invalidation_was_cut_short_is_not_used_again() -> No
 
         event.listen(pool, "invalidate", refuse)
         connection = pool.connect()
-        connection._connection_record.starttime -= 1  # the times of day that are compared may be coarse
+        inside.record(connection).starttime -= 1  # the times of day that are compared may be coarse
         with pytest.raises(RuntimeError):
             connection.invalidate()
         connection.close()
@@ -349,7 +349,7 @@ def test_an_interrupted_rollback_leaves_no_cycle_behind(monkeypatch: pytest.Monk
     """Error, traceback, frame, error: it would keep the record, and its death would not be noticed."""
     pool = new_pool(max_size=1)
     connection: Any = pool.connect()
-    record = weakref.ref(connection._connection_record)
+    record = weakref.ref(inside.record(connection))
 
     def fail() -> None:
         raise KeyboardInterrupt

@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import inside
 import psycopg2
 import pytest
 from conftest import Observer
@@ -103,7 +104,7 @@ def in_children(work: Callable[[], Any]) -> list[Any]:
 
 def shared(engine: Engine) -> Pool:
     """The pool of an engine's database."""
-    return pool_of(engine)._shared
+    return inside.shared(pool_of(engine))
 
 
 def use_all(engine: Engine) -> list[int]:
@@ -112,10 +113,11 @@ def use_all(engine: Engine) -> list[int]:
     with ExitStack() as stack:
         connections = [stack.enter_context(engine.connect()) for _ in range(pool.size())]
         found = [connection.scalar(BACKEND) for connection in connections]
-        timeout, pool._timeout = pool._timeout, 0
+        timeout = pool.timeout()
+        inside.set_timeout(pool, 0)
         with pytest.raises(CheckoutTimeout):
             engine.connect()
-        pool._timeout = timeout
+        inside.set_timeout(pool, timeout)
     return found
 
 
@@ -124,7 +126,7 @@ def see_idle_connections_close(engine: Engine) -> None:
     shared(engine).set_idle_ttl(0.05)
     engine.connect().close()
     eventually(lambda: len(shared(engine)) == 0, f"idle_ttl does nothing: {shared(engine)!r}")
-    assert not shared(engine)._by_handle
+    assert not inside.by_handle(shared(engine))
 
 
 def live(engine: Engine) -> list[int]:
@@ -135,7 +137,7 @@ def live(engine: Engine) -> list[int]:
     assert shared(other) is shared(engine)
     with other.connect() as connection:
         found.append(connection.scalar(BACKEND))
-    shared(engine)._decide(check, shared(engine)._ledger)
+    inside.decide(shared(engine), check, inside.ledger(shared(engine)))
     return found
 
 
@@ -241,7 +243,7 @@ def inside_the_lock(
     call_once(parent, Ledger, method, stop.here)
     other = Thread(act, parent.engine)
     stop.reached()
-    assert shared(parent.engine)._inside
+    assert inside.is_inside(shared(parent.engine))
     yield
     stop.go()
     parent.own |= other.join()
@@ -257,7 +259,7 @@ def beginning_a_checkout(parent: Parent) -> Iterator[None]:
 @contextmanager
 def in_the_middle_of_a_permit(parent: Parent) -> Iterator[None]:
     """A thread is inside the ledger, with a slot that is in no set yet."""
-    with inside_the_lock(parent, "_enter"):
+    with inside_the_lock(parent, inside.method_of_step("add")):
         yield
 
 
@@ -627,7 +629,7 @@ def test_who_waits_in_the_child_asks_the_collector(
     """Although a thread of the parent was just doing so, which keeps others from it."""
     engine = new_engine(max_size=1)
     collect, stop = gc.collect, Stop()
-    monkeypatch.setattr(garbage, "_next_collection", 0.0)
+    inside.next_collection(monkeypatch, 0.0)
     monkeypatch.setattr(gc, "collect", stop.here)
     other = Thread(garbage.collect_garbage)
     stop.reached()

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock
 from hazards import Handle, Stop, Thread, new_pool
@@ -34,12 +35,12 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]
 
     yield told
     for pool in PoolManager.everywhere():  # the housekeeper looks after what a test has left
-        pool._ledger.leaks.clear()
+        inside.ledger(pool).leaks.clear()
 
 
 def look(pool: QueriesPool) -> None:
     """What the housekeeper does when something is due."""
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
 
 
 def test_one_that_is_out_for_longer_is_told_of_once_with_who_has_it(
@@ -174,7 +175,7 @@ def test_who_has_it_is_told_as_it_was_when_it_was_found(
 
     culprit = Thread(forget, name="culprit")
     has.reached()
-    pool._shared._worker.submit(stop.here)
+    inside.worker(pool).submit(stop.here)
     stop.reached()
     clock.now += 31.0
     look(pool)
@@ -204,7 +205,7 @@ def test_a_detached_connection_has_not_come_home(
     other = pool.connect()
     look(pool)
     assert not [line for line in lines() if "after 0.0 s" in line]
-    assert not pool._shared._ledger.leaks._told
+    assert not inside.told_of_leaks(inside.ledger(pool))
     other.close()
     connection.close()
 
@@ -215,7 +216,7 @@ def test_it_goes_on_across_a_dispose(pid: str, clock: FakeClock, lines: Callable
     connection = old.connect()
     old.dispose()
     new = old.recreate()
-    assert new._attachment.leak_after == 30.0
+    assert inside.attachment(new).leak_after == 30.0
     clock.now += 30.0
     look(new)
     clock.now += 5.0
@@ -247,8 +248,8 @@ def test_what_an_engine_that_is_gone_was_told_of_is_forgotten(
     for _ in range(2):
         clock.now += 1.5
         look(other)
-    ledger = other._shared._ledger
-    assert not ledger.leaks._told
+    ledger = inside.ledger(other)
+    assert not inside.told_of_leaks(ledger)
     assert ledger.due - clock.now > 100.0
     kept.close()
 
@@ -257,7 +258,7 @@ def test_it_is_looked_for_when_it_is_due_and_no_more_often(pid: str, clock: Fake
     """After the first opening, ``leak_after`` later; then when the next may be due; every second only while
     one is out that was told of."""
     pool = new_pool(pid, leak_after=30.0)
-    ledger = pool._shared._ledger
+    ledger = inside.ledger(pool)
     connection = pool.connect()
     assert ledger.due == clock.now + 30.0
     clock.now += 20.0
@@ -279,12 +280,12 @@ def test_without_it_nothing_is_due_and_nobody_looks(pid: str, clock: FakeClock) 
     """Off, by default: no look is due, no slot is looked at, nothing is kept."""
     pool = new_pool(pid)
     connection = pool.connect()
-    ledger = pool._shared._ledger
+    ledger = inside.ledger(pool)
     assert ledger.due == float("inf")
     clock.now += 1e6
     look(pool)
     assert ledger.due == float("inf")
-    assert not ledger.leaks._told
+    assert not inside.told_of_leaks(ledger)
     connection.close()
 
 
@@ -364,7 +365,7 @@ def test_a_forked_child_tells_of_its_own_alone(pid: str, clock: FakeClock) -> No
     if child == 0:
         code = 1
         try:
-            kept = len(pool._shared._ledger.leaks._told)
+            kept = len(inside.told_of_leaks(inside.ledger(pool)))
             told: list[str] = []
             handler = logging.Handler()
             handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import inside
 import psutil
 import psycopg
 import psycopg2
@@ -136,7 +137,7 @@ def test_a_reset_is_news_and_dead() -> None:
 def test_without_rdhup_the_bytes_tell_the_end(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS has no POLLRDHUP; the end of the stream is read there, and before it the error."""
     ours, theirs = wire
-    monkeypatch.setattr(liveness, "_HUNG_UP", 0)
+    inside.without_rdhup(monkeypatch)
     theirs.shutdown(socket.SHUT_WR)
     assert judge(ours) is DEAD
 
@@ -462,7 +463,7 @@ def end(observer: Observer, datname: str) -> int:
 
 def slots(engine: Engine) -> list[Any]:
     """The connections of an engine's pool."""
-    return list(engine.pool._shared.connections)  # type: ignore[attr-defined]
+    return list(inside.shared(engine.pool).connections)  # type: ignore[attr-defined]
 
 
 def fill(engine: Engine, number: int) -> list[int]:
@@ -615,7 +616,7 @@ def test_a_waiter_is_not_given_a_dead_one(way: Way, new_engine: NewEngine, pg_ob
     held = engine.raw_connection()
     dead = backend(held)
     waiter = Task(lambda: next_one(engine))
-    eventually(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
     end(pg_observer, way.datname)
     way.arrived()
     held.close()
@@ -889,7 +890,7 @@ def test_ping_after_survives_a_dispose(pg_url: str, new_engine: NewEngine) -> No
     assert pings.number == 1
     pool = engine.pool
     assert isinstance(pool, QueriesPool)
-    assert (pool._ping_after, pool._ping_timeout) == (0, 7)
+    assert (inside.setting(pool, "ping_after"), inside.setting(pool, "ping_timeout")) == (0, 7)
 
 
 def test_without_poll_the_ping_finds_the_dead(
@@ -914,7 +915,7 @@ def test_what_is_handed_over_is_pinged_where_everything_is(pg_url: str, new_engi
     held = engine.raw_connection()
     living = backend(held)
     waiter = Task(lambda: next_one(engine))
-    eventually(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
     held.close()
     assert waiter.result() == living
     assert pings.number == 1
@@ -1098,7 +1099,7 @@ def test_a_ping_that_hangs_is_felt_by_nobody_else(
             assert [Task(lambda e=engine: next_one(e)).result() for _ in range(10)]  # type: ignore[misc]
             held = engine.raw_connection()
             waiter = Task(lambda e=engine: next_one(e))  # type: ignore[misc]
-            numbers = engine.pool._shared  # type: ignore[attr-defined]
+            numbers = inside.shared(engine.pool)  # type: ignore[attr-defined]
             eventually(lambda n=numbers: n.numbers.waiting, "somebody waits")
             held.close()
             assert waiter.result()

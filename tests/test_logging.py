@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock, FakeDriver
 from hazards import new_pid, sleeping_collector
@@ -158,8 +159,8 @@ def test_why_a_connection_was_closed_is_in_its_engines_log(
     loud, other = engine(echo_pool=echo, pool_logging_name="web"), engine()
     loud.raw_connection().close()
     clock.now += 11
-    shared = PoolManager._pools[pid]
-    shared.sweep()
+    shared = inside.pools()[pid]
+    inside.upkeep(shared).sweep()
     eventually(lambda: not shared.numbers.total, "closed")
     PoolManager.set_max_size(pid, 1)
     loud.raw_connection().close()

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock, FakeDriver, Task
 from ledger_fakes import Books, Gate, Record
@@ -317,7 +318,7 @@ class Stage:
         self.engine = create_engine(
             "fake://host/db", module=self.driver, poolclass=QueriesPool, pool_id=pool_id, **kw
         )
-        self.shared = self.engine.pool._shared  # type: ignore[attr-defined]
+        self.shared = inside.shared(self.engine.pool)  # type: ignore[attr-defined]
         event.listen(self.engine, "connect", self._connect)
 
     def _connect(self, *_: Any) -> None:

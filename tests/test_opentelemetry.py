@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -314,7 +315,7 @@ def test_a_pool_that_begins_anew_is_told_from_its_beginning(
     name = pool_of(engine).label
     use(engine, 5)
     assert collected(reader)["use_time", name].count == 5
-    pool_of(engine)._ledger.count_anew()
+    inside.ledger(pool_of(engine)).count_anew()
     use(engine, 2)
     assert collected(reader)["use_time", name].count == 7
 
@@ -323,13 +324,13 @@ def test_collections_at_the_same_time_tell_everything_once(
     reader: InMemoryMetricReader, provide: Provide, engine: Engine
 ) -> None:
     """The SDK's readers take turns today; OpenTelemetry asks callbacks not to rely on it."""
-    feed = opentelemetry._Feed(provide(other := InMemoryMetricReader()).get_meter("feed"))
+    feed = inside.feed(provide(other := InMemoryMetricReader()).get_meter("feed"))
     use(engine, 300)
     together = threading.Barrier(4)
 
     def collect() -> None:
         together.wait()
-        list(feed._observe(CallbackOptions()))
+        list(inside.observe(feed, CallbackOptions()))
 
     threads = [threading.Thread(target=collect) for _ in range(4)]
     before = sys.getswitchinterval()
@@ -432,7 +433,7 @@ def test_buckets_that_do_not_fit_their_sum_are_kept(counts: list[int], seconds: 
 def test_a_sum_that_was_read_late_follows(reader: InMemoryMetricReader, engine: Engine) -> None:
     """What could not be recorded with its bucket is recorded with the next one."""
     name = pool_of(engine).label
-    totals = pool_of(engine)._ledger.totals
+    totals = inside.ledger(pool_of(engine)).totals
     totals.used.counts[bisect_left(BOUNDS, 0.7)] += 1  # as between the two lines of `add`
     assert collected(reader)["use_time", name].count == 1
     totals.used.seconds += 0.7

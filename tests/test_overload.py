@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock, FakeDriver, Task
 from ledger_fakes import Books, Gate, Record
@@ -231,7 +232,7 @@ def test_both_may_be_text_come_with_the_url_and_stay_when_the_pool_is_recreated(
     url = f"fake://host/db?plugin=queries&max_waiting=3&queue_target=0.25&pool_id={secrets.token_hex(4)}"
     engine = create_engine(url, module=FakeDriver())
     for _ in range(2):
-        attachment = engine.pool._attachment  # type: ignore[attr-defined]
+        attachment = inside.attachment(engine.pool)  # type: ignore[attr-defined]
         assert (attachment.max_waiting, attachment.queue_target) == (3, 0.25)
         engine.dispose()
 
@@ -296,7 +297,7 @@ def test_one_more_than_may_wait_is_refused_at_once(
     assert "the line is full: 2 wait already, and that is max_waiting" in first
     assert "Held by, longest first: MainThread" in first
     assert error.snapshot.diagnosis.kind == LINE_FULL
-    assert full.pool._shared.last_timeouts[-1] is error.snapshot
+    assert inside.shared(full.pool).last_timeouts[-1] is error.snapshot
     numbers = full.pool.statistics()
     assert (numbers.refused, numbers.timeouts, numbers.waiting) == (1, 0, 2)
     assert PoolManager.statistics().refused >= 1
@@ -324,17 +325,17 @@ def test_many_who_get_nothing_at_once_share_a_snapshot(
         with pytest.raises(TooManyRequests) as caught:
             task.result()
         errors.append(caught.value)
-    full.pool._timeout = 0
+    inside.set_timeout(full.pool, 0)
     with pytest.raises(CheckoutTimeout) as caught_last:
         full.pool.connect()
     assert len(taken) == 1
     assert {error.snapshot.taken_at for error in [*errors, caught_last.value]} == {taken[0].taken_at}
     numbers = full.pool.statistics()
-    assert (numbers.refused, numbers.timeouts, len(full.pool._shared.last_timeouts)) == (8, 1, 1)
-    full.pool._shared.looked_for = 0.0, 0.0  # a while later
+    assert (numbers.refused, numbers.timeouts, len(inside.shared(full.pool).last_timeouts)) == (8, 1, 1)
+    inside.look_anew(full.pool)  # a while later
     with pytest.raises(CheckoutTimeout):
         full.pool.connect()
-    assert len(full.pool._shared.last_timeouts) == len(taken) == 2
+    assert len(inside.shared(full.pool).last_timeouts) == len(taken) == 2
 
 
 def test_with_no_line_at_all_who_finds_nothing_is_refused(stage: Callable[..., Stage]) -> None:
@@ -349,8 +350,8 @@ def test_with_no_line_at_all_who_finds_nothing_is_refused(stage: Callable[..., S
 def test_who_may_not_wait_is_served_by_what_can_be_opened(stage: Callable[..., Stage]) -> None:
     """Where it would wait for what is out rather than open another, it opens."""
     full = stage(max_waiting=0)
-    full.pool._shared.set_max_size(2)
-    full.pool._shared._ledger.mean_connect = 0.5
+    inside.shared(full.pool).set_max_size(2)
+    inside.ledger(full.pool).mean_connect = 0.5
     Task(lambda: full.pool.connect().close()).result()
     assert full.driver.attempts == 2
 
@@ -358,7 +359,7 @@ def test_who_may_not_wait_is_served_by_what_can_be_opened(stage: Callable[..., S
 def test_who_does_not_wait_anyway_gets_the_timeout(stage: Callable[..., Stage]) -> None:
     """``timeout=0`` is never in line, so no line is too long for it."""
     full = stage(max_waiting=0)
-    full.pool._timeout = 0.0
+    inside.set_timeout(full.pool, 0.0)
     with pytest.raises(CheckoutTimeout) as caught:
         full.pool.connect()
     assert type(caught.value) is CheckoutTimeout
@@ -376,7 +377,7 @@ def test_in_an_overload_who_has_waited_for_the_target_is_refused_by_its_own_thre
     with pytest.raises(TooManyRequests, match=r"overloaded: .*slower than queue_target=0\.01 s"):
         task.result()
     assert slow.pool.statistics().refused == 1
-    assert slow.pool._shared.last_timeouts[-1].diagnosis.kind == OVERLOAD
+    assert inside.shared(slow.pool).last_timeouts[-1].diagnosis.kind == OVERLOAD
 
 
 def test_with_a_target_that_is_kept_everybody_is_served(
@@ -397,11 +398,11 @@ def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
 ) -> None:
     """To look for deadlocks and for what is to be mended takes long where many wait: as seldom as without."""
     often = stage(queue_target=0.01)
-    shared = often.pool._shared
+    shared = inside.shared(often.pool)
     looks, mends = [], []
-    insist, mend = shared._ledger.insist, shared.mend
-    monkeypatch.setattr(shared._ledger, "look_in", lambda *_: 0.001)
-    monkeypatch.setattr(shared._ledger, "insist", lambda *args: looks.append(1) or insist(*args))
+    insist, mend = inside.ledger(shared).insist, inside.upkeep(shared).mend
+    monkeypatch.setattr(inside.ledger(shared), "look_in", lambda *_: 0.001)
+    monkeypatch.setattr(inside.ledger(shared), "insist", lambda *args: looks.append(1) or insist(*args))
     monkeypatch.setattr(shared, "mend", lambda: mends.append(1) or mend())
     often.waits()
     eventually(lambda: len(looks) > 500 and mends, "it looks")

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeDriver
 from sqlalchemy import create_engine, exc
@@ -297,14 +298,14 @@ def test_idle_ttl_means_the_same_wherever_it_is_said(use: Callable[[str, Any], A
 def test_an_engine_that_could_not_be_made_leaves_nothing_behind(wrong: dict[str, Any]) -> None:
     """No entry in the manager, no say in the limit of the database's other engines."""
     url = f"fake://host/parameters_{next(_numbers)}"
-    before = set(PoolManager._pools)
+    before = set(inside.pools())
     with pytest.raises((TypeError, exc.ArgumentError)):
         create_engine(url, module=FakeDriver(), poolclass=QueriesPool, **wrong)
     gc.collect()
     # create_engine looks for keywords that nobody took after having made the pool: that one has no
     # engine and leaves like every pool that is of no use any more.
-    for pid in set(PoolManager._pools) - before:
+    for pid in set(inside.pools()) - before:
         PoolManager.clean(pid)
-    assert set(PoolManager._pools) <= before
+    assert set(inside.pools()) <= before
     keeper = create_engine(url, module=FakeDriver(), poolclass=QueriesPool, max_size=2)
     assert PoolManager.report()["pools"][keeper.pool.pid]["max_size"] == 2  # type: ignore[attr-defined]

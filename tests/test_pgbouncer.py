@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import inside
 import psycopg2
 import pytest
 from conftest import observer
@@ -140,7 +141,7 @@ def crowd(engine: Engine, checkouts: int = CHECKOUTS // ROUNDS) -> list[str]:
 
 def waiting(engine: Engine) -> int:
     """How many wait for a connection of the pool."""
-    return int(engine.pool._shared.numbers.waiting)  # type: ignore[attr-defined]
+    return int(inside.shared(engine.pool).numbers.waiting)  # type: ignore[attr-defined]
 
 
 # -- the pool does what it does without -------------------------------------------------------------

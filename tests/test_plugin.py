@@ -10,12 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from psycopg.pq import Conninfo
 from sqlalchemy import Engine, create_engine, engine_from_config, exc, pool, text
 from sqlalchemy.engine import make_url
 
-from sqla_queries_pool import PoolManager, QueriesPool
+from sqla_queries_pool import QueriesPool
 from sqla_queries_pool.plugin import PARAMETERS
 
 URL = "postgresql+psycopg2://scott:tiger@db.example.net/shop?plugin=queries"
@@ -71,9 +72,20 @@ def test_the_url_alone_chooses_the_pool_and_configures_all_of_it(make: Any) -> N
         "&pool_logging_name=web&echo_pool=false"
     )
     queries = pool_of(engine)
-    assert (queries.size(), queries._idle_ttl, queries._gc_on_wait) == (10, 2.5, False)
-    assert (queries.timeout(), queries._use_lifo, queries._recycle) == (1.5, False, 3600)
-    assert (queries._pre_ping, queries._reset_on_return.name) == (False, "reset_commit")
+    assert (queries.size(), inside.setting(queries, "idle_ttl"), inside.setting(queries, "gc_on_wait")) == (
+        10,
+        2.5,
+        False,
+    )
+    assert (queries.timeout(), inside.setting(queries, "use_lifo"), inside.setting(queries, "recycle")) == (
+        1.5,
+        False,
+        3600,
+    )
+    assert (inside.setting(queries, "pre_ping"), inside.setting(queries, "reset_on_return").name) == (
+        False,
+        "reset_commit",
+    )
     assert (queries.logging_name, queries.echo, queries.pid) == ("web", False, f"shop-{os.getpid()}")
 
 
@@ -111,7 +123,7 @@ def test_engines_of_one_url_share_a_pool_however_they_were_configured(make: Any)
     url = "postgresql+psycopg2://scott@db.example.net/for-two"
     plain = make(url, poolclass=QueriesPool, max_size=3)
     assert pool_of(make(f"{url}?plugin=queries&max_size=4")).pid == pool_of(plain).pid
-    assert PoolManager._pools[pool_of(plain).pid].max_size == 4
+    assert inside.pools()[pool_of(plain).pid].max_size == 4
 
 
 @pytest.mark.parametrize(
@@ -249,7 +261,7 @@ def test_an_ini_file_needs_the_url_alone(make: Any) -> None:
     engine = engine_from_config({"sqlalchemy.url": f"{URL}&max_size=3&pool_pre_ping=false"})
     try:
         assert pool_of(engine).size() == 3
-        assert pool_of(engine)._pre_ping is False
+        assert inside.setting(pool_of(engine), "pre_ping") is False
     finally:
         engine.dispose()
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from conftest import SessionServer
 from sqlalchemy import create_engine
@@ -325,7 +326,7 @@ def test_what_is_told_is_what_the_pool_says_of_itself(registry: CollectorRegistr
 def test_each_kind_of_number_is_the_one_of_its_name(registry: CollectorRegistry, engine: Engine) -> None:
     """With numbers that all differ, none is told under another's name."""
     pool = pool_of(engine)
-    totals = pool._ledger.totals
+    totals = inside.ledger(pool).totals
     names = (
         "timeouts",
         "refused",
@@ -338,7 +339,7 @@ def test_each_kind_of_number_is_the_one_of_its_name(registry: CollectorRegistry,
     )
     for number, name in enumerate(names, 11):
         setattr(totals, name, number)
-    pool._ledger.peak_held = 9
+    inside.ledger(pool).peak_held = 9
     totals.closes["gave way to another engine"] = 7
     for number, durations in enumerate((totals.waited, totals.used, totals.connects), 2):
         for _ in range(number):

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import pytest
 import sqlalchemy.pool
 from fakes import FakeClock, FakeConnection, FakeDriver, Task
@@ -17,7 +18,6 @@ from hazards import report
 from sqlalchemy import create_engine, exc
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.pool import garbage
 
 Eventually = Callable[..., None]
 _numbers = itertools.count()
@@ -172,7 +172,7 @@ def test_gc_on_wait_finds_what_was_abandoned_in_a_cycle(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """While all wait the collector does not run by itself: a waiter asks it, unless ``gc_on_wait=False``."""
-    monkeypatch.setattr(garbage, "_next_collection", 0.0)
+    inside.next_collection(monkeypatch, 0.0)
     gc.collect()
     gc.disable()
     try:
@@ -501,7 +501,7 @@ def test_what_is_detached_frees_its_slot_and_is_shown_until_it_is_closed(driver:
     """A detached connection is its holder's: it counts against nothing, but is not forgotten."""
     pool = QueriesPool(driver.connect, max_size=1, timeout=0)
     connection = pool.connect()
-    record = connection._connection_record  # type: ignore[attr-defined]
+    record = inside.record(connection)  # type: ignore[attr-defined]
     connection.detach()
     assert record.dbapi_connection is None  # it lives, so nothing is freed by its death
     assert (pool.checkedin(), pool.checkedout()) == (0, 0)
@@ -568,8 +568,16 @@ def test_create_engine_passes_every_parameter(driver: FakeDriver, pid: str) -> N
     )
     pool: Any = engine.pool
     assert (pool.size(), pool.timeout(), pool.pid) == (7, 3, pid)
-    assert (pool._idle_ttl, pool._use_lifo, pool._gc_on_wait) == (12.5, False, False)
-    assert (pool._recycle, pool._pre_ping, pool.logging_name) == (99, True, "mine")
+    assert (
+        inside.setting(pool, "idle_ttl"),
+        inside.setting(pool, "use_lifo"),
+        inside.setting(pool, "gc_on_wait"),
+    ) == (12.5, False, False)
+    assert (inside.setting(pool, "recycle"), inside.setting(pool, "pre_ping"), pool.logging_name) == (
+        99,
+        True,
+        "mine",
+    )
     engine.connect().close()
     assert driver.connections[0].calls["commit"] == 1
 

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock, FakeDriver, Task
 from sqlalchemy import create_engine, text
@@ -42,7 +43,7 @@ def make_pool(driver: FakeDriver, pid: str) -> Callable[..., QueriesPool]:
 
 def report(pid: str) -> dict[str, Any]:
     """What is reported about a pool."""
-    found: dict[str, Any] = PoolManager._pools[pid].report()
+    found: dict[str, Any] = inside.pools()[pid].report()
     return found
 
 
@@ -448,7 +449,7 @@ def test_an_sqlite_database_in_memory_is_one_connection_for_ever(url: str) -> No
         with pytest.raises(CheckoutTimeout):
             one.connect()
     PoolManager.clean(pool.pid)
-    assert pool._attachment.ttl == math.inf
+    assert inside.attachment(pool).ttl == math.inf
     with one.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 0
     for engine in (one, two):

@@ -12,6 +12,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
@@ -422,7 +423,7 @@ def test_the_pool_keeps_the_last_twenty_the_newest_last(pid: str) -> None:
     pool = new_pool(pid, timeout=0)
     with held(pool, "a"), held(pool, "b"):
         errors = [fails(pool) for _ in range(23)]
-    kept = pool._shared.last_timeouts
+    kept = inside.shared(pool).last_timeouts
     assert len(kept) == 20
     assert all(a is b.snapshot for a, b in zip(kept, errors[3:], strict=True))
     assert pool.statistics().timeouts == 23
