@@ -20,9 +20,9 @@ from typing import Any
 from sqlalchemy.pool import Pool
 
 from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.gates import ThreadGate
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.slots import Attachment, Permit, Quota
+from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.budget.slots import Attachment, Permit, Quota
+from sqla_queries_pool.concurrency.gates import ThreadGate
 
 from .competitors import QUERIES, Backend, FakeConnection, fake
 from .effort import Effort

@@ -4,8 +4,9 @@
 share one limit, and idle connections go away by themselves.
 """
 
-from .audit import Audit
-from .diagnostics import Diagnosis, Holder, Snapshot, Waiting, snapshot
+from .budget.audit import Audit
+from .budget.stats import BOUNDS, Histogram, ManagerStatistics, Statistics
+from .engine.queries_pool import QueriesPool
 from .errors import (
     ActivePoolError,
     CheckoutReentered,
@@ -22,10 +23,9 @@ from .errors import (
     QueriesException,
     TooManyRequests,
 )
+from .insight.diagnostics import Diagnosis, Holder, Snapshot, Waiting, snapshot
 from .labels import checkout_label, labelled
 from .pool import Connection, Pool, PoolManager
-from .queries_pool import QueriesPool
-from .stats import BOUNDS, Histogram, ManagerStatistics, Statistics
 
 __all__ = [
     "BOUNDS",

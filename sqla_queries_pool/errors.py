@@ -79,7 +79,7 @@ class CheckoutTimeout(exc.TimeoutError):
     """
 
     snapshot: Any = None
-    """The same as data: a :class:`~sqla_queries_pool.diagnostics.Snapshot`."""
+    """The same as data: a :class:`~sqla_queries_pool.insight.diagnostics.Snapshot`."""
 
 
 class TooManyRequests(CheckoutTimeout):

@@ -12,10 +12,10 @@ from typing import Any, Final
 
 from sqlalchemy.engine import URL, CreateEnginePlugin
 
+from .engine.queries_pool import QueriesPool
 from .errors import ParameterError
 from .logs import logger
 from .parameters import shown
-from .queries_pool import QueriesPool
 
 PARAMETERS: Final = (
     "max_size",

@@ -24,7 +24,7 @@ from pytest_postgresql.executors import NoopExecutor
 from pytest_postgresql.janitor import DatabaseJanitor
 
 from sqla_queries_pool import PoolManager
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 
 MAX_CONNECTIONS = 100  # of the session's server
 MEMORY = Path("/dev/shm")

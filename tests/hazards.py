@@ -15,7 +15,7 @@ import inside
 from sqlalchemy import Engine
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
-from sqla_queries_pool.audit import check
+from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.pool import Pool
 
 DEADLINE = 20.0

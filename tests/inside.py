@@ -13,9 +13,12 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from sqla_queries_pool import Pool, PoolManager, QueriesPool, deadlock, embedded, liveness
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.pool import garbage
+from sqla_queries_pool import Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.demo import embedded
+from sqla_queries_pool.insight import deadlock
+from sqla_queries_pool.runtime import garbage
+from sqla_queries_pool.sockets import liveness
 
 # -- from one to the other -------------------------------------------------------------------------------
 

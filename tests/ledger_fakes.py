@@ -11,10 +11,10 @@ from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from sqla_queries_pool.audit import check
-from sqla_queries_pool.ledger import GRACE, LOWERED, PATIENCE, Ledger
-from sqla_queries_pool.patience import LONGEST, WORTH_IT
-from sqla_queries_pool.slots import (
+from sqla_queries_pool.budget.audit import check
+from sqla_queries_pool.budget.ledger import GRACE, LOWERED, PATIENCE, Ledger
+from sqla_queries_pool.budget.queue import LONGEST, WORTH_IT
+from sqla_queries_pool.budget.slots import (
     HELD,
     LENT,
     Attachment,

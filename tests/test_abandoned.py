@@ -17,7 +17,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.housekeeping import Housekeeper
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 
 Eventually = Callable[..., None]
 SEED = 20261122

@@ -20,11 +20,12 @@ from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
-from sqla_queries_pool.audit import COLLECTED, Audit, Finding, check
-from sqla_queries_pool.audit import mend as audit_mend
-from sqla_queries_pool.gates import ThreadGate
-from sqla_queries_pool.pool import Pool, core
-from sqla_queries_pool.slots import CLOSING, GONE, HELD, LENT, OPENING, Permit
+from sqla_queries_pool.budget.audit import COLLECTED, Audit, Finding, check
+from sqla_queries_pool.budget.audit import mend as audit_mend
+from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LENT, OPENING, Permit
+from sqla_queries_pool.concurrency.gates import ThreadGate
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.runtime import core
 
 Eventually = Callable[..., None]
 PASSWORD = "Conspicuous/Pa55word"

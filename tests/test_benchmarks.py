@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 from sqlalchemy import exc
 
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 from sqla_queries_pool.demo.server import Server, read_url
-from sqla_queries_pool.embedded import EmbeddedPostgres
 
 REPOSITORY = Path(__file__).parent.parent
 

@@ -45,7 +45,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 
 Eventually = Callable[..., None]
 Make = Callable[..., Any]

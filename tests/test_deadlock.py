@@ -19,9 +19,11 @@ from hazards import Handle, Ring, Stop, Thread, assert_whole, new_pid, new_pool,
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
-from sqla_queries_pool import CheckoutTimeout, PoolDeadlock, PoolManager, QueriesPool, deadlock, labelled
+from sqla_queries_pool import CheckoutTimeout, PoolDeadlock, PoolManager, QueriesPool, labelled
+from sqla_queries_pool.insight import deadlock
 from sqla_queries_pool.logs import NAME
-from sqla_queries_pool.pool import Pool, core
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.runtime import core
 
 Eventually = Callable[..., None]
 SEEDS = (20261123, 7, 4711)

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 from sqlalchemy import make_url
 
+from sqla_queries_pool.demo.embedded import ENV, EmbeddedPostgres
 from sqla_queries_pool.demo.run import KINDS, QUERIES, QUEUE, Parameters
 from sqla_queries_pool.demo.server import DemoError, read_url
-from sqla_queries_pool.embedded import ENV, EmbeddedPostgres
 
 pytestmark = pytest.mark.slow  # they start programs
 

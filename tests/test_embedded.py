@@ -23,8 +23,8 @@ from psycopg2.extensions import connection as Connection
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from sqla_queries_pool import embedded
-from sqla_queries_pool.embedded import ENV, EmbeddedPostgres, EmbeddedPostgresError
+from sqla_queries_pool.demo import embedded
+from sqla_queries_pool.demo.embedded import ENV, EmbeddedPostgres, EmbeddedPostgresError
 
 pytestmark = pytest.mark.slow  # they start servers
 
@@ -424,7 +424,7 @@ def test_an_unknown_mode_is_refused(pg_server: EmbeddedPostgres) -> None:
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 import psycopg2
 import psycopg2.extensions
 

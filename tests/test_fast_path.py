@@ -26,19 +26,19 @@ from sqlalchemy.pool import Pool, QueuePool
 
 import sqla_queries_pool
 from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.engine.records import Proxy
 from sqla_queries_pool.logs import NAME
-from sqla_queries_pool.records import Proxy
 
 PACKAGE = os.path.dirname(sqla_queries_pool.__file__) + os.sep
 FRAMES = [
-    "queries_pool.py:connect",
-    "queries_pool.py:_do_get",
-    "pool/core.py:take",
-    "ledger.py:take",
-    "records.py:__init__",
-    "records.py:close",
-    "pool/core.py:give",
-    "ledger.py:give",
+    "engine/queries_pool.py:connect",
+    "engine/queries_pool.py:_do_get",
+    "runtime/core.py:take",
+    "budget/ledger.py:take",
+    "engine/records.py:__init__",
+    "engine/records.py:close",
+    "runtime/core.py:give",
+    "budget/ledger.py:give",
 ]
 """The functions of this package that a checkout and its return run."""
 EVENTS = ("connect", "first_connect", "checkout", "checkin", "reset", "close", "invalidate", "detach")
@@ -132,7 +132,7 @@ class CountingLock:
 def test_a_checkout_runs_eight_functions_of_this_package_and_none_that_diagnoses() -> None:
     """Statistics are counted in place, the label is one call of C; nothing of leaks, deadlocks, snapshots or
     stacks is on it.  A frame costs 15 to 30 ns: one more is a decision, and it is taken here."""
-    assert [call for call in frames(new_pool()) if call != "liveness.py:<lambda>"] == FRAMES
+    assert [call for call in frames(new_pool()) if call != "sockets/liveness.py:<lambda>"] == FRAMES
 
 
 def test_a_checkout_runs_fewer_functions_than_queuepools() -> None:
@@ -190,8 +190,8 @@ def test_tracked_stacks_cost_a_frame_more_and_only_where_they_are_on() -> None:
     pid = new_pid()
     with_it, without = new_pool(pid, track_stacks=True), new_pool(pid)
     assert frames(without) == frames(new_pool())
-    extra = [call for call in frames(with_it) if call.startswith("stacks.py")]
-    assert extra == ["stacks.py:calls"]
+    extra = [call for call in frames(with_it) if call.startswith("insight/stacks.py")]
+    assert extra == ["insight/stacks.py:calls"]
 
 
 def test_nothing_accumulates_from_checkout_to_checkout() -> None:
@@ -371,7 +371,7 @@ from sqlalchemy.pool import base
 base._ConnectionFairy.__slots__ += ("of_tomorrow",)
 import sqla_queries_pool, gc
 from sqla_queries_pool.logs import NAME
-from sqla_queries_pool.records import Proxy
+from sqla_queries_pool.engine.records import Proxy
 from fakes import FakeDriver
 driver = FakeDriver()
 pool = sqla_queries_pool.QueriesPool(driver.connect, max_size=1, timeout=1.0)

@@ -26,9 +26,10 @@ from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, pool
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.audit import check
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.pool import Pool, garbage
+from sqla_queries_pool.budget.audit import check
+from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.runtime import garbage
 
 pytestmark = [
     pytest.mark.slow,

@@ -15,7 +15,7 @@ from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import URL, Engine
 
 from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.identity import of_arguments
+from sqla_queries_pool.engine.identity import of_arguments
 
 BASE = "pg://me:secret@host/db"
 

@@ -17,7 +17,7 @@ from hazards import Handle, Thread, assert_whole, new_pid, new_pool, pool_of
 from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.housekeeping import Housekeeper
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 
 Eventually = Callable[..., None]
 NEVER = None

@@ -37,9 +37,10 @@ from hazards import DEADLINE, Probe, Ring, Stop, Thread, assert_whole, eventuall
 from sqlalchemy import create_engine, event, make_url, text
 
 import sqla_queries_pool
-from sqla_queries_pool import CheckoutTimeout, ConnectionNotFoundError, PoolManager, QueriesPool, retirement
-from sqla_queries_pool.housekeeping import Housekeeper
+from sqla_queries_pool import CheckoutTimeout, ConnectionNotFoundError, PoolManager, QueriesPool
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.runtime import jitter as retirement
 
 pytestmark = pytest.mark.slow
 Eventually = Callable[..., None]

@@ -18,7 +18,7 @@ from fakes import FakeClock
 from hazards import Handle, Stop, Thread, new_pool
 
 from sqla_queries_pool import PoolManager, QueriesPool, labelled
-from sqla_queries_pool.leaks import Leaks
+from sqla_queries_pool.budget.leaks import Leaks
 from sqla_queries_pool.logs import NAME
 
 Eventually = Callable[..., None]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from ledger_fakes import Books, Gate, Record, Session
 
-from sqla_queries_pool import ledger as reasons
-from sqla_queries_pool.slots import (
+from sqla_queries_pool.budget import ledger as reasons
+from sqla_queries_pool.budget.slots import (
     CLOSING,
     HELD,
     IDLE,

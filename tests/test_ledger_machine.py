@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from ledger_fakes import Books, Gate, Handle, Record, Session
 
-from sqla_queries_pool.ledger import LOWERED
-from sqla_queries_pool.slots import CLOSING, HELD, IDLE, LENT, Attachment, Close, NotHeld, Permit, Slot
+from sqla_queries_pool.budget.ledger import LOWERED
+from sqla_queries_pool.budget.slots import CLOSING, HELD, IDLE, LENT, Attachment, Close, NotHeld, Permit, Slot
 
 T = TypeVar("T")
 which = st.integers(0, 23)

@@ -14,8 +14,9 @@ from fakes import FakeClock, FakeDriver, Task
 from hazards import assert_whole, new_pid
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
-from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool, retirement
-from sqla_queries_pool.ledger import LOOK_EVERY
+from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool
+from sqla_queries_pool.budget.ledger import LOOK_EVERY
+from sqla_queries_pool.runtime import jitter as retirement
 
 Eventually = Callable[..., None]
 Make = Callable[..., QueriesPool]

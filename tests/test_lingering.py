@@ -19,7 +19,7 @@ from hazards import Thread, new_pid
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import ParameterError, QueriesPool
-from sqla_queries_pool.lingering import Lingering
+from sqla_queries_pool.sockets.lingering import Lingering
 
 Eventually = Callable[..., None]
 LIMIT = 4

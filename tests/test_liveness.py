@@ -24,9 +24,10 @@ from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
-from sqla_queries_pool import PoolManager, QueriesPool, liveness
-from sqla_queries_pool.housekeeping import Housekeeper
-from sqla_queries_pool.liveness import ALIVE, DEAD, DOUBT, Fuse, hang_up, look, poll_of
+from sqla_queries_pool import PoolManager, QueriesPool
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.sockets import liveness
+from sqla_queries_pool.sockets.liveness import ALIVE, DEAD, DOUBT, Fuse, hang_up, look, poll_of
 
 resource = pytest.importorskip("resource", reason="POSIX has it, and poll")
 

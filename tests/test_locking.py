@@ -36,17 +36,18 @@ from sqla_queries_pool import (
     PoolManager,
     QueriesPool,
     TooManyRequests,
-    ledger,
-    retirement,
 )
-from sqla_queries_pool.audit import check
-from sqla_queries_pool.books import Books
-from sqla_queries_pool.diagnostics import snapshot
-from sqla_queries_pool.gates import ThreadGate
-from sqla_queries_pool.housekeeping import Housekeeper
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.pool import Pool, core
-from sqla_queries_pool.slots import Attachment, NotHeld, Quota
+from sqla_queries_pool.budget import ledger
+from sqla_queries_pool.budget.audit import check
+from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.budget.slots import Attachment, NotHeld, Quota
+from sqla_queries_pool.budget.state import Books
+from sqla_queries_pool.concurrency.gates import ThreadGate
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.insight.diagnostics import snapshot
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.runtime import core
+from sqla_queries_pool.runtime import jitter as retirement
 
 Eventually = Callable[..., None]
 VERSION = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:3])

@@ -37,11 +37,11 @@ from sqlalchemy import create_engine, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.__main__ import main
+from sqla_queries_pool.budget.stats import BOUNDS, Histogram
 from sqla_queries_pool.labels import labelled
 from sqla_queries_pool.monitor import Monitor, access, markup, page, serving
+from sqla_queries_pool.monitor.data import MOST_CHARACTERS, MOST_HOLDERS, MOST_TIMEOUTS, clean, duration
 from sqla_queries_pool.monitor.history import GAP, LINGER, WINDOW, History, Sample, minute, quantile, series
-from sqla_queries_pool.monitor.look import MOST_CHARACTERS, MOST_HOLDERS, MOST_TIMEOUTS, clean, duration
-from sqla_queries_pool.stats import BOUNDS, Histogram
 
 pytestmark = pytest.mark.usefixtures("no_other_pools")
 ROOT = Path(__file__).parent.parent
@@ -924,7 +924,7 @@ def test_the_terminal_shows_a_pool_with_its_holders_and_timeouts() -> None:
     pytest.importorskip("rich")
     from rich.console import Console
 
-    from sqla_queries_pool.monitor.look import look
+    from sqla_queries_pool.monitor.data import look
     from sqla_queries_pool.monitor.text import picture
 
     pool = new_pool(pid=f"\x1b]0;title\x07[red]shop[/red] {new_pid()}", max_size=1, timeout=0)

@@ -15,9 +15,9 @@ from ledger_fakes import Books, Gate, Record
 from sqlalchemy import create_engine, event
 
 from sqla_queries_pool import QueriesPool
-from sqla_queries_pool.patience import FIRST_LOOK, LONGEST, WORTH_IT, Pace, mean
+from sqla_queries_pool.budget.queue import FIRST_LOOK, LONGEST, WORTH_IT, Pace, mean
+from sqla_queries_pool.budget.slots import Attachment, Permit
 from sqla_queries_pool.pool import PoolManager
-from sqla_queries_pool.slots import Attachment, Permit
 
 PRICE = 0.125
 """What a connect takes in the books below, in seconds; a number that adds up without rounding."""

@@ -32,10 +32,11 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.semconv._incubating.metrics import db_metrics
 
-from sqla_queries_pool import CheckoutTimeout, Pool, PoolManager, QueriesPool, stats
+from sqla_queries_pool import CheckoutTimeout, Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget import stats
+from sqla_queries_pool.budget.stats import BOUNDS
 from sqla_queries_pool.exporters import opentelemetry
 from sqla_queries_pool.exporters.opentelemetry import NAME, PREFIX, STATE
-from sqla_queries_pool.stats import BOUNDS
 
 DELTA = dict.fromkeys((Counter, Histogram), AggregationTemporality.DELTA)
 Provide = Callable[..., MeterProvider]

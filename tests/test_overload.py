@@ -14,16 +14,10 @@ from fakes import FakeClock, FakeDriver, Task
 from ledger_fakes import Books, Gate, Record
 from sqlalchemy import create_engine, exc
 
-from sqla_queries_pool import (
-    CheckoutTimeout,
-    ParameterError,
-    PoolManager,
-    QueriesPool,
-    TooManyRequests,
-    diagnostics,
-)
-from sqla_queries_pool.patience import INTERVAL
-from sqla_queries_pool.slots import LINE_FULL, OVERLOAD, Attachment, Permit
+from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool, TooManyRequests
+from sqla_queries_pool.budget.queue import INTERVAL
+from sqla_queries_pool.budget.slots import LINE_FULL, OVERLOAD, Attachment, Permit
+from sqla_queries_pool.insight import diagnostics
 
 TARGET = 0.5
 """A number that adds up without rounding."""

@@ -28,8 +28,8 @@ from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
-from sqla_queries_pool.connect_errors import passes
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
+from sqla_queries_pool.sockets.connect_errors import passes
 
 pytestmark = [
     pytest.mark.slow,

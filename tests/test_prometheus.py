@@ -30,8 +30,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sqla_queries_pool import Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget.stats import BOUNDS
 from sqla_queries_pool.exporters import prometheus
-from sqla_queries_pool.stats import BOUNDS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "monitoring" / "exporters.rst"

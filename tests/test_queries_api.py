@@ -33,7 +33,7 @@ from sqla_queries_pool import (
     QueriesPool,
     pool,
 )
-from sqla_queries_pool.audit import check
+from sqla_queries_pool.budget.audit import check
 
 Eventually = Callable[..., None]
 NAMES = [

@@ -22,8 +22,9 @@ from sqlalchemy.pool.base import ResetStyle
 from sqlalchemy.util import get_cls_kwargs
 
 import sqla_queries_pool
-from sqla_queries_pool import QueriesPool, seams
-from sqla_queries_pool.records import Record
+from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.engine import seams
+from sqla_queries_pool.engine.records import Record
 
 PACKAGE = Path(sqla_queries_pool.__file__).parent
 SQLALCHEMYS = (Pool, pool_base._ConnectionRecord, pool_base._ConnectionFairy)

@@ -36,8 +36,8 @@ from sqla_queries_pool import (
     PoolManager,
     QueriesPool,
 )
+from sqla_queries_pool.engine.records import Record
 from sqla_queries_pool.plugin import PARAMETERS
-from sqla_queries_pool.records import Record
 
 Eventually = Callable[..., None]
 PASSWORD = "Conspicuous/Pa55word"

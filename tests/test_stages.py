@@ -18,7 +18,7 @@ from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.engine.default import DefaultDialect
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.diagnostics import OPENING, PROBING, WAITING, Stages
+from sqla_queries_pool.insight.diagnostics import OPENING, PROBING, WAITING, Stages
 
 Eventually = Callable[..., None]
 NewEngine = Callable[..., Engine]
@@ -277,7 +277,7 @@ def test_notes_of_two_pools_do_not_pile_up(new_engine: NewEngine) -> None:
 def test_the_seconds_are_those_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that is entered again adds up; the one that it is in counts until now."""
     now = [10.0]
-    monkeypatch.setattr("sqla_queries_pool.diagnostics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sqla_queries_pool.insight.diagnostics.time.monotonic", lambda: now[0])
     stages, error = Stages(), ValueError()
     for stage, seconds in [(WAITING, 1.0), (OPENING, 2.0), (WAITING, 4.0), (PROBING, 8.5)]:
         stages.enter(stage)
@@ -516,7 +516,9 @@ def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
 
 def count(pool: Any) -> int:
     """How often a pool is told that a ping is over."""
-    return sum(listener.__module__ == "sqla_queries_pool.queries_pool" for listener in pool.dispatch.checkout)
+    return sum(
+        listener.__module__ == "sqla_queries_pool.engine.queries_pool" for listener in pool.dispatch.checkout
+    )
 
 
 def test_the_listener_is_there_once(new_engine: NewEngine) -> None:

@@ -34,9 +34,9 @@ from sqla_queries_pool import (
     QueriesPool,
     Statistics,
 )
-from sqla_queries_pool.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
-from sqla_queries_pool.pool.hands import DEAD, INVALIDATED
-from sqla_queries_pool.stats import Durations
+from sqla_queries_pool.budget.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
+from sqla_queries_pool.budget.stats import Durations
+from sqla_queries_pool.runtime.effects import DEAD, INVALIDATED
 
 Eventually = Callable[..., None]
 SEED = 20261123

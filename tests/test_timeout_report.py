@@ -33,7 +33,7 @@ from sqla_queries_pool import (
     Waiting,
     labelled,
 )
-from sqla_queries_pool.diagnostics import LONG, LONGER, diagnose
+from sqla_queries_pool.insight.diagnostics import LONG, LONGER, diagnose
 from sqla_queries_pool.logs import NAME
 
 Eventually = Callable[..., None]

@@ -15,7 +15,7 @@ from sqlalchemy import create_engine, exc, make_url
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import NullPool, PoolProxiedConnection
 
-from ..embedded import EmbeddedPostgres, EmbeddedPostgresError
+from .embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 DRIVERS = ("psycopg2", "psycopg")
 CONNECT_TIMEOUT = 10

@@ -30,8 +30,8 @@ except ModuleNotFoundError as error:
         "pip install 'sqla-queries-pool[opentelemetry]'"
     ) from error
 
+from ..budget.stats import BOUNDS, Histogram, Statistics
 from ..pool import Pool, PoolManager
-from ..stats import BOUNDS, Histogram, Statistics
 
 PREFIX = "db.client.connection."
 NAME, STATE = f"{PREFIX}pool.name", f"{PREFIX}state"

@@ -23,10 +23,10 @@ except ModuleNotFoundError as error:
         "pip install 'sqla-queries-pool[prometheus]'"
     ) from error
 
-from ..ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
+from ..budget.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
+from ..budget.stats import BOUNDS, Histogram, Statistics
 from ..pool import PoolManager
-from ..pool.hands import DEAD, INVALIDATED, LIFETIME
-from ..stats import BOUNDS, Histogram, Statistics
+from ..runtime.effects import DEAD, INVALIDATED, LIFETIME
 
 PREFIX = "sqla_queries_pool_"
 LABELS = ("pool", "database")

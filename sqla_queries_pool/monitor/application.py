@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 from . import access, page
+from .data import look
 from .history import History
-from .look import look
 
 Environ = dict[str, Any]
 HTML, JSON = "text/html; charset=utf-8", "application/json"

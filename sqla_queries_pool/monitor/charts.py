@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..stats import BOUNDS
-from .look import Data, duration, rate
+from ..budget.stats import BOUNDS
+from .data import Data, duration, rate
 from .markup import Markup, tag
 
 WIDTH, HEIGHT = 300.0, 56.0

@@ -11,9 +11,10 @@ import importlib.resources
 from html import escape
 from urllib.parse import quote
 
-from . import usage, who
+from . import bar as usage
+from . import tables as who
 from .charts import charts
-from .look import Data, count, duration, rate
+from .data import Data, count, duration, rate
 from .markup import Markup, foreign, joined, tag
 
 DETAILED = 8

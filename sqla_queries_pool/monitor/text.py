@@ -11,8 +11,8 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
+from .data import NOTHING, Data, clean, duration, how_long_ago, look, short
 from .history import EVERY, History
-from .look import NOTHING, Data, clean, duration, how_long_ago, look, short
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

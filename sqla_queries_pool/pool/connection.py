@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from ..slots import HELD, LENT, OPENING, Slot
+from ..budget.slots import HELD, LENT, OPENING, Slot
 
 if TYPE_CHECKING:
     from .pool import Pool

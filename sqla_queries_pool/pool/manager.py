@@ -8,14 +8,14 @@ import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from ..audit import Audit
+from ..budget.audit import Audit
+from ..budget.slots import Attachment
+from ..budget.stats import ManagerStatistics
 from ..errors import ConnectionBusyError, PoolFullError
 from ..parameters import UNSTATED
-from ..slots import Attachment
-from ..stats import ManagerStatistics
+from ..runtime.core import Core, every_pool
+from ..runtime.effects import close_quietly
 from .connection import Connection
-from .core import Core, every_pool
-from .hands import close_quietly
 from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool
 
 

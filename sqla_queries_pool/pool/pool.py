@@ -9,16 +9,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .. import liveness, parameters
+from .. import parameters
+from ..budget.ledger import GAVE_WAY
+from ..budget.slots import CLOSING, HELD, IDLE, OPENING, TURNED_AWAY, Attachment, Numbers, Slot, Waiter
+from ..budget.stats import Statistics
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
-from ..ledger import GAVE_WAY
-from ..lingering import LONGEST
 from ..parameters import Unstated
-from ..slots import CLOSING, HELD, IDLE, OPENING, TURNED_AWAY, Attachment, Numbers, Slot, Waiter
-from ..stats import Statistics
+from ..runtime.core import Core
+from ..runtime.effects import close_quietly
+from ..sockets import liveness
+from ..sockets.lingering import LONGEST
 from .connection import Connection
-from .core import Core
-from .hands import close_quietly
 
 MOST_TIMEOUTS = 20
 """How many checkouts that got nothing are remembered."""

@@ -27,8 +27,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
-from . import patience
-from .books import Books
+from . import queue as patience
 from .slots import (
     CLOSING,
     GONE,
@@ -53,6 +52,7 @@ from .slots import (
     Wake,
     Work,
 )
+from .state import Books
 from .stats import BOUNDS, SHORTEST
 
 IDLE_TTL = "idle for its idle_ttl"

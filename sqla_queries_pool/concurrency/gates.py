@@ -11,7 +11,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .slots import Attachment, Entry
+    from ..budget.slots import Attachment, Entry
 
 
 class ThreadGate:

@@ -13,10 +13,10 @@ from typing import Any
 
 from sqlalchemy.pool import reset_commit, reset_rollback
 
-from . import liveness
-from .pool import Connection, Pool
+from ..budget.slots import HELD
+from ..pool import Connection, Pool
+from ..sockets import liveness
 from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, ConnectionRecord
-from .slots import HELD
 
 
 class Record(ConnectionRecord):

@@ -11,15 +11,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from .. import liveness
-from ..connect_errors import is_full, passes
-from ..errors import QueriesException
-from ..housekeeping import Housekeeper, Worker
-from ..ledger import Ledger
-from ..lingering import LONGEST, Lingering
-from ..logs import logger
-from ..retirement import pause as pause_after
-from ..slots import (
+from ..budget.ledger import Ledger
+from ..budget.slots import (
     Attachment,
     Close,
     Due,
@@ -34,8 +27,15 @@ from ..slots import (
     Wake,
     Work,
 )
-from .connection import Connection
-from .guard import Guard
+from ..concurrency.housekeeping import Housekeeper, Worker
+from ..errors import QueriesException
+from ..logs import logger
+from ..pool.connection import Connection
+from ..sockets import liveness
+from ..sockets.connect_errors import is_full, passes
+from ..sockets.lingering import LONGEST, Lingering
+from .critical_section import Guard
+from .jitter import pause as pause_after
 
 LIFETIME = "its lifetime (pool_recycle) is over"
 DEAD = "found dead before it was used"
@@ -47,7 +47,7 @@ REMEMBERED = 30.0
 
 
 class Hands(Guard):
-    """Does what a :class:`~sqla_queries_pool.ledger.Ledger` has decided.
+    """Does what a :class:`~sqla_queries_pool.budget.ledger.Ledger` has decided.
 
     :param label: for people: which pool it is.
     :param time_method: a monotonic clock in seconds, in place of ``time.monotonic``.

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..diagnostics import LONG
-from .look import NOTHING, Data, count, duration, how_long_ago, short
+from ..insight.diagnostics import LONG
+from .bar import in_words
+from .data import NOTHING, Data, count, duration, how_long_ago, short
 from .markup import Markup, foreign, joined, tag
-from .usage import in_words
 
 
 def holders(pool: Data) -> Markup:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .look import Data, count
+from .data import Data, count
 from .markup import Markup, tag
 
 STATES = ("held", "opening", "closing", "idle")

@@ -13,26 +13,18 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeAlias
 
-from ..audit import COLLECTED, UNDER_WAY, Audit, Finding, findings, mend
-from ..callers import here
-from ..gates import ThreadGate
-from ..housekeeping import Worker
+from ..budget.audit import COLLECTED, UNDER_WAY, Audit, Finding, findings, mend
+from ..budget.ledger import GAVE_WAY, LOOK_EVERY, PATIENCE, SPARE
+from ..budget.slots import HELD, Attachment, NotHeld, Permit, TurnedAway, Wake, Work
+from ..concurrency.callers import here
+from ..concurrency.gates import ThreadGate
+from ..concurrency.housekeeping import Worker
 from ..labels import checkout_label
-from ..ledger import GAVE_WAY, LOOK_EVERY, PATIENCE, SPARE
-from ..lingering import Lingering
 from ..logs import logger
-from ..slots import (
-    HELD,
-    Attachment,
-    NotHeld,
-    Permit,
-    TurnedAway,
-    Wake,
-    Work,
-)
-from .connection import Connection
+from ..pool.connection import Connection
+from ..sockets.lingering import Lingering
+from .effects import Hands
 from .garbage import GC_AFTER, collect_garbage
-from .hands import Hands
 
 InVain: TypeAlias = Callable[[ThreadGate, float], None]
 LOOKS_COST = 100.0

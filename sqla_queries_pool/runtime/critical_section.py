@@ -23,9 +23,9 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from ..budget.slots import Work
 from ..errors import CheckoutReentered
 from ..logs import logger
-from ..slots import Work
 
 _T = TypeVar("_T")
 

@@ -8,7 +8,7 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from ..diagnostics import Snapshot, snapshot
+from ..insight.diagnostics import Snapshot, snapshot
 from ..pool import Pool, PoolManager
 from .history import WINDOW, History, minute, series
 

@@ -1,7 +1,7 @@
 """Which database is it?  The pool id of an engine, and what people call it.
 
-A pool never sees the URL: ``create_engine`` hands it a creator.  Of the engine's own creator the
-connect arguments can be had without connecting: see :func:`~sqla_queries_pool.seams.connect_arguments`.
+A pool never sees the URL: ``create_engine`` hands it a creator.  The connect arguments of the engine's
+own creator can be had without connecting: see :func:`~sqla_queries_pool.engine.seams.connect_arguments`.
 
 The id is a digest of what the database *is*: backend, hosts and ports, database, user.  The password
 is not in it, so rotating one keeps the pool, and the id gives nobody anything to guess it with;
@@ -26,6 +26,8 @@ from . import seams
 
 _IN_MEMORY = re.compile(r"^file:.*\?(.*&)?(mode=memory|vfs=memdb)(&|$)")
 """A file name of SQLite's that means no file: https://www.sqlite.org/inmemorydb.html"""
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class Identity(NamedTuple):
@@ -151,7 +153,7 @@ def _parse_dsn(dsn: str) -> dict[str, str]:
 def _callers_level() -> int:
     """The ``stacklevel`` at which a warning points at who made the engine."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("sqlalchemy.", __package__)):
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("sqlalchemy.", _PACKAGE)):
         level, frame = level + 1, frame.f_back
     return level
 

@@ -21,9 +21,15 @@ from sqlalchemy import event, exc
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
-from . import deadlock, identity, liveness, logs, parameters, retirement, seams, slots, stacks
-from .audit import Audit
-from .diagnostics import (
+from .. import logs, parameters
+from ..budget import slots
+from ..budget.audit import Audit
+from ..budget.slots import HELD, LENT, Attachment, Permit, Quota, TurnedAway
+from ..budget.stats import Statistics
+from ..concurrency.gates import ThreadGate
+from ..errors import PoolDeadlock
+from ..insight import deadlock, stacks
+from ..insight.diagnostics import (
     OPENING,
     PROBING,
     WAITING,
@@ -35,14 +41,13 @@ from .diagnostics import (
     tell_of_leak,
     turned_away,
 )
-from .errors import PoolDeadlock
-from .gates import ThreadGate
-from .labels import checkout_label
-from .parameters import UNSTATED, Unstated
-from .pool import Pool, PoolManager
+from ..labels import checkout_label
+from ..parameters import UNSTATED, Unstated
+from ..pool import Pool, PoolManager
+from ..runtime import jitter as retirement
+from ..sockets import liveness
+from . import identity, seams
 from .records import Proxy, Record
-from .slots import HELD, LENT, Attachment, Permit, Quota, TurnedAway
-from .stats import Statistics
 
 _label = checkout_label.get
 DEADLOCKS = (deadlock.RAISE, deadlock.WARN, deadlock.IGNORE)

@@ -14,7 +14,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
-from .patience import Pace
+from .queue import Pace
 
 OPENING = "opening"
 IDLE = "idle"

@@ -13,10 +13,10 @@ import stat
 import threading
 from typing import Any
 
-from ..housekeeping import Housekeeper
-from ..stats import ManagerStatistics
-from . import garbage
-from .core import Core, every_pool
+from ..budget.stats import ManagerStatistics
+from ..concurrency.housekeeping import Housekeeper
+from ..runtime import garbage
+from ..runtime.core import Core, every_pool
 from .manager import PoolManager
 
 

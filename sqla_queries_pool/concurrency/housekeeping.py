@@ -19,7 +19,7 @@ from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
-from .logs import logger
+from ..logs import logger
 
 LONGEST_SLEEP = 3600.0
 """Seconds; Python can wait for some centuries at most, and people write larger numbers."""

@@ -14,13 +14,13 @@ import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..budget.slots import HELD, Slot, Waiter
+from ..concurrency.callers import Caller
+from ..concurrency.gates import ThreadGate
+from ..pool import Pool
+from ..sockets.liveness import traffic
 from . import stacks
-from .callers import Caller
 from .diagnostics import DEEPEST_SHOWN, Diagnosis, named, of_server
-from .gates import ThreadGate
-from .liveness import traffic
-from .pool import Pool
-from .slots import HELD, Slot, Waiter
 
 SAMPLES, SAMPLED_FOR = 100, 0.2
 """Before it is told, it is looked so often, within so many seconds: a statement may be short, and on a unix

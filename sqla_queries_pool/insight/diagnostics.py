@@ -11,11 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import slots, stacks
-from .errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
-from .logs import logger
-from .pool import Pool
-from .slots import (
+from ..budget import slots
+from ..budget.slots import (
     HELD,
     LENT,
     LINE_FULL,
@@ -27,7 +24,11 @@ from .slots import (
     Slot,
     TurnedAway,
 )
-from .stats import Statistics
+from ..budget.stats import Statistics
+from ..errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
+from ..logs import logger
+from ..pool import Pool
+from . import stacks
 
 MOST_NAMED = 3
 """How many holders the first line of an error names."""

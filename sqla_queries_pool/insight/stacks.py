@@ -13,7 +13,7 @@ from types import CodeType, FrameType
 
 import sqlalchemy
 
-from .callers import Caller
+from ..concurrency.callers import Caller
 
 DEEPEST = 20
 """How many calls are kept, the innermost ones."""
@@ -21,7 +21,8 @@ Calls = tuple[tuple[CodeType, int], ...]
 Place = tuple[str, str, str]
 """File, line, function."""
 _PYTHONS = os.path.dirname(os.__file__) + os.sep
-_HERE = os.path.dirname(__file__) + os.sep
+_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+"""The package, not this room."""
 # SQLAlchemy also makes functions at run time, in "files" of these names.
 _OURS = (_HERE, os.path.dirname(sqlalchemy.__file__) + os.sep, "<sqlalchemy", "<string>")
 _APPLICATIONS = (os.path.join(_HERE, "demo", ""), os.path.join(_HERE, "monitor", ""))

@@ -1,0 +1,1 @@
+"""Who holds what, who waits, and what is the matter."""
