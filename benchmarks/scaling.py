@@ -22,7 +22,7 @@ from sqlalchemy.pool import Pool
 from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.budget.slots import Attachment, Permit, Quota
-from sqla_queries_pool.concurrency.gates import ThreadGate
+from sqla_queries_pool.concurrency.gates import ThreadWaiter
 
 from .competitors import QUERIES, Backend, FakeConnection, fake
 from .effort import Effort
@@ -182,7 +182,7 @@ class Line:
     def _join(self) -> None:
         self.now += 0.001
         assert self.ledger.take(self.attachment, self, self.now) is None
-        self.ledger.line_up(ThreadGate(self.attachment, self), self.now)
+        self.ledger.enqueue(ThreadWaiter(self.attachment, self), self.now)
 
     def checkout(self) -> None:
         """The connection comes home, who is first in line gets it, and another one lines up."""

@@ -250,7 +250,7 @@ def unset(pool: Any) -> None:
 
 # -- the ledger ------------------------------------------------------------------------------------------
 
-_STEPS = {"remove": "_strike", "add": "_enter", "close": "_close", "closing": "_closing", "permit": "_permit"}
+_STEPS = {"remove": "_remove", "add": "_add", "close": "_close", "closing": "_closing", "permit": "_permit"}
 
 
 def step(of: Ledger, name: str) -> Any:

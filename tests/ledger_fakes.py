@@ -16,17 +16,17 @@ from sqla_queries_pool.budget.ledger import GRACE, LOWERED, PATIENCE, Ledger
 from sqla_queries_pool.budget.queue import LONGEST, WORTH_IT
 from sqla_queries_pool.budget.slots import (
     HELD,
-    LENT,
+    LOCKED,
     Attachment,
     Close,
     Due,
     EntryRef,
     Permit,
     Quota,
+    Rejected,
     Reset,
     Resetter,
     Slot,
-    TurnedAway,
     Wake,
 )
 
@@ -67,7 +67,7 @@ class Gate:
         self.holder = object()
         """Everybody who waits is somebody else."""
         self.since = 0.0
-        self.line = line
+        self.queue = line
         """Who waits for the same engine, in order of arrival, by the tests' own bookkeeping."""
         self.opened = False
         self._answer: Any = None
@@ -81,9 +81,9 @@ class Gate:
     def answer(self, entry: Any) -> None:
         assert entry is not None
         assert self._answer is None, "answered twice"
-        assert self in self.line, "answered, but it does not wait"
-        assert self.line[0] is self, "answered out of turn"
-        self.line.remove(self)
+        assert self in self.queue, "answered, but it does not wait"
+        assert self.queue[0] is self, "answered out of turn"
+        self.queue.remove(self)
         self._answer = entry
 
     def open(self) -> None:
@@ -93,7 +93,7 @@ class Gate:
         self.opened = True
 
 
-class Books:
+class Simulator:
     """A ledger and what surrounds it; after each operation everything that must hold is checked."""
 
     def __init__(self) -> None:
@@ -109,7 +109,7 @@ class Books:
         """When the housekeeper will come, by what it was told."""
         self.sockets: dict[Handle, Slot] = {}
         """What is open and neither detached nor lost sight of."""
-        self.lines: weakref.WeakKeyDictionary[Attachment, list[Gate]] = weakref.WeakKeyDictionary()
+        self.queues: weakref.WeakKeyDictionary[Attachment, list[Gate]] = weakref.WeakKeyDictionary()
         """Who waits for which engine, in order of arrival."""
         self.moved: weakref.WeakKeyDictionary[Attachment, tuple[weakref.ref[Gate], float]]
         self.moved = weakref.WeakKeyDictionary()
@@ -149,13 +149,13 @@ class Books:
     def all_insist(self) -> None:
         """Everybody who waits asks again: then what time has made spare is waited for by nobody."""
         self.settle()
-        for waiter in [waiter for line in self.lines.values() for waiter in line]:
+        for waiter in [waiter for line in self.queues.values() for waiter in line]:
             self.insist(waiter)
         check(self.ledger, self.now)
         if self.refusals:
             return  # it may wait for the server, whatever is idle
-        idle = any(a.idle for a in self.lines) or self.ledger.by_hand.idle
-        for attachment, line in self.lines.items():
+        idle = any(a.idle for a in self.queues) or self.ledger.by_hand.idle
+        for attachment, line in self.queues.items():
             room = not attachment.quota.full and len(self.ledger.slots) < self.ledger.limit
             stands = bool(line) and self.now - self.moved[attachment][1] >= LONGEST
             assert not (room and stands), "waits for what is out, and could have connected meanwhile"
@@ -204,8 +204,8 @@ class Books:
         check(ledger)
         everyone = [a for ref in ledger.attachments if (a := ref())]
         for attachment in everyone:
-            line = self.lines[attachment]
-            assert list(attachment.line) == line, "the line is not the one that formed"
+            line = self.queues[attachment]
+            assert list(attachment.queue) == line, "the line is not the one that formed"
             first = self.moved.get(attachment)
             if line and (first is None or first[0]() is not line[0]):
                 self.moved[attachment] = weakref.ref(line[0]), self.now
@@ -214,15 +214,15 @@ class Books:
         for attachment in [*everyone, ledger.by_hand]:
             for entry in [*attachment.idle, *attachment.hollow]:
                 assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
-            stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.lent)
+            stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.locked)
             assert not stale or self.told <= self.now + GRACE, "nobody was told of a stale lock"
         assert ledger.refusals == self.refusals
         assert not self.refusals or ledger.retry_at == self.pause_ends
         closes = [item.slot for item in self.todo if isinstance(item, Close)]
         assert len(closes) == len(set(closes)), "to be closed twice"
         numbers = ledger.numbers()
-        assert numbers.held == sum(slot.state in (HELD, LENT) for slot in ledger.slots)
-        assert numbers.waiting == sum(map(len, self.lines.values()))
+        assert numbers.held == sum(slot.state in (HELD, LOCKED) for slot in ledger.slots)
+        assert numbers.waiting == sum(map(len, self.queues.values()))
         # A socket whose slot gave way is counted by the permission to open that it gave way to.
         uncounted = sum(slot not in ledger.slots for slot in self.sockets.values())
         assert uncounted <= sum(slot.handle is None for slot in ledger.opening), "open, but not counted"
@@ -242,11 +242,11 @@ class Books:
         self.todo.clear()
         self.unlocked.clear()
         self.sockets.clear()
-        for line in self.lines.values():
+        for line in self.queues.values():
             line.clear()
         self.refusals = 0
         self.told = math.inf
-        self.decide(self.ledger.start_anew, self.now)
+        self.decide(self.ledger.after_fork_in_child, self.now)
 
     # -- engines -----------------------------------------------------------------------------------
 
@@ -255,7 +255,7 @@ class Books:
     ) -> Attachment:
         """Attach an engine; with ``quota`` one that was made by ``recreate()``."""
         attachment = Attachment(quota or Quota(ceiling), ttl, lifo)
-        self.lines[attachment] = []
+        self.queues[attachment] = []
         self.decide(self.ledger.attach, attachment, self._engine_died, self.now)
         return attachment
 
@@ -267,7 +267,7 @@ class Books:
     def take(self, attachment: Attachment, holder: object = 0) -> Any:
         """A checkout that does not wait."""
         fresh = not self.inbox
-        line = list(self.lines[attachment])
+        line = list(self.queues[attachment])
         others = [s for s in self.ledger.slots if s.state is HELD and s.home is attachment.ref]
         out = any(slot.holder is not holder for slot in others)
         waits = fresh and out and self.ledger.mean_connect >= WORTH_IT and not self.refusals
@@ -281,7 +281,7 @@ class Books:
 
         :param since: it waited before, since then, and was refused: it goes before who came later.
         """
-        line = self.lines[attachment]
+        line = self.queues[attachment]
         waiter = Gate(attachment, line)
         came = self.now if since is None else since
         line.insert(sum(other.since <= came for other in line), waiter)
@@ -291,7 +291,7 @@ class Books:
             if entry is not None:
                 line.remove(waiter)
             else:
-                self.ledger.line_up(waiter, self.now, since)
+                self.ledger.enqueue(waiter, self.now, since)
                 assert waiter.since == came
             return entry
 
@@ -302,22 +302,22 @@ class Books:
         """A waiter gives up; return what it was given meanwhile."""
 
         def leave() -> Any:
-            if waiter in waiter.line:
-                waiter.line.remove(waiter)
+            if waiter in waiter.queue:
+                waiter.queue.remove(waiter)
             return self.ledger.leave(waiter)
 
         return self.decide(leave)
 
-    def turn_away(self, waiter: Gate, new: bool = False) -> TurnedAway | None:
+    def reject(self, waiter: Gate, new: bool = False) -> Rejected | None:
         """A waiter asks whether it may wait at all, or for longer."""
 
-        def turn_away() -> TurnedAway | None:
-            away = self.ledger.turn_away(waiter, self.now, new)
+        def reject() -> Rejected | None:
+            away = self.ledger.reject(waiter, self.now, new)
             if away is not None:
-                waiter.line.remove(waiter)
+                waiter.queue.remove(waiter)
             return away
 
-        away: TurnedAway | None = self.decide(turn_away)
+        away: Rejected | None = self.decide(reject)
         return away
 
     def give(self, attachment: Attachment, entry: Any) -> None:
@@ -417,13 +417,13 @@ class Books:
 
         return None if self.decide(add) is None else slot
 
-    def lend(self, slot: Slot, session: Session) -> bool:
+    def lock(self, slot: Slot, session: Session) -> bool:
         """Lock a connection for a session."""
 
         def died(ref: weakref.ref[Session]) -> None:
             self.inbox.append((self.ledger.session_died, (slot, ref)))
 
-        return bool(self.decide(self.ledger.lend, slot, weakref.ref(session, died), self.now))
+        return bool(self.decide(self.ledger.lock, slot, weakref.ref(session, died), self.now))
 
     def unlock(self, slot: Slot, if_stale: bool = False) -> bool:
         """Take a session's lock off; its reset is work to be done."""
@@ -461,7 +461,7 @@ class Books:
                 if not self.decide(self.ledger.unlock, item.slot, weakref.ref(resetter), True):
                     return
             if succeeds:
-                self.decide(self.ledger.give_lent, item.slot, self.now)
+                self.decide(self.ledger.give_locked, item.slot, self.now)
             else:
                 self.decide(self.ledger.close_one, item.slot, True)
 

@@ -22,8 +22,8 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
 from sqla_queries_pool.budget.audit import COLLECTED, Audit, Finding, check
 from sqla_queries_pool.budget.audit import mend as audit_mend
-from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LENT, OPENING, Permit
-from sqla_queries_pool.concurrency.gates import ThreadGate
+from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LOCKED, OPENING, Permit
+from sqla_queries_pool.concurrency.gates import ThreadWaiter
 from sqla_queries_pool.pool import Pool
 from sqla_queries_pool.runtime import core
 
@@ -157,7 +157,7 @@ def a_stale_lock_in_no_list(scene: Scene) -> str:
     """A connection that was added by hand and locked by a session that is dead, and the list has lost it."""
     slot, session = scene.added()
     scene.kept.remove(session)
-    del scene.ledger.by_hand.lent[slot]
+    del scene.ledger.by_hand.locked[slot]
     return "locked, but in no list"
 
 
@@ -166,7 +166,7 @@ def an_engines_stale_lock_in_no_list(scene: Scene) -> str:
     record = scene.idle()
     PoolManager.lock(scene.pid, record.dbapi_connection, Session())
     scene.kept.append(record)
-    inside.attachment(scene.pool).lent.clear()
+    inside.attachment(scene.pool).locked.clear()
     return "locked, but in no list"
 
 
@@ -267,16 +267,16 @@ def a_hollow_list_with_what_is_out(scene: Scene) -> str:
 def a_lock_of_what_is_idle(scene: Scene) -> str:
     """Interrupted while it was locked: it is in both lists."""
     record = scene.idle()
-    inside.attachment(scene.pool).lent[record.slot] = record
+    inside.attachment(scene.pool).locked[record.slot] = record
     return "a list of locked connections had others in it"
 
 
 def an_answered_one_in_line(scene: Scene) -> str:
     """Who has its answer, and has left the line only in part."""
-    waiter = ThreadGate(inside.attachment(scene.pool), threading.get_ident())
+    waiter = ThreadWaiter(inside.attachment(scene.pool), threading.get_ident())
     waiter.answer = scene.idle()
-    inside.attachment(scene.pool).line[waiter] = None
-    scene.ledger.lines[inside.attachment(scene.pool)] = None
+    inside.attachment(scene.pool).queue[waiter] = None
+    scene.ledger.queues[inside.attachment(scene.pool)] = None
     return "one who had been answered was still in line"
 
 
@@ -358,16 +358,16 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
     scene = Scene()
     if of == "by hand":
         slot, session = scene.added()
-        scene.ledger.by_hand.lent.clear()
+        scene.ledger.by_hand.locked.clear()
     else:
         record, session = scene.idle(), Session()
         slot = record.slot
         PoolManager.lock(scene.pid, record.dbapi_connection, session)
-        scene.kept.append(inside.attachment(scene.pool).lent.popitem())
+        scene.kept.append(inside.attachment(scene.pool).locked.popitem())
     handle: Any = slot.handle
     assert any("locked, but in no list" in said for said in scene.shared.audit().mended)
     assert not handle.closed
-    assert slot.state == LENT
+    assert slot.state == LOCKED
     assert slot.session is not None
     assert slot.session() is session
     assert scene.shared.audit().mended == ()
@@ -442,8 +442,8 @@ def test_a_line_that_was_not_known_is_known_again(eventually: Eventually) -> Non
     scene = Scene()
     held = [scene.pool.connect(), scene.pool.connect()]
     waiting = Thread(lambda: scene.pool.connect())
-    eventually(lambda: inside.attachment(scene.pool).line)
-    scene.ledger.lines.clear()
+    eventually(lambda: inside.attachment(scene.pool).queue)
+    scene.ledger.queues.clear()
     assert any("a line was not known" in said for said in scene.shared.audit().mended)
     handle = held[0].dbapi_connection
     held.pop(0).close()
@@ -529,7 +529,7 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
     scene.ledger.opening.discard(closing.slot)
     PoolManager.set_max_size(scene.pid, 6)
     waiting = Thread(lambda: new_pool(scene.pid, scene.driver.connect, max_size=1).connect())
-    eventually(lambda: scene.ledger.lines or not waiting.alive)
+    eventually(lambda: scene.ledger.queues or not waiting.alive)
     before = scene.shared.numbers
     for _ in range(audits):
         assert scene.shared.audit() == Audit(before.total, 0, ())
@@ -697,7 +697,7 @@ def test_an_engine_that_is_just_dying_is_no_finding(
     assert scene.shared.audit().mended == ()
     assert not closed
     assert not handle.closed
-    assert inside.by_handle(scene.shared)[id(handle)].state == LENT
+    assert inside.by_handle(scene.shared)[id(handle)].state == LOCKED
     del session
     scene.assert_right(eventually)
 
@@ -862,7 +862,7 @@ def test_a_pool_that_was_made_by_hand_is_audited_too() -> None:
         "idle, but in no list"
     ] * 2
     assert driver.live == {handles[0]}
-    assert [slot.state for slot in ledger.slots] == [LENT]
+    assert [slot.state for slot in ledger.slots] == [LOCKED]
     assert isinstance(handles[0], FakeConnection)
     PoolManager.shutdown()
 

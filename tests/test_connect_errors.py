@@ -792,7 +792,7 @@ def test_a_wait_in_a_line_that_no_server_could_shorten_asks_as_seldom_as_ever(
             other.connect()
         outside.pause_is_over()
         slices: list[float] = []
-        wait = "sqla_queries_pool.concurrency.gates.ThreadGate.wait"
+        wait = "sqla_queries_pool.concurrency.gates.ThreadWaiter.wait"
 
         def wait_less(gate: Any, seconds: float) -> None:
             slices.append(seconds)

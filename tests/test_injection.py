@@ -247,7 +247,7 @@ class Stage:
     def waiting(self, pool: QueriesPool) -> None:
         """Another thread waits for a connection, and uses it."""
         self.threads.append(Thread(lambda: pool.connect().close()))
-        eventually(lambda: inside.attachment(pool).line, "it waits")
+        eventually(lambda: inside.attachment(pool).queue, "it waits")
 
 
 def use(pool: QueriesPool) -> None:

@@ -1,4 +1,4 @@
-"""The rules of the bookkeeping, one by one.  ``Books`` checks all invariants after every operation."""
+"""The rules of the bookkeeping, one by one.  ``Simulator`` checks all invariants after every operation."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from ledger_fakes import Books, Gate, Record, Session
+from ledger_fakes import Gate, Record, Session, Simulator
 
 from sqla_queries_pool.budget import ledger as reasons
 from sqla_queries_pool.budget.slots import (
     CLOSING,
     HELD,
     IDLE,
-    LENT,
+    LOCKED,
     OPENING,
     Attachment,
     Close,
@@ -27,22 +27,22 @@ from sqla_queries_pool.budget.slots import (
 
 
 @pytest.fixture
-def books() -> Books:
+def books() -> Simulator:
     """An empty pool, at time 0."""
-    return Books()
+    return Simulator()
 
 
-def limited(books: Books, limit: float | None) -> None:
+def limited(books: Simulator, limit: float | None) -> None:
     """Set the limit."""
     books.decide(books.ledger.set_limit, limit, books.now)
 
 
-def held(books: Books, engine: Attachment, number: int) -> list[Record]:
+def held(books: Simulator, engine: Attachment, number: int) -> list[Record]:
     """So many connections, out."""
     return [books.connected(engine) for _ in range(number)]
 
 
-def idle(books: Books, engine: Attachment, number: int = 1, hollows: int = 0) -> list[Record]:
+def idle(books: Simulator, engine: Attachment, number: int = 1, hollows: int = 0) -> list[Record]:
     """So many connections, come home one second after the other, in this order; so many more of the
     records at the end of the list have lost theirs before."""
     records = held(books, engine, number + hollows)
@@ -54,14 +54,14 @@ def idle(books: Books, engine: Attachment, number: int = 1, hollows: int = 0) ->
     return records
 
 
-def locked(books: Books, slot: Slot) -> Session:
+def locked(books: Simulator, slot: Slot) -> Session:
     """The session that has locked the slot."""
     session = Session()
-    assert books.lend(slot, session)
+    assert books.lock(slot, session)
     return session
 
 
-def waiting(books: Books, *engines: Attachment) -> list[Gate]:
+def waiting(books: Simulator, *engines: Attachment) -> list[Gate]:
     """One waiter for each of the engines, come one millisecond after the other."""
     waiters = []
     for engine in engines:
@@ -80,14 +80,14 @@ def answers(*waiters: Gate) -> list[bool]:
 
 
 @pytest.mark.parametrize("lifo", [True, False])
-def test_the_last_that_came_home_is_used_first_or_the_first_if_wished(books: Books, lifo: bool) -> None:
+def test_the_last_that_came_home_is_used_first_or_the_first_if_wished(books: Simulator, lifo: bool) -> None:
     """lifo: the connection that is idle for the shortest time is taken; else the one idle for longest."""
     engine = books.engine(lifo=lifo)
     records = idle(books, engine, 3)
     assert held(books, engine, 3) == (records[::-1] if lifo else records)
 
 
-def test_an_idle_connection_goes_before_a_hollow_record_and_that_before_a_new_one(books: Books) -> None:
+def test_an_idle_connection_goes_before_a_hollow_record_and_that_before_a_new_one(books: Simulator) -> None:
     """Nothing is opened while a connection is idle, and no slot is made while there is a hollow record."""
     engine = books.engine()
     connection, record = idle(books, engine, 1, hollows=1)
@@ -96,7 +96,7 @@ def test_an_idle_connection_goes_before_a_hollow_record_and_that_before_a_new_on
     assert isinstance(books.take(engine), Permit)
 
 
-def test_who_takes_a_connection_is_written_down(books: Books) -> None:
+def test_who_takes_a_connection_is_written_down(books: Simulator) -> None:
     """Holder, time and number of uses are those of the last take, whether direct or by hand-over."""
     engine = books.engine(1)
     (record,) = idle(books, engine)
@@ -116,7 +116,7 @@ def test_who_takes_a_connection_is_written_down(books: Books) -> None:
 # -- waiting for one's own engine ------------------------------------------------------------------
 
 
-def test_within_one_engine_who_came_first_is_served_first(books: Books) -> None:
+def test_within_one_engine_who_came_first_is_served_first(books: Simulator) -> None:
     """Connections that come home go to the line in its order, the same records, one each."""
     engine = books.engine(2)
     records = held(books, engine, 2)
@@ -127,7 +127,7 @@ def test_within_one_engine_who_came_first_is_served_first(books: Books) -> None:
     assert [waiter.answer for waiter in waiters] == [records[1], records[0], None]
 
 
-def test_a_newcomer_does_not_overtake_who_was_handed_a_connection(books: Books) -> None:
+def test_a_newcomer_does_not_overtake_who_was_handed_a_connection(books: Simulator) -> None:
     """A connection that is handed over is never idle: a checkout at that moment gets nothing."""
     engine = books.engine(1)
     (record,) = held(books, engine, 1)
@@ -137,7 +137,7 @@ def test_a_newcomer_does_not_overtake_who_was_handed_a_connection(books: Books) 
     assert waiter.answer is record
 
 
-def test_who_timed_out_is_not_served(books: Books) -> None:
+def test_who_timed_out_is_not_served(books: Simulator) -> None:
     """One that leaves the line takes nothing along and keeps nobody's place."""
     engine = books.engine(1)
     (record,) = held(books, engine, 1)
@@ -147,7 +147,7 @@ def test_who_timed_out_is_not_served(books: Books) -> None:
     assert answers(first, second) == [False, True]
 
 
-def test_who_was_answered_while_timing_out_gets_the_answer(books: Books) -> None:
+def test_who_was_answered_while_timing_out_gets_the_answer(books: Simulator) -> None:
     """Leaving returns what was given in the same moment, so that it can be passed on."""
     engine = books.engine(1)
     (record,) = held(books, engine, 1)
@@ -158,7 +158,7 @@ def test_who_was_answered_while_timing_out_gets_the_answer(books: Books) -> None
     assert second.answer is record
 
 
-def test_a_hollow_record_is_handed_over_too(books: Books) -> None:
+def test_a_hollow_record_is_handed_over_too(books: Simulator) -> None:
     """A record whose connection was invalidated is a slot: who waits may have it, and opens."""
     engine = books.engine(1)
     (record,) = held(books, engine, 1)
@@ -168,7 +168,7 @@ def test_a_hollow_record_is_handed_over_too(books: Books) -> None:
     assert waiter.answer is record
 
 
-def test_a_slot_that_came_free_meanwhile_needs_no_waiting(books: Books) -> None:
+def test_a_slot_that_came_free_meanwhile_needs_no_waiting(books: Simulator) -> None:
     """Between the first try and the joining of the line the lock is free: joining tries again."""
     engine = books.engine(1)
     (record,) = held(books, engine, 1)
@@ -177,7 +177,7 @@ def test_a_slot_that_came_free_meanwhile_needs_no_waiting(books: Books) -> None:
     assert books.wait(engine) is record
 
 
-def test_the_mean_wait_follows_what_the_served_waited(books: Books) -> None:
+def test_the_mean_wait_follows_what_the_served_waited(books: Simulator) -> None:
     """One sixteenth of each new wait; checkouts that do not wait do not count."""
     engine = books.engine(1)
     (record,) = held(books, engine, 1)
@@ -196,7 +196,7 @@ def test_the_mean_wait_follows_what_the_served_waited(books: Books) -> None:
     [(0.0, 0.09, False), (0.0, 0.11, True), (0.02, 0.11, True), (0.5, 1.9, False), (0.5, 2.1, True)],
 )
 def test_another_engines_waiter_goes_first_when_it_waited_for_too_long(
-    books: Books, mean_wait: float, waited: float, goes_over: bool
+    books: Simulator, mean_wait: float, waited: float, goes_over: bool
 ) -> None:
     """An engine's own line has what comes home, unless the oldest of all has waited for more than
     100 ms and more than four times the mean wait."""
@@ -213,7 +213,7 @@ def test_another_engines_waiter_goes_first_when_it_waited_for_too_long(
     assert (younger.answer or older.answer.evicts) is record
 
 
-def test_the_oldest_waiter_of_all_never_loses_its_turn_to_another_engine(books: Books) -> None:
+def test_the_oldest_waiter_of_all_never_loses_its_turn_to_another_engine(books: Simulator) -> None:
     """Patience is about older waiters of others: one's own oldest is served, however long all wait."""
     own, other = books.engine(1), books.engine(1)
     limited(books, 1)
@@ -224,7 +224,7 @@ def test_the_oldest_waiter_of_all_never_loses_its_turn_to_another_engine(books: 
     assert answers(older, younger) == [True, False]
 
 
-def test_where_the_own_line_is_empty_the_oldest_of_those_without_a_slot_gets_it(books: Books) -> None:
+def test_where_the_own_line_is_empty_the_oldest_of_those_without_a_slot_gets_it(books: Simulator) -> None:
     """What comes home and nobody of its engine waits for goes at once to the oldest of the others, if
     that one's engine has nothing at all."""
     own, second, third = books.engine(), books.engine(), books.engine()
@@ -237,7 +237,7 @@ def test_where_the_own_line_is_empty_the_oldest_of_those_without_a_slot_gets_it(
     assert older.answer.evicts is record
 
 
-def served_after(books: Books, waiter: Gate) -> float:
+def served_after(books: Simulator, waiter: Gate) -> float:
     """Let time pass until the waiter has its answer; how many seconds it took."""
     begin = books.now
     while waiter.answer is None:
@@ -247,7 +247,9 @@ def served_after(books: Books, waiter: Gate) -> float:
     return books.now - begin
 
 
-def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at_once(books: Books) -> None:
+def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at_once(
+    books: Simulator,
+) -> None:
     """An engine that has slots of its own gets another one's idle connection when that was idle for
     50 ms, or when its waiter has waited for 100 ms and the connection came home later than that."""
     own, other = books.engine(), books.engine()
@@ -273,7 +275,7 @@ def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_hollow_record_goes_to_the_oldest_of_all_at_once(books: Books, wanted: bool) -> None:
+def test_a_hollow_record_goes_to_the_oldest_of_all_at_once(books: Simulator, wanted: bool) -> None:
     """Whoever gets it has to open a connection: nothing is lost by moving the slot."""
     own, other = books.engine(), books.engine()
     limited(books, 2)
@@ -285,7 +287,7 @@ def test_a_hollow_record_goes_to_the_oldest_of_all_at_once(books: Books, wanted:
     del keeps
 
 
-def test_who_can_not_wait_may_have_any_idle_connection(books: Books) -> None:
+def test_who_can_not_wait_may_have_any_idle_connection(books: Simulator) -> None:
     """The last word of a waiter that is about to give up."""
     own, other = books.engine(), books.engine()
     limited(books, 2)
@@ -297,7 +299,7 @@ def test_who_can_not_wait_may_have_any_idle_connection(books: Books) -> None:
     assert waiter.answer.evicts is record
 
 
-def test_nobody_overtakes_by_insisting(books: Books) -> None:
+def test_nobody_overtakes_by_insisting(books: Simulator) -> None:
     """What a waiter gets by insisting goes to the first of its line."""
     own, other = books.engine(), books.engine()
     limited(books, 2)
@@ -308,7 +310,7 @@ def test_nobody_overtakes_by_insisting(books: Books) -> None:
     assert answers(older, younger) == [True, False]
 
 
-def test_a_newcomer_does_not_overtake_by_coming_when_something_is_spare_by_now(books: Books) -> None:
+def test_a_newcomer_does_not_overtake_by_coming_when_something_is_spare_by_now(books: Simulator) -> None:
     """What time alone has made available is for who waits already, also before that one asks again."""
     own, other = books.engine(), books.engine()
     limited(books, 2)
@@ -323,7 +325,7 @@ def test_a_newcomer_does_not_overtake_by_coming_when_something_is_spare_by_now(b
     assert waiter.answer.evicts is out[0]
 
 
-def test_an_engine_that_has_nothing_gets_what_an_older_waiter_may_not_have_yet(books: Books) -> None:
+def test_an_engine_that_has_nothing_gets_what_an_older_waiter_may_not_have_yet(books: Simulator) -> None:
     """A waiter who has to wait until a connection is spare keeps it from nobody who has not."""
     own, modest, poor = books.engine(), books.engine(), books.engine()
     limited(books, 2)
@@ -335,7 +337,7 @@ def test_an_engine_that_has_nothing_gets_what_an_older_waiter_may_not_have_yet(b
     assert younger.answer.evicts is record
 
 
-def test_slots_spread_over_the_engines_in_proportion_to_what_they_want(books: Books) -> None:
+def test_slots_spread_over_the_engines_in_proportion_to_what_they_want(books: Simulator) -> None:
     """However they were shared at first: 30 threads of three engines on 9 slots end with 3 each, with few
     transfers, and then no more."""
     engines = [books.engine() for _ in range(3)]
@@ -362,7 +364,7 @@ def test_slots_spread_over_the_engines_in_proportion_to_what_they_want(books: Bo
     assert max(transfers) < 100
 
 
-def test_an_engine_keeps_slots_in_proportion_to_its_line(books: Books) -> None:
+def test_an_engine_keeps_slots_in_proportion_to_its_line(books: Simulator) -> None:
     """One that has more of them than another gives none away when it wants that many more, too."""
     busy, calm = books.engine(), books.engine()
     limited(books, 5)
@@ -374,7 +376,7 @@ def test_an_engine_keeps_slots_in_proportion_to_its_line(books: Books) -> None:
     del keeps
 
 
-def test_an_engine_at_its_own_ceiling_is_passed_over(books: Books) -> None:
+def test_an_engine_at_its_own_ceiling_is_passed_over(books: Simulator) -> None:
     """A waiter whose engine has all that it may have keeps nobody else from the slot."""
     full, own, other = books.engine(1), books.engine(), books.engine()
     limited(books, 2)
@@ -388,7 +390,7 @@ def test_an_engine_at_its_own_ceiling_is_passed_over(books: Books) -> None:
     assert older.answer is keeps
 
 
-def test_an_engine_at_its_own_ceiling_waits_while_others_open(books: Books) -> None:
+def test_an_engine_at_its_own_ceiling_waits_while_others_open(books: Simulator) -> None:
     """No engine exceeds its own max_size, whatever room there is, and that stops nobody else."""
     small, large = books.engine(1), books.engine(5)
     held(books, small, 1)
@@ -397,7 +399,7 @@ def test_an_engine_at_its_own_ceiling_waits_while_others_open(books: Books) -> N
     assert answers(waiter) == [False]
 
 
-def test_a_recreated_engine_has_its_predecessors_ceiling_and_slots(books: Books) -> None:
+def test_a_recreated_engine_has_its_predecessors_ceiling_and_slots(books: Simulator) -> None:
     """Engines of one quota share the ceiling; what comes home to one can go to the other's waiter."""
     quota = Quota(1)
     old, new = books.engine(quota=quota), books.engine(quota=quota)
@@ -409,7 +411,7 @@ def test_a_recreated_engine_has_its_predecessors_ceiling_and_slots(books: Books)
     assert len(quota.slots) == 1
 
 
-def test_a_slot_that_is_transferred_counts_once_all_the_time(books: Books) -> None:
+def test_a_slot_that_is_transferred_counts_once_all_the_time(books: Simulator) -> None:
     """From the check-in of the one to the opening of the other there is one slot and one socket."""
     own, other = books.engine(), books.engine()
     limited(books, 1)
@@ -436,7 +438,7 @@ def test_a_slot_that_is_transferred_counts_once_all_the_time(books: Books) -> No
 # -- who gives way ---------------------------------------------------------------------------------
 
 
-def test_what_can_best_be_spared_gives_way_first(books: Books) -> None:
+def test_what_can_best_be_spared_gives_way_first(books: Simulator) -> None:
     """Hollow records, the engines' least recently used, what was added by hand, stale locks: in this
     order, whatever their age.  What a living session has locked never does."""
     stale, kept, by_hand = books.add(), books.add(), books.add()
@@ -458,13 +460,13 @@ def test_what_can_best_be_spared_gives_way_first(books: Books) -> None:
     assert kept.session() is session
 
 
-def evictions(books: Books, engine: Attachment) -> Any:
+def evictions(books: Simulator, engine: Attachment) -> Any:
     """Check out until nobody gives way: the permits and what each of them evicts."""
     while (permit := books.take(engine)) is not None:
         yield permit, permit.evicts
 
 
-def test_an_engine_at_its_ceiling_evicts_its_own_alone(books: Books) -> None:
+def test_an_engine_at_its_ceiling_evicts_its_own_alone(books: Simulator) -> None:
     """Where an engine's own ceiling is what stops it, others' idle connections are no help."""
     quota = Quota(1)
     old, new, other = books.engine(quota=quota), books.engine(quota=quota), books.engine(5)
@@ -476,7 +478,7 @@ def test_an_engine_at_its_ceiling_evicts_its_own_alone(books: Books) -> None:
     assert books.take(new) is None
 
 
-def test_nothing_gives_way_while_there_is_room(books: Books) -> None:
+def test_nothing_gives_way_while_there_is_room(books: Simulator) -> None:
     """Idle connections of others are closed for nobody who can have a free slot."""
     own, other = books.engine(2), books.engine()
     limited(books, 2)
@@ -489,7 +491,7 @@ def test_nothing_gives_way_while_there_is_room(books: Books) -> None:
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def test_a_failure_to_open_lets_the_next_waiter_try(books: Books) -> None:
+def test_a_failure_to_open_lets_the_next_waiter_try(books: Simulator) -> None:
     """The slot of an opening that failed goes to the oldest waiter at once, who opens for itself."""
     engine, other = books.engine(), books.engine()
     limited(books, 1)
@@ -502,7 +504,7 @@ def test_a_failure_to_open_lets_the_next_waiter_try(books: Books) -> None:
     assert younger.answer.evicts is None
 
 
-def test_what_is_being_opened_counts(books: Books) -> None:
+def test_what_is_being_opened_counts(books: Simulator) -> None:
     """A permission to open is a slot from the start; who opened holds it since then."""
     engine = books.engine()
     limited(books, 1)
@@ -517,14 +519,14 @@ def test_what_is_being_opened_counts(books: Books) -> None:
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def refused(books: Books, engine: Attachment, length: float = 1.0) -> None:
+def refused(books: Simulator, engine: Attachment, length: float = 1.0) -> None:
     """Somebody connects, is refused and gives up; so a pause begins."""
     permit = books.take(engine)
     assert books.refuse(length)
     books.fail(permit)
 
 
-def test_nobody_connects_during_a_pause(books: Books) -> None:
+def test_nobody_connects_during_a_pause(books: Simulator) -> None:
     """Neither who comes then nor who waits and insists, whatever room there is; when it is over, he does."""
     engine, other = books.engine(), books.engine()
     refused(books, engine)
@@ -538,7 +540,7 @@ def test_nobody_connects_during_a_pause(books: Books) -> None:
     assert isinstance(waiter.answer, Permit)
 
 
-def test_after_a_pause_one_connects_and_the_next_after_another_pause(books: Books) -> None:
+def test_after_a_pause_one_connects_and_the_next_after_another_pause(books: Simulator) -> None:
     """Also where the first one has not come back by then: a connect that hangs holds up nobody for good."""
     engine, other = books.engine(), books.engine()
     refused(books, engine)
@@ -556,7 +558,7 @@ def test_after_a_pause_one_connects_and_the_next_after_another_pause(books: Book
     assert answers(third) == [True]
 
 
-def test_pauses_follow_one_another_until_somebody_is_let_in(books: Books) -> None:
+def test_pauses_follow_one_another_until_somebody_is_let_in(books: Simulator) -> None:
     """How long a pause is depends on how many there were before; after a success it begins with one."""
     engine = books.engine()
     asked: list[int] = []
@@ -582,7 +584,7 @@ def test_pauses_follow_one_another_until_somebody_is_let_in(books: Books) -> Non
     assert asked == [1, 2, 3, 1]
 
 
-def test_those_who_were_connecting_already_begin_no_pause_of_their_own(books: Books) -> None:
+def test_those_who_were_connecting_already_begin_no_pause_of_their_own(books: Simulator) -> None:
     """Ten that are refused together are one refusal: the pause does not grow with the number of threads."""
     engine = books.engine()
     permits = [books.take(engine) for _ in range(10)]
@@ -595,7 +597,7 @@ def test_those_who_were_connecting_already_begin_no_pause_of_their_own(books: Bo
     assert (books.refusals, books.pause_ends) == (1, 1.01)
 
 
-def test_who_was_connecting_when_the_pause_began_may_end_it(books: Books) -> None:
+def test_who_was_connecting_when_the_pause_began_may_end_it(books: Simulator) -> None:
     """The server lets one in: then it lets in others, and nobody waits for the end of the pause."""
     engine, other = books.engine(), books.engine()
     limited(books, 4)
@@ -608,7 +610,7 @@ def test_who_was_connecting_when_the_pause_began_may_end_it(books: Books) -> Non
     del record
 
 
-def test_a_success_lets_everybody_in(books: Books) -> None:
+def test_a_success_lets_everybody_in(books: Simulator) -> None:
     """As many as there are slots for, the oldest first, also those that come then."""
     engine, other = books.engine(), books.engine()
     limited(books, 4)
@@ -623,7 +625,7 @@ def test_a_success_lets_everybody_in(books: Books) -> None:
     del record
 
 
-def test_a_reopening_that_succeeds_lets_everybody_in_too(books: Books) -> None:
+def test_a_reopening_that_succeeds_lets_everybody_in_too(books: Simulator) -> None:
     """A record that had lost its connection proves it as well as a new one does."""
     engine, other = books.engine(), books.engine()
     (record,) = held(books, engine, 1)
@@ -636,7 +638,7 @@ def test_a_reopening_that_succeeds_lets_everybody_in_too(books: Books) -> None:
 
 
 @pytest.mark.parametrize("how", ["given up", "lost"])
-def test_an_attempt_that_comes_to_nothing_is_followed_by_another_one(books: Books, how: str) -> None:
+def test_an_attempt_that_comes_to_nothing_is_followed_by_another_one(books: Simulator, how: str) -> None:
     """Who was let try may give up before he knows, or be lost: the next one tries after the next pause."""
     engine = books.engine()
     refused(books, engine)
@@ -655,7 +657,7 @@ def test_an_attempt_that_comes_to_nothing_is_followed_by_another_one(books: Book
     assert answers(second) == [True]
 
 
-def test_what_comes_home_during_a_pause_is_used_again(books: Books) -> None:
+def test_what_comes_home_during_a_pause_is_used_again(books: Simulator) -> None:
     """A connection of our own that comes back is better than any attempt: it is handed over as ever."""
     engine = books.engine()
     first, second = held(books, engine, 2)
@@ -670,7 +672,7 @@ def test_what_comes_home_during_a_pause_is_used_again(books: Books) -> None:
 
 
 @pytest.mark.parametrize("younger", [True, False])
-def test_during_a_pause_a_connection_stays_with_its_engine(books: Books, younger: bool) -> None:
+def test_during_a_pause_a_connection_stays_with_its_engine(books: Simulator, younger: bool) -> None:
     """It is not closed for another engine's waiter, who could not connect: its own engine's has it, or
     nobody, until the pause is over."""
     own, other = books.engine(), books.engine()
@@ -692,7 +694,7 @@ def test_during_a_pause_a_connection_stays_with_its_engine(books: Books, younger
     assert foreign.answer.evicts is record
 
 
-def test_a_hollow_record_that_comes_home_during_a_pause_is_nobodys_until_it_is_over(books: Books) -> None:
+def test_a_hollow_record_that_comes_home_during_a_pause_is_nobodys_until_it_is_over(books: Simulator) -> None:
     """To have it is to connect: neither who waits gets it nor who comes, and then the first of the line."""
     engine = books.engine(2)
     first, second = held(books, engine, 2)
@@ -714,7 +716,7 @@ def test_a_hollow_record_that_comes_home_during_a_pause_is_nobodys_until_it_is_o
     assert answers(younger) == [False], "one attempt in each pause"
 
 
-def test_a_hollow_record_is_taken_by_one_after_each_pause(books: Books) -> None:
+def test_a_hollow_record_is_taken_by_one_after_each_pause(books: Simulator) -> None:
     """Where nobody waits who comes then reopens it; the second one waits for the next pause to end."""
     engine = books.engine(2)
     records = idle(books, engine, 0, hollows=2)
@@ -727,7 +729,7 @@ def test_a_hollow_record_is_taken_by_one_after_each_pause(books: Books) -> None:
     assert books.take(engine) in records
 
 
-def test_who_was_refused_has_its_place_in_the_line_again(books: Books) -> None:
+def test_who_was_refused_has_its_place_in_the_line_again(books: Simulator) -> None:
     """By when it came at first: behind who came before it, before who came later, and it is no newcomer."""
     engine = books.engine(2)
     record, hollow = held(books, engine, 2)
@@ -738,15 +740,15 @@ def test_who_was_refused_has_its_place_in_the_line_again(books: Books) -> None:
     books.refuse(1.0)
     books.give(engine, hollow)
     again = books.wait(engine, first.since)
-    assert list(engine.line) == [again, second, third]
+    assert list(engine.queue) == [again, second, third]
     books.leave(second)
     rejoined = books.wait(engine, second.since)
-    assert list(engine.line) == [again, rejoined, third]
+    assert list(engine.queue) == [again, rejoined, third]
     books.give(engine, record)
     assert (again.answer, rejoined.answer) == (record, None)
 
 
-def test_who_was_refused_takes_what_came_home_meanwhile(books: Books) -> None:
+def test_who_was_refused_takes_what_came_home_meanwhile(books: Simulator) -> None:
     """Between its refusal and its coming back somebody may have checked in: nothing has to be opened."""
     engine = books.engine()
     (record,) = held(books, engine, 1)
@@ -757,7 +759,7 @@ def test_who_was_refused_takes_what_came_home_meanwhile(books: Books) -> None:
     assert books.wait(engine, 0.0) is record
 
 
-def test_where_waiting_is_of_no_use_everybody_may_try(books: Books) -> None:
+def test_where_waiting_is_of_no_use_everybody_may_try(books: Simulator) -> None:
     """The database is not there, or the error is for good: each is to have an error of his own."""
     engine, other = books.engine(), books.engine()
     refused(books, engine, 1000.0)
@@ -767,7 +769,7 @@ def test_where_waiting_is_of_no_use_everybody_may_try(books: Books) -> None:
     assert isinstance(books.take(other), Permit)
 
 
-def test_while_the_server_refuses_what_is_idle_gives_way_also_below_the_limit(books: Books) -> None:
+def test_while_the_server_refuses_what_is_idle_gives_way_also_below_the_limit(books: Simulator) -> None:
     """It may be full of our own: an attempt that ends one of them first has room.  Spare ones alone, and
     where there is none it is an attempt like any other."""
     own, other = books.engine(), books.engine()
@@ -785,7 +787,7 @@ def test_while_the_server_refuses_what_is_idle_gives_way_also_below_the_limit(bo
     assert again.answer.evicts is None
 
 
-def test_a_forked_child_knows_of_no_refusals(books: Books) -> None:
+def test_a_forked_child_knows_of_no_refusals(books: Simulator) -> None:
     """The first one that comes connects; and what the parent's attempt found out there is not known here."""
     engine = books.engine()
     refused(books, engine, 1000.0)
@@ -794,7 +796,7 @@ def test_a_forked_child_knows_of_no_refusals(books: Books) -> None:
     assert isinstance(attempt, Permit)
     waiting(books, engine)
     books.fork()
-    assert not engine.line
+    assert not engine.queue
     permits = [books.take(engine) for _ in range(3)]
     assert all(isinstance(permit, Permit) for permit in permits)
     assert [books.refuse(), books.refuse()] == [True, False]
@@ -815,11 +817,11 @@ def test_a_forked_child_knows_of_no_refusals(books: Books) -> None:
     ],
 )
 def test_the_limit_is_the_largest_that_an_engine_states(
-    books: Books, stated: list[float | None], limit: float
+    books: Simulator, stated: list[float | None], limit: float
 ) -> None:
     """15 where none states any, whatever the order; what was set overrules it until it is unset."""
     for order in (stated, stated[::-1]):
-        books = Books()
+        books = Simulator()
         engines = [books.engine(ceiling) for ceiling in order]
         assert books.ledger.limit == limit
         limited(books, 4)
@@ -832,7 +834,7 @@ def test_the_limit_is_the_largest_that_an_engine_states(
         assert books.ledger.limit == limit
 
 
-def test_a_limit_that_an_engine_stated_leaves_with_it(books: Books) -> None:
+def test_a_limit_that_an_engine_stated_leaves_with_it(books: Simulator) -> None:
     """What exceeds the others' wishes is closed; without any engine the limit stays."""
     small, large = books.engine(2), books.engine(4)
     idle(books, small, 2)
@@ -848,7 +850,7 @@ def test_a_limit_that_an_engine_stated_leaves_with_it(books: Books) -> None:
     del keeps
 
 
-def test_a_grown_limit_serves_at_once_the_oldest_first(books: Books) -> None:
+def test_a_grown_limit_serves_at_once_the_oldest_first(books: Simulator) -> None:
     """Each new slot goes to the oldest waiter of all engines that may have it."""
     first, second = books.engine(9), books.engine(1)
     limited(books, 1)
@@ -860,7 +862,7 @@ def test_a_grown_limit_serves_at_once_the_oldest_first(books: Books) -> None:
     assert answers(*waiters) == [False, True, True, True]
 
 
-def test_a_lowered_limit_closes_what_is_idle_and_the_rest_when_it_comes_home(books: Books) -> None:
+def test_a_lowered_limit_closes_what_is_idle_and_the_rest_when_it_comes_home(books: Simulator) -> None:
     """Idle connections above it close at once, those that are out on return, although somebody waits;
     the slots only get fewer."""
     engine, other = books.engine(), books.engine()
@@ -881,7 +883,7 @@ def test_a_lowered_limit_closes_what_is_idle_and_the_rest_when_it_comes_home(boo
     assert len(books.ledger.slots) == 2
 
 
-def test_what_comes_home_above_a_lowered_limit_is_closed_also_where_nobody_waits(books: Books) -> None:
+def test_what_comes_home_above_a_lowered_limit_is_closed_also_where_nobody_waits(books: Simulator) -> None:
     """As many as are too many; one that closes already is not one of them."""
     engine = books.engine()
     first, second, third = held(books, engine, 3)
@@ -896,7 +898,7 @@ def test_what_comes_home_above_a_lowered_limit_is_closed_also_where_nobody_waits
     assert list(engine.idle) == [third]
 
 
-def test_a_lowered_limit_leaves_alone_what_fits_it(books: Books) -> None:
+def test_a_lowered_limit_leaves_alone_what_fits_it(books: Simulator) -> None:
     """As many as the limit allows stay; what is closing by then is not closed for a second time."""
     engine = books.engine()
     idle(books, engine, 5)
@@ -907,7 +909,7 @@ def test_a_lowered_limit_leaves_alone_what_fits_it(books: Books) -> None:
     assert len(engine.idle) == 2
 
 
-def test_what_is_closing_counts_until_it_is_closed(books: Books) -> None:
+def test_what_is_closing_counts_until_it_is_closed(books: Simulator) -> None:
     """Somebody who comes while a connection closes waits, and gets the slot when it is closed."""
     engine = books.engine(ttl=5)
     limited(books, 1)
@@ -924,7 +926,7 @@ def test_what_is_closing_counts_until_it_is_closed(books: Books) -> None:
 
 
 @pytest.mark.parametrize("lifo", [True, False])
-def test_what_was_idle_for_the_ttl_is_closed_whichever_end_is_used(books: Books, lifo: bool) -> None:
+def test_what_was_idle_for_the_ttl_is_closed_whichever_end_is_used(books: Simulator, lifo: bool) -> None:
     """The left end is the oldest: sweeps close from there and say when the next one is due."""
     engine = books.engine(ttl=10, lifo=lifo)
     first, second = idle(books, engine, 2)  # at 1 and 2
@@ -946,7 +948,7 @@ def test_what_was_idle_for_the_ttl_is_closed_whichever_end_is_used(books: Books,
     assert books.told == 21
 
 
-def test_hollow_records_age_too(books: Books) -> None:
+def test_hollow_records_age_too(books: Simulator) -> None:
     """A slot without a connection leaves after the TTL as one with."""
     engine = books.engine(ttl=10)
     idle(books, engine, 0, hollows=1)
@@ -956,7 +958,7 @@ def test_hollow_records_age_too(books: Books) -> None:
     assert books.reasons == [reasons.IDLE_TTL]
 
 
-def test_what_is_out_does_not_age(books: Books) -> None:
+def test_what_is_out_does_not_age(books: Simulator) -> None:
     """Neither a connection that is out nor one that is being opened nor a session's ever expires."""
     engine, slot = books.engine(ttl=1), books.add()
     assert slot is not None
@@ -969,7 +971,7 @@ def test_what_is_out_does_not_age(books: Books) -> None:
     del session, permit
 
 
-def test_each_engine_has_its_own_ttl_unless_one_is_set_for_all(books: Books) -> None:
+def test_each_engine_has_its_own_ttl_unless_one_is_set_for_all(books: Simulator) -> None:
     """Set, it holds for all engines, those to come and what was added by hand; unset, each has its own."""
     short, never = books.engine(ttl=1), books.engine(ttl=math.inf)
     idle(books, never, 2)
@@ -992,7 +994,7 @@ def test_each_engine_has_its_own_ttl_unless_one_is_set_for_all(books: Books) -> 
     assert len(short.idle) == 0
 
 
-def test_the_housekeeper_is_told_earlier_when_something_expires_earlier(books: Books) -> None:
+def test_the_housekeeper_is_told_earlier_when_something_expires_earlier(books: Simulator) -> None:
     """Only then: a later expiry than the one that it knows of is no news."""
     slow, quick = books.engine(ttl=60), books.engine(ttl=5)
     books.sweep()
@@ -1003,7 +1005,7 @@ def test_the_housekeeper_is_told_earlier_when_something_expires_earlier(books: B
     assert books.ledger.give(quick, three, 2.0) == [(7.0,)]
 
 
-def test_an_engine_with_a_shorter_ttl_brings_the_housekeeper_earlier(books: Books) -> None:
+def test_an_engine_with_a_shorter_ttl_brings_the_housekeeper_earlier(books: Simulator) -> None:
     """What was added by hand follows the engine that attached last: also what is there already."""
     first = books.engine(ttl=60)
     books.add()
@@ -1016,7 +1018,7 @@ def test_an_engine_with_a_shorter_ttl_brings_the_housekeeper_earlier(books: Book
 # -- disposing -------------------------------------------------------------------------------------
 
 
-def test_dispose_closes_what_is_idle_and_leaves_what_is_out(books: Books) -> None:
+def test_dispose_closes_what_is_idle_and_leaves_what_is_out(books: Simulator) -> None:
     """Of this engine alone; without a recreate() following, what is out comes home as usual."""
     engine, other = books.engine(), books.engine()
     idle(books, other)
@@ -1029,7 +1031,7 @@ def test_dispose_closes_what_is_idle_and_leaves_what_is_out(books: Books) -> Non
     assert len(other.idle) == 1
 
 
-def test_what_was_opened_before_a_completed_dispose_closes_when_it_comes_home(books: Books) -> None:
+def test_what_was_opened_before_a_completed_dispose_closes_when_it_comes_home(books: Simulator) -> None:
     """Also when somebody waits for it: who gets the slot opens anew.  What was opened later stays."""
     engine = books.engine()
     limited(books, 2)
@@ -1048,7 +1050,7 @@ def test_what_was_opened_before_a_completed_dispose_closes_when_it_comes_home(bo
     assert list(engine.idle) == [older]
 
 
-def test_what_came_home_between_dispose_and_recreate_is_closed(books: Books) -> None:
+def test_what_came_home_between_dispose_and_recreate_is_closed(books: Simulator) -> None:
     """It is of the generation that ended: it must not stay idle, to be handed out again."""
     engine = books.engine()
     (record,) = held(books, engine, 1)
@@ -1059,7 +1061,7 @@ def test_what_came_home_between_dispose_and_recreate_is_closed(books: Books) -> 
     assert isinstance(books.take(engine), Permit)
 
 
-def test_retiring_all_spares_only_what_was_added_by_hand(books: Books) -> None:
+def test_retiring_all_spares_only_what_was_added_by_hand(books: Simulator) -> None:
     """What engines have idle closes at once, what is out when it comes home."""
     engine, other, slot = books.engine(), books.engine(), books.add()
     (record,) = held(books, engine, 1)
@@ -1074,7 +1076,7 @@ def test_retiring_all_spares_only_what_was_added_by_hand(books: Books) -> None:
 # -- what is lost ----------------------------------------------------------------------------------
 
 
-def test_a_dropped_engine_gives_back_what_it_had(books: Books) -> None:
+def test_a_dropped_engine_gives_back_what_it_had(books: Simulator) -> None:
     """What it had idle is closed, hollow records need no closing, and the engine is forgotten."""
     engine, _ = books.engine(), books.engine()
     idle(books, engine, 2, hollows=1)
@@ -1087,7 +1089,7 @@ def test_a_dropped_engine_gives_back_what_it_had(books: Books) -> None:
     assert not books.ledger.slots
 
 
-def test_a_connection_whose_holder_died_is_closed_before_its_slot_passes_on(books: Books) -> None:
+def test_a_connection_whose_holder_died_is_closed_before_its_slot_passes_on(books: Simulator) -> None:
     """It counts until it is closed; then the oldest waiter gets the slot."""
     engine = books.engine(1)
     out = held(books, engine, 1)
@@ -1102,7 +1104,7 @@ def test_a_connection_whose_holder_died_is_closed_before_its_slot_passes_on(book
     assert answers(waiter) == [True]
 
 
-def test_a_held_record_without_a_connection_that_died_leaves_nothing_to_close(books: Books) -> None:
+def test_a_held_record_without_a_connection_that_died_leaves_nothing_to_close(books: Simulator) -> None:
     """Its slot passes on at once."""
     engine = books.engine(1)
     out = held(books, engine, 1)
@@ -1113,7 +1115,7 @@ def test_a_held_record_without_a_connection_that_died_leaves_nothing_to_close(bo
     assert answers(waiter) == [True]
 
 
-def test_a_permission_to_open_that_was_lost_goes_to_the_next(books: Books) -> None:
+def test_a_permission_to_open_that_was_lost_goes_to_the_next(books: Simulator) -> None:
     """An exception between being told and opening loses no slot; the one who was answered included."""
     engine = books.engine(1)
     permit = books.take(engine)
@@ -1127,7 +1129,7 @@ def test_a_permission_to_open_that_was_lost_goes_to_the_next(books: Books) -> No
     assert answers(second) == [True]
 
 
-def test_an_opening_that_was_lost_with_its_socket_open_is_closed(books: Books) -> None:
+def test_an_opening_that_was_lost_with_its_socket_open_is_closed(books: Simulator) -> None:
     """From the socket's opening to the report of it the record answers for it."""
     engine = books.engine(1)
     record = books.bind(engine, books.take(engine))
@@ -1142,7 +1144,9 @@ def test_an_opening_that_was_lost_with_its_socket_open_is_closed(books: Books) -
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_what_gave_way_to_a_lost_permission_counts_until_it_is_closed(books: Books, by_hand: bool) -> None:
+def test_what_gave_way_to_a_lost_permission_counts_until_it_is_closed(
+    books: Simulator, by_hand: bool
+) -> None:
     """The permit stood for both: who gets the slot must not open a second socket beside it."""
     own, other = books.engine(), books.engine()
     limited(books, 1)
@@ -1161,7 +1165,7 @@ def test_what_gave_way_to_a_lost_permission_counts_until_it_is_closed(books: Boo
     assert (len(books.sockets), len(books.ledger.slots), answers(waiter)) == (0, 1, [True])
 
 
-def test_what_a_living_session_has_locked_survives_its_engine(books: Books) -> None:
+def test_what_a_living_session_has_locked_survives_its_engine(books: Simulator) -> None:
     """The session keeps it, as if it had been added by hand; it counts all the time."""
     engine = books.engine()
     slot = idle(books, engine)[0].slot
@@ -1169,14 +1173,16 @@ def test_what_a_living_session_has_locked_survives_its_engine(books: Books) -> N
     del engine
     books.settle()
     assert books.reasons == []
-    assert (slot.state, list(books.ledger.slots)) == (LENT, [slot])
+    assert (slot.state, list(books.ledger.slots)) == (LOCKED, [slot])
     assert books.unlock(slot)
     books.do_all()
     assert list(books.ledger.by_hand.idle) == [slot]
     del session
 
 
-def test_a_locked_connection_that_outlives_its_engine_frees_a_place_below_the_ceiling(books: Books) -> None:
+def test_a_locked_connection_that_outlives_its_engine_frees_a_place_below_the_ceiling(
+    books: Simulator,
+) -> None:
     """It counts against the pool alone from then on: who waits at the engine's ceiling is served."""
     quota = Quota(1)
     old, new, _ = books.engine(quota=quota), books.engine(quota=quota), books.engine(5)
@@ -1188,7 +1194,7 @@ def test_a_locked_connection_that_outlives_its_engine_frees_a_place_below_the_ce
     del session
 
 
-def test_what_a_dead_session_had_locked_dies_with_its_engine(books: Books) -> None:
+def test_what_a_dead_session_had_locked_dies_with_its_engine(books: Simulator) -> None:
     """Nobody can reset it, so it is closed."""
     engine = books.engine()
     locked(books, idle(books, engine)[0].slot)
@@ -1198,7 +1204,7 @@ def test_what_a_dead_session_had_locked_dies_with_its_engine(books: Books) -> No
     assert books.reasons == [reasons.ABANDONED]
 
 
-def test_the_death_of_what_was_closed_or_failed_to_open_is_no_news(books: Books) -> None:
+def test_the_death_of_what_was_closed_or_failed_to_open_is_no_news(books: Simulator) -> None:
     """The record dies after its slot has left the books, and that is all."""
     engine = books.engine()
     idle(books, engine)
@@ -1216,26 +1222,26 @@ def test_the_death_of_what_was_closed_or_failed_to_open_is_no_news(books: Books)
 # -- giving back what one has not ------------------------------------------------------------------
 
 
-def given(books: Books, engine: Attachment) -> Record:
+def given(books: Simulator, engine: Attachment) -> Record:
     """It was given back before."""
     return idle(books, engine)[0]
 
 
-def closing(books: Books, engine: Attachment) -> Record:
+def closing(books: Simulator, engine: Attachment) -> Record:
     """It is being closed."""
     (record,) = idle(books, engine)
     books.decide(books.ledger.dispose, engine)
     return record
 
 
-def closed(books: Books, engine: Attachment) -> Record:
+def closed(books: Simulator, engine: Attachment) -> Record:
     """It was closed."""
     record = closing(books, engine)
     books.do_all()
     return record
 
 
-def evicted(books: Books, engine: Attachment) -> Record:
+def evicted(books: Simulator, engine: Attachment) -> Record:
     """It gave way."""
     (record,) = idle(books, engine)
     limited(books, 1)
@@ -1244,34 +1250,34 @@ def evicted(books: Books, engine: Attachment) -> Record:
     return record
 
 
-def detached(books: Books, engine: Attachment) -> Record:
+def detached(books: Simulator, engine: Attachment) -> Record:
     """It was detached."""
     (record,) = held(books, engine, 1)
     books.detach(record)
     return record
 
 
-def opening(books: Books, engine: Attachment) -> Permit:
+def opening(books: Simulator, engine: Attachment) -> Permit:
     """It is not open yet."""
     permit: Permit = books.take(engine)
     return permit
 
 
-def lent(books: Books, engine: Attachment) -> Record:
+def locked_by_a_session(books: Simulator, engine: Attachment) -> Record:
     """A session has it."""
     (record,) = idle(books, engine)
     record.session = locked(books, record.slot)  # type: ignore[attr-defined]
     return record
 
 
-def resetting(books: Books, engine: Attachment) -> Record:
+def resetting(books: Simulator, engine: Attachment) -> Record:
     """A session had it, and it is being reset."""
-    record = lent(books, engine)
+    record = locked_by_a_session(books, engine)
     books.unlock(record.slot)
     return record
 
 
-def strangers(books: Books, engine: Attachment) -> Record:
+def strangers(books: Simulator, engine: Attachment) -> Record:
     """Another engine has it."""
     other = books.engine()
     (record,) = held(books, other, 1)
@@ -1280,10 +1286,10 @@ def strangers(books: Books, engine: Attachment) -> Record:
 
 
 @pytest.mark.parametrize(
-    "state", [given, closing, closed, evicted, detached, opening, lent, resetting, strangers]
+    "state", [given, closing, closed, evicted, detached, opening, locked_by_a_session, resetting, strangers]
 )
 def test_nobody_gives_back_what_nobody_has_or_somebody_else(
-    books: Books, state: Callable[[Books, Attachment], Any]
+    books: Simulator, state: Callable[[Simulator, Attachment], Any]
 ) -> None:
     """It raises, and changes nothing."""
     engine = books.engine()
@@ -1295,7 +1301,7 @@ def test_nobody_gives_back_what_nobody_has_or_somebody_else(
     books.settle()
 
 
-def test_a_detached_connection_frees_its_slot_at_once(books: Books) -> None:
+def test_a_detached_connection_frees_its_slot_at_once(books: Simulator) -> None:
     """Its holder owns it; who waits may open another."""
     engine = books.engine(1)
     (record,) = held(books, engine, 1)
@@ -1307,7 +1313,7 @@ def test_a_detached_connection_frees_its_slot_at_once(books: Books) -> None:
 # -- the queries API -------------------------------------------------------------------------------
 
 
-def test_what_was_added_by_hand_counts_and_is_no_engines(books: Books) -> None:
+def test_what_was_added_by_hand_counts_and_is_no_engines(books: Simulator) -> None:
     """It needs a free slot, evicts nobody, and an engine that needs the slot opens its own."""
     engine = books.engine()
     limited(books, 2)
@@ -1322,20 +1328,20 @@ def test_what_was_added_by_hand_counts_and_is_no_engines(books: Books) -> None:
     assert slot not in books.ledger.slots
 
 
-def test_only_what_is_idle_and_open_can_be_locked(books: Books) -> None:
+def test_only_what_is_idle_and_open_can_be_locked(books: Simulator) -> None:
     """Not what is out, locked, being opened, hollow or being closed."""
     engine = books.engine()
     (out,), permit = held(books, engine, 1), books.take(engine)
     record, void = idle(books, engine, 1, hollows=1)
     session = locked(books, record.slot)
-    assert not any(books.lend(e.slot, session) for e in (out, permit, void, record))
+    assert not any(books.lock(e.slot, session) for e in (out, permit, void, record))
     books.decide(books.ledger.dispose, engine)
-    assert not books.lend(void.slot, session)
+    assert not books.lock(void.slot, session)
     books.decide(books.ledger.close_one, record.slot, True)
-    assert not books.lend(record.slot, session)
+    assert not books.lock(record.slot, session)
 
 
-def test_a_lock_is_nobodys_until_the_reset_is_done(books: Books) -> None:
+def test_a_lock_is_nobodys_until_the_reset_is_done(books: Simulator) -> None:
     """Unlocking frees nothing; the reset that succeeds does, and who waits gets it clean."""
     engine = books.engine(1)
     (record,) = idle(books, engine)
@@ -1349,7 +1355,7 @@ def test_a_lock_is_nobodys_until_the_reset_is_done(books: Books) -> None:
     del session
 
 
-def test_a_lock_taken_off_leaves_the_connection_idle_from_then_on(books: Books) -> None:
+def test_a_lock_taken_off_leaves_the_connection_idle_from_then_on(books: Simulator) -> None:
     """Its age begins when it comes home, whosever it is."""
     engine, slot = books.engine(ttl=10), books.add()
     assert slot is not None
@@ -1365,7 +1371,7 @@ def test_a_lock_taken_off_leaves_the_connection_idle_from_then_on(books: Books) 
     del sessions
 
 
-def test_a_connection_that_can_not_be_reset_is_closed(books: Books) -> None:
+def test_a_connection_that_can_not_be_reset_is_closed(books: Simulator) -> None:
     """The slot passes on when it is closed."""
     engine = books.engine(1)
     (record,) = idle(books, engine)
@@ -1379,7 +1385,7 @@ def test_a_connection_that_can_not_be_reset_is_closed(books: Books) -> None:
     del session
 
 
-def test_who_waits_gets_what_a_session_left_when_it_died(books: Books) -> None:
+def test_who_waits_gets_what_a_session_left_when_it_died(books: Simulator) -> None:
     """At once, by transfer: it is closed, not handed over as it was left."""
     engine = books.engine(1)
     (record,) = idle(books, engine)
@@ -1391,7 +1397,7 @@ def test_who_waits_gets_what_a_session_left_when_it_died(books: Books) -> None:
     assert waiter.answer.evicts is record
 
 
-def test_what_a_dead_session_left_is_reset_by_the_next_sweep(books: Books) -> None:
+def test_what_a_dead_session_left_is_reset_by_the_next_sweep(books: Simulator) -> None:
     """Which comes soon.  What living sessions have locked stays locked."""
     engine = books.engine()
     first, second = idle(books, engine, 2)
@@ -1409,7 +1415,7 @@ def test_what_a_dead_session_left_is_reset_by_the_next_sweep(books: Books) -> No
     assert second.slot.session() is living
 
 
-def test_the_death_of_a_session_that_has_no_lock_any_more_is_no_news(books: Books) -> None:
+def test_the_death_of_a_session_that_has_no_lock_any_more_is_no_news(books: Simulator) -> None:
     """The letter may come late: the next session's lock is not taken for stale."""
     engine = books.engine()
     (record,) = idle(books, engine)
@@ -1426,7 +1432,7 @@ def test_the_death_of_a_session_that_has_no_lock_any_more_is_no_news(books: Book
     assert record.slot.session() is new
 
 
-def test_only_what_dead_sessions_left_is_unlocked(books: Books) -> None:
+def test_only_what_dead_sessions_left_is_unlocked(books: Simulator) -> None:
     """Living ones keep their locks; what gave way, or is closing, has none."""
     engine, other = books.engine(), books.engine()
     first, second, third = idle(books, engine, 3)
@@ -1446,7 +1452,7 @@ def test_only_what_dead_sessions_left_is_unlocked(books: Books) -> None:
     assert books.unlock(first.slot)
 
 
-def test_one_connection_is_closed_unless_somebody_has_it(books: Books) -> None:
+def test_one_connection_is_closed_unless_somebody_has_it(books: Simulator) -> None:
     """Idle, hollow and stale ones close; with force those of living sessions, too; never what is out."""
     engine, slot = books.engine(), books.add()
     (out,), permit = held(books, engine, 1), books.take(engine)
@@ -1471,16 +1477,16 @@ def test_one_connection_is_closed_unless_somebody_has_it(books: Books) -> None:
     assert books.ledger.slots == {out.slot, permit.slot}
 
 
-@pytest.mark.parametrize("busy", [None, "held", "opening", "lent"])
-def test_all_connections_are_closed_or_none(books: Books, busy: str | None) -> None:
+@pytest.mark.parametrize("busy", [None, "held", "opening", "locked"])
+def test_all_connections_are_closed_or_none(books: Simulator, busy: str | None) -> None:
     """One that somebody has is returned, and nothing was done; idle, hollow and stale ones are not busy."""
     engine, other, _ = books.engine(), books.engine(), books.add()
     first, second, _ = idle(books, engine, 2, hollows=1)
     locked(books, first.slot)
     books.settle()
     session, busy_one = Session(), None
-    if busy == "lent":
-        assert books.lend(second.slot, session)
+    if busy == "locked":
+        assert books.lock(second.slot, session)
         busy_one = second
     elif busy is not None:
         busy_one = books.connected(other) if busy == "held" else books.take(other)
@@ -1500,7 +1506,7 @@ def test_all_connections_are_closed_or_none(books: Books, busy: str | None) -> N
 
 
 @pytest.mark.parametrize(("ttl", "after"), [(0.2, 1.0), (30.0, 30.0), (math.inf, 60.0)])
-def test_a_pool_that_nobody_uses_leaves_after_its_ttl(books: Books, ttl: float, after: float) -> None:
+def test_a_pool_that_nobody_uses_leaves_after_its_ttl(books: Simulator, ttl: float, after: float) -> None:
     """A second at least, a minute where nothing expires; engines and slots keep it.  The housekeeper
     is told."""
     ledger = books.ledger
@@ -1523,7 +1529,7 @@ def test_a_pool_that_nobody_uses_leaves_after_its_ttl(books: Books, ttl: float, 
     assert not ledger.vacant(1000.0)
 
 
-def test_the_numbers_count_every_state(books: Books) -> None:
+def test_the_numbers_count_every_state(books: Simulator) -> None:
     """Each slot is in one of them, and the total is their sum."""
     engine, full = books.engine(8), books.engine(1)
     first, second, *_ = idle(books, engine, 4, hollows=1)
@@ -1545,7 +1551,7 @@ def test_the_numbers_count_every_state(books: Books) -> None:
     del session, out, permit
 
 
-def test_only_the_locks_of_the_dead_are_taken_off_unasked(books: Books) -> None:
+def test_only_the_locks_of_the_dead_are_taken_off_unasked(books: Simulator) -> None:
     """By a clean-up, and by a reset that comes late: what a living session has locked is its own."""
     slot = books.add()
     assert slot is not None

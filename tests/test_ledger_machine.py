@@ -1,4 +1,4 @@
-"""All operations of the ledger in any order: hypothesis drives, ``Books`` checks after each of them.
+"""All operations of the ledger in any order: hypothesis drives, ``Simulator`` checks after each of them.
 
 ``LEDGER_EXAMPLES=20000 pytest -o faulthandler_timeout=0 tests/test_ledger_machine.py`` searches for
 longer, elsewhere each time, and shrinks what it finds, which takes minutes.
@@ -15,10 +15,20 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from ledger_fakes import Books, Gate, Handle, Record, Session
+from ledger_fakes import Gate, Handle, Record, Session, Simulator
 
 from sqla_queries_pool.budget.ledger import LOWERED
-from sqla_queries_pool.budget.slots import CLOSING, HELD, IDLE, LENT, Attachment, Close, NotHeld, Permit, Slot
+from sqla_queries_pool.budget.slots import (
+    CLOSING,
+    HELD,
+    IDLE,
+    LOCKED,
+    Attachment,
+    Close,
+    NotHeld,
+    Permit,
+    Slot,
+)
 
 T = TypeVar("T")
 which = st.integers(0, 23)
@@ -78,7 +88,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.books = Books()
+        self.books = Simulator()
         self.ledger = self.books.ledger
         self.engines: list[Engine] = []
         self.waiting: list[tuple[Engine, Gate]] = []
@@ -195,9 +205,9 @@ class LedgerMachine(RuleBasedStateMachine):
     def is_turned_away(self, n: int, new: bool) -> None:
         """It is, if the line before it is as long as it may be, or is overloaded and it waited for long."""
         engine, gate = chosen(n, self.waiting)
-        before = list(self.books.lines[engine.attachment])
+        before = list(self.books.queues[engine.attachment])
         place = before.index(gate) if gate in before else -1
-        away = self.books.turn_away(gate, new)
+        away = self.books.reject(gate, new)
         if away is not None:
             too_long = new and place >= engine.attachment.max_waiting
             assert too_long or self.books.now - gate.since >= engine.attachment.queue_target
@@ -243,7 +253,7 @@ class LedgerMachine(RuleBasedStateMachine):
         del item
         if not again:
             return
-        line = list(self.books.lines[engine.attachment])
+        line = list(self.books.queues[engine.attachment])
         entry = self.books.wait(engine.attachment, since)
         if isinstance(entry, Gate):
             self.waiting.append((engine, entry))
@@ -334,7 +344,11 @@ class LedgerMachine(RuleBasedStateMachine):
         at_home = [
             (engine, entry)
             for engine in self.engines
-            for entries in (engine.attachment.idle, engine.attachment.hollow, engine.attachment.lent.values())
+            for entries in (
+                engine.attachment.idle,
+                engine.attachment.hollow,
+                engine.attachment.locked.values(),
+            )
             for entry in entries
         ]
         return at_home + [
@@ -387,7 +401,7 @@ class LedgerMachine(RuleBasedStateMachine):
         session = Session()
         assert slot.home is not None
         possible = slot.state is IDLE and slot.handle is not None and slot.home() is not None
-        assert self.books.lend(slot, session) == possible
+        assert self.books.lock(slot, session) == possible
         if possible:
             self.locks.append(Lock(slot, session))
 
@@ -407,7 +421,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def locks_stay(self) -> None:
         """Nothing takes a living session's lock but itself, and force."""
         for lock in self.locks:
-            assert lock.slot.state is LENT
+            assert lock.slot.state is LOCKED
             assert lock.slot.session is not None
             assert lock.slot.session() is lock.session
 

@@ -27,7 +27,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 from sqla_queries_pool.sockets import liveness
-from sqla_queries_pool.sockets.liveness import ALIVE, DEAD, DOUBT, Fuse, hang_up, look, poll_of
+from sqla_queries_pool.sockets.liveness import ALIVE, DEAD, DOUBT, PingTimeout, hang_up, look, poll_of
 
 resource = pytest.importorskip("resource", reason="POSIX has it, and poll")
 
@@ -365,23 +365,23 @@ def test_hanging_up_what_has_no_socket_does_nothing(handle: object) -> None:
 
 
 def test_a_fuse_that_is_swept_ends_the_connection(wire: Wire) -> None:
-    """Who reads from it finds its end, and the fuse says that it was the fuse."""
+    """Who reads from it finds its end, and the ping_timeout says that it was the ping_timeout."""
     ours, _ = wire
-    fuse = Fuse(ours)
+    ping_timeout = PingTimeout(ours)
     reader = Task(lambda: ours.recv(1))
-    assert not fuse.blown
-    fuse.sweep()
+    assert not ping_timeout.expired
+    ping_timeout.sweep()
     assert reader.result() == b""
-    assert fuse.blown
+    assert ping_timeout.expired
 
 
 def test_a_fuse_that_was_removed_ends_nothing(wire: Wire) -> None:
     """The answer came in time; the housekeeper may still come by."""
     ours, theirs = wire
-    fuse = Fuse(ours)
-    fuse.remove()
-    fuse.sweep()
-    assert not fuse.blown
+    ping_timeout = PingTimeout(ours)
+    ping_timeout.remove()
+    ping_timeout.sweep()
+    assert not ping_timeout.expired
     theirs.send(b"x")
     assert ours.recv(1) == b"x"
 
@@ -991,11 +991,11 @@ def test_a_fuse_ends_a_statement_that_nobody_answers(proxied: Way, new_engine: N
     with closing(engine.raw_connection()) as connection:
         proxied.proxy.blackhole()
         statement = Task(lambda: ask(connection))
-        fuse = Fuse(connection.dbapi_connection)
-        Housekeeper().schedule(fuse, 0.05)
+        ping_timeout = PingTimeout(connection.dbapi_connection)
+        Housekeeper().schedule(ping_timeout, 0.05)
         with pytest.raises((psycopg2.OperationalError, psycopg.OperationalError)):
             statement.result()
-        assert fuse.blown
+        assert ping_timeout.expired
         connection.invalidate()
 
 
@@ -1075,7 +1075,7 @@ def test_a_fuse_that_blows_as_the_answer_comes_costs_the_connection(
     def linger(handle: Any) -> None:
         poll = select.poll()
         poll.register(handle.fileno(), select.POLLRDHUP)
-        assert poll.poll(1000 * SECONDS), "the fuse does not blow"
+        assert poll.poll(1000 * SECONDS), "the ping_timeout does not blow"
 
     pings.after = linger
     assert next_one(engine) != dead

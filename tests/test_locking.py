@@ -41,8 +41,8 @@ from sqla_queries_pool.budget import ledger
 from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.budget.slots import Attachment, NotHeld, Quota
-from sqla_queries_pool.budget.state import Books
-from sqla_queries_pool.concurrency.gates import ThreadGate
+from sqla_queries_pool.budget.state import LedgerState
+from sqla_queries_pool.concurrency.gates import ThreadWaiter
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 from sqla_queries_pool.insight.diagnostics import snapshot
 from sqla_queries_pool.pool import Pool
@@ -449,11 +449,20 @@ def be_turned_away(pool: QueriesPool, step: Callable[[], None]) -> None:
     inside.attachment(pool).max_waiting = math.inf
 
 
-OTHERS = {"__init__", "count_anew", "everyone", "look_in", "numbers", "vacant", "waiters", "start_anew"}
+OTHERS = {
+    "__init__",
+    "reset_counts",
+    "everyone",
+    "look_in",
+    "numbers",
+    "vacant",
+    "waiters",
+    "after_fork_in_child",
+}
 """Those that only read, and those that nobody else can be inside of."""
 METHODS = sorted(
     name
-    for name, value in {**vars(Books), **vars(Ledger)}.items()
+    for name, value in {**vars(LedgerState), **vars(Ledger)}.items()
     if isinstance(value, FunctionType) and name not in OTHERS
 )
 
@@ -524,9 +533,9 @@ def test_a_waiter_is_woken_by_what_the_collector_finds_inside_the_ledger(
 ) -> None:
     """The letter serves who waits, and its gate is opened, not only its answer written."""
     pool = new_pool(max_size=1)
-    opened: list[ThreadGate] = []
-    real = ThreadGate.open
-    monkeypatch.setattr(ThreadGate, "open", lambda gate: (opened.append(gate), real(gate)))
+    opened: list[ThreadWaiter] = []
+    real = ThreadWaiter.open
+    monkeypatch.setattr(ThreadWaiter, "open", lambda gate: (opened.append(gate), real(gate)))
     Ring(pool.connect())
     waiting = Thread(pool.connect)
     eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
@@ -651,17 +660,17 @@ def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_line(
     pool = new_pool(max_size=1)
     fairy = pool.connect()
     stop = Stop()
-    real = ThreadGate.wait
+    real = ThreadWaiter.wait
     calls = [True]
 
-    def interrupted(gate: ThreadGate, seconds: float) -> None:
+    def interrupted(gate: ThreadWaiter, seconds: float) -> None:
         if calls:
             calls.pop()
             stop.here()
             raise Interrupt
         real(gate, seconds)
 
-    monkeypatch.setattr(ThreadGate, "wait", interrupted)
+    monkeypatch.setattr(ThreadWaiter, "wait", interrupted)
     order: list[int] = []
 
     def work(number: int) -> None:

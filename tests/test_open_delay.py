@@ -11,7 +11,7 @@ from typing import Any
 import inside
 import pytest
 from fakes import FakeClock, FakeDriver, Task
-from ledger_fakes import Books, Gate, Record
+from ledger_fakes import Gate, Record, Simulator
 from sqlalchemy import create_engine, event
 
 from sqla_queries_pool import QueriesPool
@@ -25,35 +25,35 @@ LOOK = PRICE * FIRST_LOOK
 
 
 @pytest.fixture
-def books() -> Books:
+def books() -> Simulator:
     """An empty pool without a limit, at time 0."""
-    books = Books()
+    books = Simulator()
     books.decide(books.ledger.set_limit, math.inf, books.now)
     return books
 
 
-def priced(books: Books, engine: Attachment, number: int, price: float = PRICE) -> list[Record]:
+def priced(books: Simulator, engine: Attachment, number: int, price: float = PRICE) -> list[Record]:
     """So many connections, out, each of which took so long to open."""
     permits = [books.take(engine) for _ in range(number)]
     books.now += price
     return [books.use_permit(engine, permit) for permit in permits]
 
 
-def crowd(books: Books, engine: Attachment, number: int) -> list[Gate]:
+def crowd(books: Simulator, engine: Attachment, number: int) -> list[Gate]:
     """So many checkouts at once that all wait."""
     came = [books.wait(engine) for _ in range(number)]
     assert all(isinstance(gate, Gate) for gate in came)
     return came
 
 
-def look(books: Books, gates: list[Gate]) -> int:
+def look(books: Simulator, gates: list[Gate]) -> int:
     """Everybody who still waits insists; how many may open by now?"""
     for gate in gates:
         books.insist(gate)
     return sum(isinstance(gate.answer, Permit) for gate in gates)
 
 
-def test_where_nothing_is_open_everybody_opens_at_once(books: Books) -> None:
+def test_where_nothing_is_open_everybody_opens_at_once(books: Simulator) -> None:
     """Also while others are opening: what is not open yet comes home late."""
     engine = books.engine()
     permits = [books.wait(engine) for _ in range(5)]
@@ -64,7 +64,7 @@ def test_where_nothing_is_open_everybody_opens_at_once(books: Books) -> None:
     del record
 
 
-def test_a_burst_is_served_by_what_is_out(books: Books) -> None:
+def test_a_burst_is_served_by_what_is_out(books: Simulator) -> None:
     """Fifty at once on five connections that come home every 2 ms: nobody opens any."""
     engine = books.engine()
     out = priced(books, engine, 5)
@@ -80,7 +80,7 @@ def test_a_burst_is_served_by_what_is_out(books: Books) -> None:
     assert [type(gate.answer) for gate in gates] == [Record] * 45
 
 
-def test_one_who_waits_in_vain_opens_after_the_price_of_a_connect(books: Books) -> None:
+def test_one_who_waits_in_vain_opens_after_the_price_of_a_connect(books: Simulator) -> None:
     """So it pays twice at most; and it knows when to look."""
     engine = books.engine()
     out = priced(books, engine, 3)
@@ -97,7 +97,7 @@ def test_one_who_waits_in_vain_opens_after_the_price_of_a_connect(books: Books) 
     del out
 
 
-def test_who_can_not_wait_any_more_does_not_fail_because_others_were_first(books: Books) -> None:
+def test_who_can_not_wait_any_more_does_not_fail_because_others_were_first(books: Simulator) -> None:
     """There is room: those before it are opened for, too, as if nobody had waited; those behind are not."""
     engine = books.engine()
     out = priced(books, engine, 1)
@@ -107,7 +107,7 @@ def test_who_can_not_wait_any_more_does_not_fail_because_others_were_first(books
     del out
 
 
-def test_a_crowd_before_a_connection_that_stays_out_opens_at_its_first_look(books: Books) -> None:
+def test_a_crowd_before_a_connection_that_stays_out_opens_at_its_first_look(books: Simulator) -> None:
     """At the pace so far the last would wait for longer than a connect: all open but those who would not."""
     engine = books.engine()
     out = priced(books, engine, 1)
@@ -120,7 +120,7 @@ def test_a_crowd_before_a_connection_that_stays_out_opens_at_its_first_look(book
     del out
 
 
-def test_a_crowd_that_moves_waits(books: Books) -> None:
+def test_a_crowd_that_moves_waits(books: Simulator) -> None:
     """The same crowd, where the connection has come home as often as the pace asks for."""
     engine = books.engine()
     (record,) = priced(books, engine, 1)
@@ -132,7 +132,7 @@ def test_a_crowd_that_moves_waits(books: Books) -> None:
     assert look(books, gates) == 0
 
 
-def test_a_line_that_stands_opens_as_many_as_have_stood_and_at_most_doubles(books: Books) -> None:
+def test_a_line_that_stands_opens_as_many_as_have_stood_and_at_most_doubles(books: Simulator) -> None:
     """It is served fast enough, but never empty: so many more would have been in use all the time."""
     engine = books.engine()
     out = priced(books, engine, 2)
@@ -155,7 +155,7 @@ def test_a_line_that_stands_opens_as_many_as_have_stood_and_at_most_doubles(book
         line += crowd(books, engine, 4 - len(line))
 
 
-def test_a_line_that_was_short_once_opens_no_more_than_stood_then(books: Books) -> None:
+def test_a_line_that_was_short_once_opens_no_more_than_stood_then(books: Simulator) -> None:
     """Those who came after that may be a burst of their own."""
     engine = books.engine()
     out = priced(books, engine, 4)
@@ -170,7 +170,7 @@ def test_a_line_that_was_short_once_opens_no_more_than_stood_then(books: Books) 
     del out
 
 
-def test_a_line_that_comes_and_goes_opens_none(books: Books) -> None:
+def test_a_line_that_comes_and_goes_opens_none(books: Simulator) -> None:
     """However long it goes on: what is out is enough."""
     engine = books.engine()
     (record,) = priced(books, engine, 1)
@@ -185,7 +185,7 @@ def test_a_line_that_comes_and_goes_opens_none(books: Books) -> None:
     assert len(books.ledger.slots) == 1
 
 
-def test_who_can_not_wait_opens_at_once(books: Books) -> None:
+def test_who_can_not_wait_opens_at_once(books: Simulator) -> None:
     """``timeout=0``, and when the time of a checkout is over."""
     engine = books.engine()
     out = priced(books, engine, 1)
@@ -195,7 +195,7 @@ def test_who_can_not_wait_opens_at_once(books: Books) -> None:
     del out
 
 
-def test_who_holds_all_that_is_out_opens_at_once(books: Books) -> None:
+def test_who_holds_all_that_is_out_opens_at_once(books: Simulator) -> None:
     """A checkout inside a checkout: nothing comes home while it waits."""
     engine = books.engine()
     out = priced(books, engine, 2)
@@ -205,7 +205,7 @@ def test_who_holds_all_that_is_out_opens_at_once(books: Books) -> None:
 
 
 @pytest.mark.parametrize("price", [0.0, WORTH_IT * 0.9])
-def test_a_connect_that_takes_no_time_is_not_waited_for(books: Books, price: float) -> None:
+def test_a_connect_that_takes_no_time_is_not_waited_for(books: Simulator, price: float) -> None:
     """A change of threads takes longer; and a clock that stands still makes nobody wait."""
     engine = books.engine()
     out = priced(books, engine, 1, price)
@@ -213,7 +213,7 @@ def test_a_connect_that_takes_no_time_is_not_waited_for(books: Books, price: flo
     del out
 
 
-def test_a_connect_that_has_hung_makes_nobody_wait_for_as_long(books: Books) -> None:
+def test_a_connect_that_has_hung_makes_nobody_wait_for_as_long(books: Simulator) -> None:
     """The longest that anybody waits so is bounded."""
     engine = books.engine()
     out = priced(books, engine, 1, 60.0)
@@ -224,7 +224,7 @@ def test_a_connect_that_has_hung_makes_nobody_wait_for_as_long(books: Books) -> 
     del out
 
 
-def test_when_what_was_out_is_gone_who_waits_for_it_opens(books: Books) -> None:
+def test_when_what_was_out_is_gone_who_waits_for_it_opens(books: Simulator) -> None:
     """It was detached, or lost with its holder, or closes when it comes home: nothing is left to wait for."""
     engine = books.engine()
     books.decide(books.ledger.set_limit, 4, books.now)
@@ -245,7 +245,7 @@ def test_when_what_was_out_is_gone_who_waits_for_it_opens(books: Books) -> None:
         books.do_all()
 
 
-def test_after_the_server_has_refused_everybody_opens_at_once_when_it_lets_in(books: Books) -> None:
+def test_after_the_server_has_refused_everybody_opens_at_once_when_it_lets_in(books: Simulator) -> None:
     """They have waited already, for the server."""
     engine = books.engine()
     out = priced(books, engine, 1)
@@ -258,7 +258,7 @@ def test_after_the_server_has_refused_everybody_opens_at_once_when_it_lets_in(bo
     del out
 
 
-def test_at_the_limit_nobody_looks_more_often_for_it(books: Books) -> None:
+def test_at_the_limit_nobody_looks_more_often_for_it(books: Simulator) -> None:
     """There is nothing to open, so nothing to wake up for."""
     engine = books.engine()
     out = priced(books, engine, 2)
@@ -270,7 +270,7 @@ def test_at_the_limit_nobody_looks_more_often_for_it(books: Books) -> None:
     del out
 
 
-def test_a_spare_connection_of_another_engine_is_not_closed_for_a_burst(books: Books) -> None:
+def test_a_spare_connection_of_another_engine_is_not_closed_for_a_burst(books: Simulator) -> None:
     """To have one give way costs a close and a connect; after the price of a connect it does."""
     engine, other = books.engine(), books.engine()
     books.decide(books.ledger.set_limit, 2, books.now)

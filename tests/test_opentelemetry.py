@@ -316,7 +316,7 @@ def test_a_pool_that_begins_anew_is_told_from_its_beginning(
     name = pool_of(engine).label
     use(engine, 5)
     assert collected(reader)["use_time", name].count == 5
-    inside.ledger(pool_of(engine)).count_anew()
+    inside.ledger(pool_of(engine)).reset_counts()
     use(engine, 2)
     assert collected(reader)["use_time", name].count == 7
 

@@ -11,12 +11,12 @@ from typing import Any
 import inside
 import pytest
 from fakes import FakeClock, FakeDriver, Task
-from ledger_fakes import Books, Gate, Record
+from ledger_fakes import Gate, Record, Simulator
 from sqlalchemy import create_engine, exc
 
 from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool, TooManyRequests
 from sqla_queries_pool.budget.queue import INTERVAL
-from sqla_queries_pool.budget.slots import LINE_FULL, OVERLOAD, Attachment, Permit
+from sqla_queries_pool.budget.slots import OVERLOAD, QUEUE_FULL, Attachment, Permit
 from sqla_queries_pool.insight import diagnostics
 
 TARGET = 0.5
@@ -24,28 +24,28 @@ TARGET = 0.5
 
 
 @pytest.fixture
-def books() -> Books:
+def books() -> Simulator:
     """An empty pool for one connection, at time 0."""
-    books = Books()
+    books = Simulator()
     books.decide(books.ledger.set_limit, 1, books.now)
     return books
 
 
-def engine_of(books: Books, max_waiting: float = math.inf, queue_target: float = math.inf) -> Attachment:
+def engine_of(books: Simulator, max_waiting: float = math.inf, queue_target: float = math.inf) -> Attachment:
     """An engine with these two."""
     engine = books.engine()
     engine.max_waiting, engine.queue_target = max_waiting, queue_target
     return engine
 
 
-def came(books: Books, engine: Attachment, number: int = 1) -> list[Gate]:
+def came(books: Simulator, engine: Attachment, number: int = 1) -> list[Gate]:
     """So many checkouts that wait."""
     gates = [books.wait(engine) for _ in range(number)]
     assert all(isinstance(gate, Gate) for gate in gates)
     return gates
 
 
-def handed_on(books: Books, engine: Attachment, record: Record, gate: Gate) -> Record:
+def handed_on(books: Simulator, engine: Attachment, record: Record, gate: Gate) -> Record:
     """The connection comes home, and goes to this one."""
     books.give(engine, record)
     answer = gate.answer
@@ -56,60 +56,60 @@ def handed_on(books: Books, engine: Attachment, record: Record, gate: Gate) -> R
 # -- max_waiting -----------------------------------------------------------------------------------
 
 
-def test_a_line_is_as_long_as_it_may_be_and_one_more_is_turned_away(books: Books) -> None:
+def test_a_line_is_as_long_as_it_may_be_and_one_more_is_turned_away(books: Simulator) -> None:
     """The last one, whoever asks when; those before it stay."""
     engine = engine_of(books, max_waiting=2)
     record = books.connected(engine)
     gates = came(books, engine, 3)
-    kinds = [away and away.kind for away in [books.turn_away(gate, new=True) for gate in gates]]
-    assert kinds == [None, None, LINE_FULL]
-    assert list(engine.line) == gates[:2]
+    kinds = [away and away.kind for away in [books.reject(gate, new=True) for gate in gates]]
+    assert kinds == [None, None, QUEUE_FULL]
+    assert list(engine.queue) == gates[:2]
     del record
 
 
-def test_who_moved_up_meanwhile_stays(books: Books) -> None:
+def test_who_moved_up_meanwhile_stays(books: Simulator) -> None:
     """Its place counts, not how long the line is."""
     engine = engine_of(books, max_waiting=1)
     record = books.connected(engine)
     first, second = came(books, engine, 2)
     record = handed_on(books, engine, record, first)
-    assert books.turn_away(second, new=True) is None
-    assert list(engine.line) == [second]
+    assert books.reject(second, new=True) is None
+    assert list(engine.queue) == [second]
 
 
-def test_who_has_waited_before_is_never_turned_away_for_the_length_of_the_line(books: Books) -> None:
+def test_who_has_waited_before_is_never_turned_away_for_the_length_of_the_line(books: Simulator) -> None:
     """Somebody who was refused by the server comes back before it; the limit is for newcomers."""
     engine = engine_of(books, max_waiting=1)
     record = books.connected(engine)
     books.now = 1.0
     (gate,) = came(books, engine)
     back = books.wait(engine, since=0.5)
-    assert list(engine.line) == [back, gate]
-    assert books.turn_away(gate) is None
+    assert list(engine.queue) == [back, gate]
+    assert books.reject(gate) is None
     del record
 
 
-def test_each_engine_has_a_line_of_its_own(books: Books) -> None:
+def test_each_engine_has_a_line_of_its_own(books: Simulator) -> None:
     """What one may have in line says nothing of another's."""
     engine, other = engine_of(books, max_waiting=1), engine_of(books, max_waiting=1)
     record = books.connected(engine)
     gates = came(books, engine) + came(books, other)
-    assert [books.turn_away(gate, new=True) for gate in gates] == [None, None]
+    assert [books.reject(gate, new=True) for gate in gates] == [None, None]
     del record
 
 
 # -- queue_target ----------------------------------------------------------------------------------
 
 
-def overdue(books: Books, gate: Gate) -> bool:
+def overdue(books: Simulator, gate: Gate) -> bool:
     """Is it turned away now?"""
-    away = books.turn_away(gate)
+    away = books.reject(gate)
     assert away is None or away.kind == OVERLOAD
     return away is not None
 
 
 def test_a_line_that_is_late_for_an_interval_refuses_who_has_waited_for_longer_than_its_target(
-    books: Books,
+    books: Simulator,
 ) -> None:
     """Not a moment before; and not who came later."""
     engine = engine_of(books, queue_target=TARGET)
@@ -126,7 +126,7 @@ def test_a_line_that_is_late_for_an_interval_refuses_who_has_waited_for_longer_t
     del record
 
 
-def test_a_line_that_is_slow_for_less_than_an_interval_refuses_nobody(books: Books) -> None:
+def test_a_line_that_is_slow_for_less_than_an_interval_refuses_nobody(books: Simulator) -> None:
     """A burst is served, however long some of it waits."""
     engine = engine_of(books, queue_target=TARGET)
     record = books.connected(engine)
@@ -136,7 +136,7 @@ def test_a_line_that_is_slow_for_less_than_an_interval_refuses_nobody(books: Boo
     del record
 
 
-def test_a_line_that_is_never_empty_but_in_time_refuses_nobody_when_one_use_is_long(books: Books) -> None:
+def test_a_line_that_is_never_empty_but_in_time_refuses_nobody_when_one_use_is_long(books: Simulator) -> None:
     """Twenty threads on ten connections always wait a little: that is no overload."""
     engine = engine_of(books, queue_target=TARGET)
     record = books.connected(engine)
@@ -149,7 +149,7 @@ def test_a_line_that_is_never_empty_but_in_time_refuses_nobody_when_one_use_is_l
     assert not overdue(books, gates[-1])
 
 
-def test_an_overload_is_over_when_the_line_is_empty_and_not_before(books: Books) -> None:
+def test_an_overload_is_over_when_the_line_is_empty_and_not_before(books: Simulator) -> None:
     """While it lasts all that are served are served in time: that alone says nothing."""
     engine = engine_of(books, queue_target=TARGET)
     record = books.connected(engine)
@@ -167,7 +167,7 @@ def test_an_overload_is_over_when_the_line_is_empty_and_not_before(books: Books)
     del record
 
 
-def test_who_waits_looks_when_it_is_overdue(books: Books) -> None:
+def test_who_waits_looks_when_it_is_overdue(books: Simulator) -> None:
     """A pause that is computed: at its target in an overload, at the end of the interval before."""
     engine = engine_of(books, queue_target=TARGET)
     record = books.connected(engine)
@@ -182,24 +182,24 @@ def test_who_waits_looks_when_it_is_overdue(books: Books) -> None:
     del record
 
 
-def test_nobody_is_turned_away_where_nothing_was_asked_for(books: Books) -> None:
+def test_nobody_is_turned_away_where_nothing_was_asked_for(books: Simulator) -> None:
     """Both are off by default."""
     engine = books.engine()
     record = books.connected(engine)
     (gate,) = came(books, engine)
     books.now += 1e6
-    assert books.turn_away(gate, new=True) is None
+    assert books.reject(gate, new=True) is None
     del record
 
 
-def test_who_was_answered_is_not_turned_away(books: Books) -> None:
+def test_who_was_answered_is_not_turned_away(books: Simulator) -> None:
     """It has what it waited for, if late."""
     engine = engine_of(books, max_waiting=0, queue_target=TARGET)
     record = books.connected(engine)
     (gate,) = came(books, engine)
     books.now += TARGET * INTERVAL
     books.give(engine, record)
-    assert books.turn_away(gate, new=True) is None
+    assert books.reject(gate, new=True) is None
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -288,13 +288,13 @@ def test_one_more_than_may_wait_is_refused_at_once(
     assert isinstance(error, CheckoutTimeout)
     assert isinstance(error, exc.TimeoutError)
     first = str(error).splitlines()[0]
-    assert "the line is full: 2 wait already, and that is max_waiting" in first
+    assert "the queue is full: 2 checkouts wait already (max_waiting)" in first
     assert "Held by, longest first: MainThread" in first
-    assert error.snapshot.diagnosis.kind == LINE_FULL
+    assert error.snapshot.diagnosis.kind == QUEUE_FULL
     assert inside.shared(full.pool).last_timeouts[-1] is error.snapshot
     numbers = full.pool.statistics()
-    assert (numbers.refused, numbers.timeouts, numbers.waiting) == (1, 0, 2)
-    assert PoolManager.statistics().refused >= 1
+    assert (numbers.rejected, numbers.timeouts, numbers.waiting) == (1, 0, 2)
+    assert PoolManager.statistics().rejected >= 1
 
 
 def test_many_who_get_nothing_at_once_share_a_snapshot(
@@ -325,7 +325,7 @@ def test_many_who_get_nothing_at_once_share_a_snapshot(
     assert len(taken) == 1
     assert {error.snapshot.taken_at for error in [*errors, caught_last.value]} == {taken[0].taken_at}
     numbers = full.pool.statistics()
-    assert (numbers.refused, numbers.timeouts, len(inside.shared(full.pool).last_timeouts)) == (8, 1, 1)
+    assert (numbers.rejected, numbers.timeouts, len(inside.shared(full.pool).last_timeouts)) == (8, 1, 1)
     inside.look_anew(full.pool)  # a while later
     with pytest.raises(CheckoutTimeout):
         full.pool.connect()
@@ -335,7 +335,7 @@ def test_many_who_get_nothing_at_once_share_a_snapshot(
 def test_with_no_line_at_all_who_finds_nothing_is_refused(stage: Callable[..., Stage]) -> None:
     """``max_waiting=0``; what can be opened is opened."""
     full = stage(max_waiting=0)
-    with pytest.raises(TooManyRequests, match="0 wait already"):
+    with pytest.raises(TooManyRequests, match="0 checkouts wait already"):
         full.pool.connect()
     full.held.close()
     full.pool.connect().close()
@@ -357,7 +357,7 @@ def test_who_does_not_wait_anyway_gets_the_timeout(stage: Callable[..., Stage]) 
     with pytest.raises(CheckoutTimeout) as caught:
         full.pool.connect()
     assert type(caught.value) is CheckoutTimeout
-    assert full.pool.statistics().refused == 0
+    assert full.pool.statistics().rejected == 0
 
 
 def test_in_an_overload_who_has_waited_for_the_target_is_refused_by_its_own_thread(
@@ -370,7 +370,7 @@ def test_in_an_overload_who_has_waited_for_the_target_is_refused_by_its_own_thre
     slow.clock.now += 0.01 * INTERVAL
     with pytest.raises(TooManyRequests, match=r"overloaded: .*slower than queue_target=0\.01 s"):
         task.result()
-    assert slow.pool.statistics().refused == 1
+    assert slow.pool.statistics().rejected == 1
     assert inside.shared(slow.pool).last_timeouts[-1].diagnosis.kind == OVERLOAD
 
 
@@ -384,7 +384,7 @@ def test_with_a_target_that_is_kept_everybody_is_served(
     fine.held.close()
     for task in tasks:
         task.result()
-    assert fine.pool.statistics().refused == 0
+    assert fine.pool.statistics().rejected == 0
 
 
 def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
@@ -403,7 +403,7 @@ def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
     assert len(mends) < len(looks) / 100
 
 
-def test_a_permit_counts_as_served(books: Books) -> None:
+def test_a_permit_counts_as_served(books: Simulator) -> None:
     """Who is let open in time has not waited too long, either."""
     engine = engine_of(books, queue_target=TARGET)
     record = books.connected(engine)

@@ -301,7 +301,7 @@ def test_what_is_told_is_what_the_pool_says_of_itself(registry: CollectorRegistr
         ("waiting_checkouts",): 0,
         ("checkouts_total",): n.checkouts,
         ("timeouts_total",): n.timeouts,
-        ("refused_total",): n.refused,
+        ("rejected_total",): n.rejected,
         ("deadlocks_total",): n.deadlocks,
         ("connects_total",): 2,
         ("connect_errors_total",): n.connect_errors,
@@ -329,7 +329,7 @@ def test_each_kind_of_number_is_the_one_of_its_name(registry: CollectorRegistry,
     totals = inside.ledger(pool).totals
     names = (
         "timeouts",
-        "refused",
+        "rejected",
         "deadlocks",
         "connect_errors",
         "bypasses",

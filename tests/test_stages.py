@@ -122,7 +122,7 @@ def test_who_waits_and_then_opens_says_both(eventually: Eventually) -> None:
     pool = new_pool(pid, driver.connect, max_size=1)
     held = other.connect()
     waiting = Thread(pool.connect)
-    eventually(lambda: inside.attachment(pool).line)
+    eventually(lambda: inside.attachment(pool).queue)
     driver.failures = 1
     held.close()
     with pytest.raises(FakeDriver.OperationalError) as raised:
@@ -183,7 +183,7 @@ def test_who_waited_pinged_and_opened_in_vain_reads_all_three(
         pool_timeout=1,
         pool_reset_on_return=None,
     )
-    shared, line = inside.shared(engine.pool), inside.attachment(engine.pool).line
+    shared, line = inside.shared(engine.pool), inside.attachment(engine.pool).queue
     held = engine.raw_connection()
     began = time.monotonic()
     waiting = Thread(engine.connect)
@@ -394,7 +394,7 @@ def test_a_pre_ping_that_answers_leaves_nothing_that_could_hang_up(
     backend.execute("SELECT pg_backend_pid()")
     (first,) = backend.fetchone()  # type: ignore[misc]
     after(engine, 0.06)
-    assert record.fuse is None
+    assert record.ping_timeout is None
     backend.execute("SELECT pg_backend_pid()")
     assert backend.fetchone() == (first,)
     held.close()
@@ -406,15 +406,15 @@ def test_a_pre_ping_is_bounded_while_it_lasts(new_engine: NewEngine) -> None:
     engine.connect().close()
     seen: list[Any] = []
     (record,) = inside.attachment(engine.pool).idle
-    driver.on_ping = lambda _: seen.append(record.fuse)
+    driver.on_ping = lambda _: seen.append(record.ping_timeout)
     with engine.connect():
         assert seen != [None]
         assert len(seen) == 1
-        assert record.fuse is None
+        assert record.ping_timeout is None
         assert inside.ping_of(seen[0]) is None
-        assert not seen[0].blown
+        assert not seen[0].expired
     seen.clear()
-    driver.on_ping = lambda _: seen.append(record.fuse)
+    driver.on_ping = lambda _: seen.append(record.ping_timeout)
     with engine.connect():
         assert len(seen) == 1
 
@@ -425,7 +425,7 @@ def test_a_connection_that_has_just_been_opened_is_not_bounded(new_engine: NewEn
     pinged: list[Any] = []
     driver.on_ping = pinged.append
     fairy: Any = engine.raw_connection()
-    assert inside.record(fairy).fuse is None
+    assert inside.record(fairy).ping_timeout is None
     assert not pinged
     fairy.close()
 
@@ -437,7 +437,7 @@ def test_listeners_of_a_checkout_run_when_the_ping_is_over(new_engine: NewEngine
 
     @event.listens_for(engine, "checkout")
     def checkout(_: Any, record: Any, __: Any) -> None:
-        seen.append(record.fuse)
+        seen.append(record.ping_timeout)
 
     engine.connect().close()
     engine.connect().close()
@@ -449,7 +449,7 @@ def test_listeners_that_came_with_the_pool_run_when_the_ping_is_over(new_engine:
     seen: list[Any] = []
 
     def checkout(_: Any, record: Any, __: Any) -> None:
-        seen.append(record.fuse)
+        seen.append(record.ping_timeout)
 
     engine, _ = fake_engine(new_engine, pool_pre_ping=True, pool_events=[(checkout, "checkout")])
     engine.connect().close()
@@ -510,7 +510,7 @@ def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
     assert engine.pool.checkedout() == 0
     (record,) = [*inside.attachment(engine.pool).idle, *inside.attachment(engine.pool).hollow]
     engine.connect().close()
-    assert record.fuse is None
+    assert record.ping_timeout is None
     assert driver.numbers() == [2]
 
 

@@ -640,7 +640,7 @@ def test_under_threads_every_total_adds_up_exactly(
                 count("timeouts")
                 continue
             except FakeDriver.OperationalError:
-                count("refused")
+                count("rejected")
                 continue
             count("taken")
             what = chance.random()

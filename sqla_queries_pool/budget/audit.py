@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from .ledger import SPARE, Ledger
-from .slots import CLOSING, GONE, HELD, IDLE, LENT, OPENING, Slot, Work
+from .slots import CLOSING, GONE, HELD, IDLE, LOCKED, OPENING, Slot, Work
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def _wrong(ledger: Ledger, slot: Slot, listed: set[int]) -> str | None:
     if home is None:  # its engine has died; the entry does so next, and says so
         return None if entry is not None else f"{state}, but its engine is gone"
     entry = slot if slot.entry is None else entry
-    in_list = slot in home.lent if state is LENT else id(entry) in listed
+    in_list = slot in home.locked if state is LOCKED else id(entry) in listed
     return None if in_list else f"{state}, but in no list"
 
 
@@ -87,7 +87,7 @@ def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], W
     wrong = [f"{slot!r}: {what}" for slot, what, _ in found]
     for slot, *_ in found:
         # What a living session has locked stays its own.
-        work += ledger.lost(slot, now) if slot.state is LENT else ledger.cast_off(slot, now)
+        work += ledger.lost(slot, now) if slot.state is LOCKED else ledger.cast_off(slot, now)
     wrong += _recount(ledger)
     ledger.totals.mended += len(wrong)
     return wrong, work + ledger.relimit(now)
@@ -98,7 +98,7 @@ def _recount(ledger: Ledger) -> Iterator[str]:
     if ledger.opening != (opening := {slot for slot in slots if slot.state is OPENING}):
         ledger.opening = opening
         yield "what is being opened was miscounted"
-    if ledger.out != (out := sum(slot.state in (HELD, LENT) for slot in slots)):
+    if ledger.out != (out := sum(slot.state in (HELD, LOCKED) for slot in slots)):
         ledger.out = out
         yield "what is out was miscounted"
     for slot in [slot for slot in ledger.closing if slot not in slots or slot.state is not CLOSING]:
@@ -113,14 +113,14 @@ def _recount(ledger: Ledger) -> Iterator[str]:
                 entries.clear()  # in place: attachment.pop is bound to it
                 entries.extend(right)
                 yield "a list of idle connections had others in it"
-        for slot in [slot for slot in attachment.lent if slot.state is not LENT or slot not in slots]:
-            del attachment.lent[slot]
+        for slot in [slot for slot in attachment.locked if slot.state is not LOCKED or slot not in slots]:
+            del attachment.locked[slot]
             yield "a list of locked connections had others in it"
-        for waiter in [waiter for waiter in attachment.line if waiter.answer is not None]:
-            del attachment.line[waiter]
+        for waiter in [waiter for waiter in attachment.queue if waiter.answer is not None]:
+            del attachment.queue[waiter]
             yield "one who had been answered was still in line"
-        if attachment.line and attachment not in ledger.lines:
-            ledger.lines[attachment] = None
+        if attachment.queue and attachment not in ledger.queues:
+            ledger.queues[attachment] = None
             yield "a line was not known"
     for quota in {*ledger.attachments.values(), ledger.by_hand.quota}:
         if quota.slots != (its := {slot for slot in slots if slot.quota is quota}):
@@ -133,8 +133,8 @@ def check(ledger: Ledger, now: float = -math.inf) -> None:
     everyone = list(ledger.everyone())
     idle = [(a, e) for a in everyone for e in a.idle]
     hollow = [(a, e) for a in everyone for e in a.hollow]
-    lent = {slot for a in everyone for slot in a.lent}
-    states: dict[str, set[Slot]] = {s: set() for s in (OPENING, IDLE, HELD, LENT, CLOSING, GONE)}
+    locked = {slot for a in everyone for slot in a.locked}
+    states: dict[str, set[Slot]] = {s: set() for s in (OPENING, IDLE, HELD, LOCKED, CLOSING, GONE)}
     for slot in ledger.slots:
         states[slot.state].add(slot)
     in_use = len(ledger.slots) - len(ledger.closing)
@@ -144,11 +144,11 @@ def check(ledger: Ledger, now: float = -math.inf) -> None:
     assert not states[GONE], "3: gone, but counted"
     assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
     assert {e.slot for _, e in idle + hollow} == states[IDLE], "3: idle twice or not at all"
-    assert lent == states[LENT], "3: lent"
-    assert ledger.out == len(states[HELD]) + len(lent), "3: out"
+    assert locked == states[LOCKED], "3: locked"
+    assert ledger.out == len(states[HELD]) + len(locked), "3: out"
     for attachment in everyone:
-        assert (attachment in ledger.lines) == bool(attachment.line), "4: lines"
-        for waiter in attachment.line:
+        assert (attachment in ledger.queues) == bool(attachment.queue), "4: lines"
+        for waiter in attachment.queue:
             assert waiter.answer is None, "4: answered, but still in line"
             assert waiter.attachment is attachment, "4: in another engine's line"
     assert all(e.slot.handle is not None for _, e in idle), "6: idle without a connection"
@@ -161,12 +161,12 @@ def check(ledger: Ledger, now: float = -math.inf) -> None:
 
 
 def _could_be_served(ledger: Ledger, now: float) -> bool:
-    if any(attachment.idle for attachment in ledger.lines):
+    if any(attachment.idle for attachment in ledger.queues):
         return True
     if ledger.refusals and now < ledger.retry_at:
         return False
-    for attachment in ledger.lines:
-        quota, first = attachment.quota, next(iter(attachment.line))
+    for attachment in ledger.queues:
+        quota, first = attachment.quota, next(iter(attachment.queue))
         if ledger.may_wait(attachment, first.holder, now):
             continue
         if not quota.full and len(ledger.slots) < ledger.limit:
@@ -176,7 +176,7 @@ def _could_be_served(ledger: Ledger, now: float) -> bool:
         for other in ledger.everyone():
             if quota.full and other.quota is not quota:
                 continue
-            if other.hollow or any(slot.stale for slot in other.lent):
+            if other.hollow or any(slot.stale for slot in other.locked):
                 return True
             if other.idle and (other.quota is quota or other.idle[0].slot.since <= before):
                 return True

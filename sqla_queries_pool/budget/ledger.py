@@ -27,32 +27,33 @@ from bisect import bisect_left
 from collections.abc import Callable
 from typing import Any
 
-from . import queue as patience
+from .queue import WORTH_IT
+from .queue import mean as moving_mean
 from .slots import (
     CLOSING,
     GONE,
     HELD,
     IDLE,
-    LENT,
-    LINE_FULL,
+    LOCKED,
     OPENING,
     OVERLOAD,
+    QUEUE_FULL,
     Attachment,
     Close,
     Fill,
     NotHeld,
     Permit,
     Quota,
+    Rejected,
     Renew,
     Reset,
     Resetter,
     Slot,
-    TurnedAway,
     Waiter,
     Wake,
     Work,
 )
-from .state import Books
+from .state import LedgerState
 from .stats import BOUNDS, SHORTEST
 
 IDLE_TTL = "idle for its idle_ttl"
@@ -79,7 +80,7 @@ LOOK_EVERY = 5.0
 """Seconds between two looks at whether an engine still has its ``min_size`` of living connections."""
 
 
-class Ledger(Books):
+class Ledger(LedgerState):
     """The bookkeeping of one pool: who gets which slot."""
 
     # -- the hot path ------------------------------------------------------------------------------
@@ -99,9 +100,9 @@ class Ledger(Books):
             if out > self.peak_held:
                 self.peak_held = out
             return entry
-        if attachment.hollow and not attachment.line and self.may_connect(now):
+        if attachment.hollow and not attachment.queue and self.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
-        if attachment.line:
+        if attachment.queue:
             return None  # time may have changed what the first of them may have: nobody overtakes
         return self._open(attachment, holder, now, insist=False)
 
@@ -123,7 +124,7 @@ class Ledger(Books):
             slot.holder = None
         slot.since = now
         if (
-            self.lines
+            self.queues
             or slot.handle is None
             or slot.generation < attachment.retired
             or len(self.slots) > self.limit
@@ -158,22 +159,22 @@ class Ledger(Books):
             return [self._close(entry, LOWERED), *self._serve(now)]
         if slot.generation < attachment.retired:
             return [self._close(entry, DISPOSED), *self._serve(now)]
-        if attachment.line and len(self.lines) == 1 and slot.handle is not None:  # only its own engine's wait
-            first = next(iter(attachment.line))
+        if attachment.queue and len(self.queues) == 1 and slot.handle is not None:
+            first = next(iter(attachment.queue))
             return [self._answer(first, self._hold(entry, first.holder, now), now)]
-        if slot.handle is not None and now >= slot.expires and not self.lines:
+        if slot.handle is not None and now >= slot.expires and not self.queues:
             return self._idle_again(attachment, entry, now) + self._count_lifetime(slot) + self._renew(now)
         hollow = slot.handle is None
         waiter = self._next_for(attachment, hollow, now)
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
         if connects and not self.may_connect(now):
-            waiter = None if hollow else next(iter(attachment.line), None)
+            waiter = None if hollow else next(iter(attachment.queue), None)
         if waiter is None:
             return self._idle_again(attachment, entry, now)
         if waiter.attachment is attachment:
             # Direct hand-over: never idle in between, so no newcomer can overtake.
             return [self._answer(waiter, self._hold(entry, waiter.holder, now), now)]
-        self._strike(slot)
+        self._remove(slot)
         permit = self._permit(waiter.attachment, waiter.holder, now, entry)
         return [self._answer(waiter, permit, now), *self._serve(now)]
 
@@ -184,7 +185,7 @@ class Ledger(Books):
 
     def _next_for(self, attachment: Attachment, hollow: bool, now: float) -> Waiter | None:
         """Choose who gets a slot of this attachment that has come home (design 6)."""
-        own = next(iter(attachment.line), None)
+        own = next(iter(attachment.queue), None)
         mine = attachment.quota
         # Its slot frees a place under its own quota, so engines of that quota are never too full.
         others = [
@@ -204,7 +205,7 @@ class Ledger(Books):
         # Even with one slot less, mine would get more of what it wants than the other does: so slots
         # spread in proportion to demand, and never swing back.
         its = len(oldest.attachment.quota.slots)
-        wanted, its_wanted = len(mine.slots) + len(attachment.line), its + len(oldest.attachment.line)
+        wanted, its_wanted = len(mine.slots) + len(attachment.queue), its + len(oldest.attachment.queue)
         if (len(mine.slots) - 1) * its_wanted > its * wanted:
             return oldest
         self.totals.bypasses += first
@@ -216,13 +217,13 @@ class Ledger(Books):
         return not quota.slots or now - waiter.since >= PATIENCE
 
     def may_wait(self, attachment: Attachment, holder: Any, now: float) -> bool:
-        """Is it better to wait for what this engine has out than to open another (patience.py)?
+        """Is it better to wait for what this engine has out than to open another (queue.py)?
 
         :param holder: who would wait; what he has himself does not come home meanwhile.
         """
-        if self.mean_connect < patience.WORTH_IT or self.refusals:
+        if self.mean_connect < WORTH_IT or self.refusals:
             return False
-        if attachment.line and attachment.pace.opens(len(attachment.line), now):
+        if attachment.queue and attachment.pace.opens(len(attachment.queue), now):
             return False
         return any(slot.holder is not holder for slot in self._out(attachment))
 
@@ -231,7 +232,7 @@ class Ledger(Books):
         attachment, target, seconds = waiter.attachment, waiter.attachment.queue_target, math.inf
         full = attachment.quota.full or len(self.slots) >= self.limit
         if attachment.pace.price and not full and not self.refusals:
-            seconds = attachment.pace.look_in(len(attachment.line), waiter.since, now)
+            seconds = attachment.pace.look_in(len(attachment.queue), waiter.since, now)
         if target < math.inf:
             seconds = min(seconds, attachment.pace.overdue_in(waiter.since, target, now))
         return seconds
@@ -256,13 +257,13 @@ class Ledger(Books):
             before = now if insist or not quota.slots else now - SPARE
             evicts = self._pick(quota, quota.full, before)
             if evicts is not None:
-                self._strike(evicts.slot)
+                self._remove(evicts.slot)
             elif full:
                 return None
         self.may_connect(now)
-        if attachment.line:
+        if attachment.queue:
             out = sum(1 for _ in self._out(attachment))
-            attachment.pace.opened(len(attachment.line), out, self.mean_connect, now)
+            attachment.pace.opened(len(attachment.queue), out, self.mean_connect, now)
         return self._permit(attachment, holder, now, evicts)
 
     def may_connect(self, now: float) -> bool:
@@ -284,7 +285,7 @@ class Ledger(Books):
         slot.instead_of = None if evicts is None else evicts.slot
         permit = Permit(slot, evicts)
         self.bind(slot, permit)
-        self._enter(slot, attachment)
+        self._add(slot, attachment)
         self.opening.add(slot)
         return permit
 
@@ -305,90 +306,92 @@ class Ledger(Books):
             choice = min(idle, key=lambda a: (a is self.by_hand, a.idle[0].slot.since))
             return choice.idle.popleft()
         for attachment in crowd:
-            for slot in attachment.lent:
+            for slot in attachment.locked:
                 if slot.stale:
-                    return attachment.lent.pop(slot)
+                    return attachment.locked.pop(slot)
         return None
 
     # -- waiting -----------------------------------------------------------------------------------
 
-    def line_up(self, waiter: Waiter, now: float, since: float | None = None) -> None:
+    def enqueue(self, waiter: Waiter, now: float, since: float | None = None) -> None:
         """Put a waiter in line, for whom :meth:`take` has just found nothing.
 
         :param since: it was in line before and since then, and what it got it could not use.
         """
         attachment = waiter.attachment
-        line = attachment.line
-        if line:
-            attachment.pace.was(len(line), now)
+        queue = attachment.queue
+        if queue:
+            attachment.pace.was(len(queue), now)
         else:
             attachment.pace.begin(self.mean_connect, now)
         waiter.since = now if since is None else since
         waiter.before = attachment.answered
-        line[waiter] = None
+        queue[waiter] = None
         if since is not None:  # nobody else has come before those who are there
-            for other in [w for w in line if w.since > since]:
-                line.move_to_end(other)
-        self.lines[attachment] = None
+            for other in [w for w in queue if w.since > since]:
+                queue.move_to_end(other)
+        self.queues[attachment] = None
 
     def insist(self, waiter: Waiter, now: float, last: bool = False) -> Work:
         """A waiter asks again: is there, by now, an idle connection whose slot its line may have?
 
         :param last: it is about to give up, and so may have any.
         """
-        line = waiter.attachment.line
-        if waiter not in line:
+        queue = waiter.attachment.queue
+        if waiter not in queue:
             return []
         work: Work = []
-        while line:
-            first = next(iter(line))  # nobody overtakes, also not by insisting
+        while queue:
+            first = next(iter(queue))  # nobody overtakes, also not by insisting
             insist = last or self.may_insist(first, now)
             permit = self._open(first.attachment, first.holder, now, insist, last)
             if permit is None:
                 break
             work.append(self._answer(first, permit, now))
             # Who can't wait any more may have those before it opened for, to come to its turn.
-            if not (waiter.attachment.pace.granted or (last and waiter in line)):
+            if not (waiter.attachment.pace.granted or (last and waiter in queue)):
                 break
         return work
 
-    def turn_away(self, waiter: Waiter, now: float, new: bool = False) -> TurnedAway | None:
+    def reject(self, waiter: Waiter, now: float, new: bool = False) -> Rejected | None:
         """Take a waiter out of the line that is too long for it, or is overloaded; return why, or None.
 
         :param new: it has just come, and finds the line as long as it may be.
         """
         attachment = waiter.attachment
-        line, target = attachment.line, attachment.queue_target
-        if waiter not in line:
+        queue, target = attachment.queue, attachment.queue_target
+        if waiter not in queue:
             return None
         why = None
-        if new and len(line) > attachment.max_waiting and list(line).index(waiter) >= attachment.max_waiting:
-            why = TurnedAway(
-                LINE_FULL, f"the line is full: {attachment.max_waiting} wait already, and that is max_waiting"
+        newest = new and len(queue) > attachment.max_waiting
+        if newest and list(queue).index(waiter) >= attachment.max_waiting:
+            why = Rejected(
+                QUEUE_FULL,
+                f"the queue is full: {attachment.max_waiting} checkouts wait already (max_waiting)",
             )
         elif now - waiter.since >= target and attachment.pace.overloaded(target, now):
             behind = now - attachment.pace.in_time
-            why = TurnedAway(
+            why = Rejected(
                 OVERLOAD,
-                f"the pool is overloaded: the line was never empty for {behind:.1f} s, and was slower than "
-                f"queue_target={target:g} s; until it is empty nobody waits for longer than that",
+                f"the pool is overloaded: for {behind:.1f} s the queue was never empty, and slower than "
+                f"queue_target={target:g} s; until it is empty no checkout waits for longer than that",
             )
         if why is not None:
-            self._out_of_line(waiter)
+            self._leave_queue(waiter)
         return why
 
     def leave(self, waiter: Waiter) -> Any:
         """Take a waiter out of the line; return what it was given meanwhile, or None."""
-        self._out_of_line(waiter)
+        self._leave_queue(waiter)
         return waiter.answer
 
     def _answer(self, waiter: Waiter, entry: Any, now: float) -> Wake:
         waiter.answer = entry  # first: one that is out of line, but has no answer, would wait for ever
-        self._out_of_line(waiter)
+        self._leave_queue(waiter)
         attachment, waited = waiter.attachment, now - waiter.since
         attachment.answered += 1
         if attachment.pace.price:
-            attachment.pace.was(len(attachment.line), now)
+            attachment.pace.was(len(attachment.queue), now)
             attachment.pace.served += entry.slot.state is HELD
         if attachment.queue_target < math.inf:
             attachment.pace.was_served(waited, attachment.queue_target, now)
@@ -399,7 +402,7 @@ class Ledger(Books):
     def _serve(self, now: float) -> Work:
         """Let the waiters open what can be opened by now, the oldest first."""
         work: Work = []
-        while self.lines:
+        while self.queues:
             for waiter in sorted(self._heads(), key=_arrival):
                 insist = self.may_insist(waiter, now)
                 permit = self._open(waiter.attachment, waiter.holder, now, insist)
@@ -417,7 +420,7 @@ class Ledger(Books):
         self.opening.discard(slot)
         slot.instead_of = None
         if slot.state is OPENING:
-            self.mean_connect = patience.mean(self.mean_connect, now - slot.since)
+            self.mean_connect = moving_mean(self.mean_connect, now - slot.since)
             slot.state = HELD
             self.out += 1
             if slot.holder is not None:
@@ -450,8 +453,8 @@ class Ledger(Books):
         if not self.refusals:
             return []
         self.refusals = 0
-        for attachment in self.lines:
-            attachment.pace.granted = len(attachment.line)  # they have waited for the server
+        for attachment in self.queues:
+            attachment.pace.granted = len(attachment.queue)  # they have waited for the server
         return self._serve(now)
 
     def failed(self, slot: Slot, now: float) -> Work:
@@ -470,14 +473,14 @@ class Ledger(Books):
     def lost(self, slot: Slot, now: float) -> Work:
         """The entry of a slot has died: nobody can give it back any more."""
         session = slot.session() if slot.session is not None else None
-        if slot.state is LENT and session is not None and not isinstance(session, Resetter):
+        if slot.state is LOCKED and session is not None and not isinstance(session, Resetter):
             # A session has locked an engine's connection, and the engine is gone: the session keeps
             # it, as if it had been added by hand.
             assert slot.quota is not None
             slot.quota.slots.discard(slot)
             slot.entry = None
-            self._enter(slot, self.by_hand)
-            self.by_hand.lent[slot] = slot
+            self._add(slot, self.by_hand)
+            self.by_hand.locked[slot] = slot
             return self._serve(now)  # it no longer counts against the ceiling of its engine
         if slot.state is CLOSING and slot.entry is None:
             return []  # its closing is under way, see below
@@ -488,7 +491,7 @@ class Ledger(Books):
         evicted, slot.instead_of = slot.instead_of, None
         if slot.state is OPENING and evicted is not None and evicted.handle is not None:
             # The permit died before what gave way was closed: that counts again until it is.
-            self._strike(slot)
+            self._remove(slot)
             evicted.entry = None
             evicted.quota = slot.quota
             self.slots.add(evicted)
@@ -504,19 +507,19 @@ class Ledger(Books):
         return [self._closing(slot, None, ABANDONED), *self._serve(now)]
 
     def _free(self, slot: Slot, now: float) -> Work:
-        self._strike(slot)
+        self._remove(slot)
         return self._serve(now) + self._vacancy(now)
 
     def close_all(self) -> Work | Slot:
         """Close every connection, or none and return one that is busy."""
         for slot in self.slots:
-            if slot.state in (OPENING, HELD) or (slot.state is LENT and not slot.stale):
+            if slot.state in (OPENING, HELD) or (slot.state is LOCKED and not slot.stale):
                 return slot
         work: Work = []
         for attachment in self.everyone():
             work += self.close_idle(attachment, REMOVED)
-            while attachment.lent:
-                work.append(self._close(attachment.lent.popitem()[1], REMOVED))
+            while attachment.locked:
+                work.append(self._close(attachment.locked.popitem()[1], REMOVED))
         return work
 
     def close_one(self, slot: Slot, force: bool = False, reason: str = REMOVED) -> Work:
@@ -529,8 +532,8 @@ class Ledger(Books):
             entry = slot.entry() if slot.entry is not None else slot
             (attachment.idle if entry in attachment.idle else attachment.hollow).remove(entry)
             return [self._close(entry, reason)]
-        if slot in attachment.lent and (slot.stale or force):
-            return [self._close(attachment.lent.pop(slot), reason)]
+        if slot in attachment.locked and (slot.stale or force):
+            return [self._close(attachment.locked.pop(slot), reason)]
         return []
 
     def dispose(self, attachment: Attachment) -> Work:
@@ -559,34 +562,34 @@ class Ledger(Books):
             return None
         slot.state = IDLE
         slot.since = now
-        self._enter(slot, self.by_hand)
+        self._add(slot, self.by_hand)
         self.by_hand.idle.append(slot)
         return self._due(now + self.by_hand.ttl)
 
-    def lend(self, slot: Slot, session: weakref.ref[Any], now: float) -> bool:
+    def lock(self, slot: Slot, session: weakref.ref[Any], now: float) -> bool:
         """Lock an idle connection for a session; False if it is not idle."""
         attachment = slot.home() if slot.home is not None else None
         if attachment is None or slot.state is not IDLE or slot.handle is None:
             return False
         entry = slot.entry() if slot.entry is not None else slot
-        attachment.lent[slot] = entry  # first: nobody else keeps one that was added by hand
+        attachment.locked[slot] = entry  # first: nobody else keeps one that was added by hand
         attachment.idle.remove(entry)
         slot.session = session  # before it is locked: a lock that is nobody's would be for ever
         slot.since = now
         slot.uses += 1
-        slot.state = LENT
+        slot.state = LOCKED
         self.out += 1
         self.peak_held = max(self.peak_held, self.out)
         return True
 
-    def give_lent(self, slot: Slot, now: float) -> Work:
+    def give_locked(self, slot: Slot, now: float) -> Work:
         """Take back what :meth:`unlock` released, after its reset."""
         attachment = slot.home() if slot.home is not None else None
-        if attachment is None or slot not in attachment.lent:
+        if attachment is None or slot not in attachment.locked:
             return []
         slot.state = HELD
         slot.session = None
-        return self.give(attachment, attachment.lent.pop(slot), now) or []
+        return self.give(attachment, attachment.locked.pop(slot), now) or []
 
     def session_died(self, slot: Slot, session: weakref.ref[Any], now: float) -> Work:
         """A session died with a lock: who waits may have the slot, else the housekeeper resets it.
@@ -597,7 +600,7 @@ class Ledger(Books):
             return []
         return self._serve(now) + self._due(now + GRACE)
 
-    def start_anew(self, now: float) -> Work:
+    def after_fork_in_child(self, now: float) -> Work:
         """In a forked child: engines and limits stay, slots and waiters are the parent's.
 
         Another thread may have been inside a method when the process forked.  That thread is not here, and
@@ -606,19 +609,19 @@ class Ledger(Books):
         for slot in self.slots:
             slot.state = GONE
         for attachment in self.everyone():
-            for things in (attachment.idle, attachment.hollow, attachment.lent, attachment.line):
+            for things in (attachment.idle, attachment.hollow, attachment.locked, attachment.queue):
                 things.clear()
         for quota in (*self.attachments.values(), self.by_hand.quota):
             quota.slots.clear()
         for slots in (self.slots, self.opening, self.closing):
             slots.clear()
-        self.lines.clear()
+        self.queues.clear()
         self.out = 0
         self.due = math.inf
         self.mean_wait = self.mean_connect = 0.0
         self.refusals = 0
         self.lifetimes.clear()
-        self.count_anew()
+        self.reset_counts()
         self.leaks.clear()
         self.renewing = None
         # Whose death nobody was told, because the letter lay in the parent's inbox.
@@ -675,7 +678,7 @@ class Ledger(Books):
         work: Work = []
         due = math.inf
         for attachment in self.everyone():
-            work += [Reset(slot) for slot in attachment.lent if slot.stale]
+            work += [Reset(slot) for slot in attachment.locked if slot.stale]
             spare = self._size(attachment) - attachment.min_size if attachment.min_size else math.inf
             for entries in (attachment.hollow, attachment.idle):
                 while entries and spare > 0 and entries[0].slot.since + attachment.ttl <= now:
@@ -740,7 +743,7 @@ class Ledger(Books):
 
     def reserve(self, attachment: Attachment, now: float) -> Permit | None:
         """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
-        free = not attachment.quota.full and len(self.slots) < self.limit and not self.lines
+        free = not attachment.quota.full and len(self.slots) < self.limit and not self.queues
         if not free or self._size(attachment) >= attachment.min_size or not self.may_connect(now):
             return None
         permit = self._permit(attachment, 0, now, None)

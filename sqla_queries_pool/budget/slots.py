@@ -19,10 +19,10 @@ from .queue import Pace
 OPENING = "opening"
 IDLE = "idle"
 HELD = "held"
-LENT = "locked"
+LOCKED = "locked"
 CLOSING = "closing"
 GONE = "gone"
-TURNED_AWAY = LINE_FULL, OVERLOAD = "line-full", "overload"
+REJECTED = QUEUE_FULL, OVERLOAD = "queue-full", "overload"
 """Why a checkout is turned away."""
 
 
@@ -47,8 +47,8 @@ class Quota:
         return self.stated is not None and len(self.slots) >= self.stated
 
 
-class TurnedAway(NamedTuple):
-    """What a waiter gets that may not wait, or not for longer: why its line is too long, or too slow."""
+class Rejected(NamedTuple):
+    """What a waiter gets that may not wait, or not for longer: why its queue is too long, or too slow."""
 
     kind: str
     why: str
@@ -184,7 +184,7 @@ def _nobody() -> None: ...
 
 
 class Attachment:
-    """One engine's side of the books: its idle connections and its line.
+    """One engine's side of the ledger: its idle connections and its queue.
 
     Owned by the engine's ``QueriesPool``; the ledger refers to it weakly, except while somebody
     waits in its line.
@@ -197,8 +197,7 @@ class Attachment:
         "hollow",
         "idle",
         "leak_after",
-        "lent",
-        "line",
+        "locked",
         "max_waiting",
         "min_size",
         "opener",
@@ -206,6 +205,7 @@ class Attachment:
         "pace",
         "ping_after",
         "pop",
+        "queue",
         "queue_target",
         "quota",
         "ref",
@@ -239,9 +239,9 @@ class Attachment:
         """Takes the next one to be used off :attr:`idle`."""
         self.hollow: deque[Any] = deque()
         """Entries that came home without a connection (invalidated): a slot, but no socket."""
-        self.lent: dict[Slot, Any] = {}
+        self.locked: dict[Slot, Any] = {}
         """What queries sessions have locked: slot -> entry; it keeps the entry alive."""
-        self.line: OrderedDict[Waiter, None] = OrderedDict()
+        self.queue: OrderedDict[Waiter, None] = OrderedDict()
         """Waiters in order of arrival; one that gives up leaves from the middle in O(1)."""
         self.pace = Pace()
         """How :attr:`line` moves; written by the ledger."""
@@ -278,7 +278,7 @@ class Close:
 
 class Reset(NamedTuple):
     """Work: if the session that locked it is dead, :meth:`Ledger.unlock` it, roll back, and
-    :meth:`Ledger.give_lent`."""
+    :meth:`Ledger.give_locked`."""
 
     slot: Slot
 

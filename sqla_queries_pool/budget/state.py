@@ -21,7 +21,7 @@ from .slots import (
     CLOSING,
     GONE,
     HELD,
-    LENT,
+    LOCKED,
     Attachment,
     Close,
     Due,
@@ -35,13 +35,13 @@ from .slots import (
 )
 from .stats import Totals
 
-OUT = (HELD, LENT)
+OUT = (HELD, LOCKED)
 """The states of what somebody has."""
 SUSPECTED_FOR = 1.0
 """Seconds for which one connection that was found dead makes only those suspect that are idle then."""
 
 
-class Books:
+class LedgerState:
     """The state of one pool, and the smallest steps that keep it right.
 
     :param lost: called with an :class:`EntryRef` whose entry died, in any thread and at any moment,
@@ -64,7 +64,7 @@ class Books:
         self.by_hand = Attachment(Quota(None), 60.0)
         """The connections that were added by hand: nobody's line, an engine's to evict at most.
         Where the pool has no idle TTL set, they follow that of the engine that attached last."""
-        self.lines: dict[Attachment, None] = {}
+        self.queues: dict[Attachment, None] = {}
         """The attachments in whose line somebody waits."""
         self.set_limit_to: float | None = None
         """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
@@ -96,7 +96,7 @@ class Books:
         self.retry_at = -math.inf
         """While there are refusals: nobody tries to connect before that time."""
         self.leaks = Leaks()
-        self.count_anew()
+        self.reset_counts()
         self.vacant_since: float | None = None
         """Since when there is neither a slot nor an engine; None while there is."""
 
@@ -106,14 +106,14 @@ class Books:
         """Say what the holder of a slot has in hand from now on."""
         slot.entry = EntryRef(entry, self._on_lost, slot)
 
-    def _enter(self, slot: Slot, attachment: Attachment) -> None:
+    def _add(self, slot: Slot, attachment: Attachment) -> None:
         slot.quota = attachment.quota
         slot.home = attachment.ref
         slot.quota.slots.add(slot)
         self.slots.add(slot)
         self.vacant_since = None
 
-    def _strike(self, slot: Slot) -> None:
+    def _remove(self, slot: Slot) -> None:
         """Off the books."""
         self.out -= slot.state in OUT
         slot.state = GONE
@@ -142,7 +142,7 @@ class Books:
                 work.append(self._close(entries.popleft(), reason))
         return work
 
-    def count_anew(self) -> None:
+    def reset_counts(self) -> None:
         """Forget what was done so far, as a forked child does."""
         self.totals = Totals()
         """What was done so far."""
@@ -155,7 +155,7 @@ class Books:
 
     def unlock(self, slot: Slot, by: weakref.ref[Resetter], if_stale: bool = False) -> bool:
         """Take the lock from a session; the resetter resets the connection and then gives it back."""
-        if slot.state is not LENT or slot.session is None or (if_stale and not slot.stale):
+        if slot.state is not LOCKED or slot.session is None or (if_stale and not slot.stale):
             return False
         if isinstance(slot.session(), Resetter):
             return False
@@ -164,19 +164,19 @@ class Books:
 
     def stale(self, attachment: Attachment) -> list[Slot]:
         """What sessions have locked that have died."""
-        return [slot for slot in attachment.lent if slot.stale]
+        return [slot for slot in attachment.locked if slot.stale]
 
     def _heads(self) -> list[Waiter]:
         """Who waits in front, in each line.  A line that an interrupt has left behind empty goes."""
-        for attachment in [a for a in self.lines if not a.line]:
-            del self.lines[attachment]
-        return [next(iter(attachment.line)) for attachment in self.lines]
+        for attachment in [a for a in self.queues if not a.queue]:
+            del self.queues[attachment]
+        return [next(iter(attachment.queue)) for attachment in self.queues]
 
-    def _out_of_line(self, waiter: Waiter) -> None:
+    def _leave_queue(self, waiter: Waiter) -> None:
         attachment = waiter.attachment
-        attachment.line.pop(waiter, None)
-        if not attachment.line:
-            self.lines.pop(attachment, None)
+        attachment.queue.pop(waiter, None)
+        if not attachment.queue:
+            self.queues.pop(attachment, None)
 
     def suspect(self, now: float) -> None:
         """One was found dead: suspect all that are idle, once per second at most."""
@@ -226,7 +226,7 @@ class Books:
 
     def waiters(self) -> list[Waiter]:
         """All who wait, in no order."""
-        return [waiter for attachment in self.everyone() for waiter in list(attachment.line)]
+        return [waiter for attachment in self.everyone() for waiter in list(attachment.queue)]
 
     def numbers(self) -> Numbers:
         """Count; without the lock a moment may lie between one number and the next."""
@@ -234,7 +234,7 @@ class Books:
         total, opening, closing = len(self.slots), len(self.opening), len(self.closing)
         idle = sum(len(a.idle) for a in everyone)
         hollow = sum(len(a.hollow) for a in everyone)
-        waiting = sum(len(a.line) for a in everyone)
+        waiting = sum(len(a.queue) for a in everyone)
         held = max(0, total - opening - closing - idle - hollow)
         return Numbers(total, held, idle, opening, closing, hollow, waiting)
 

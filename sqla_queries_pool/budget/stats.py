@@ -89,7 +89,7 @@ class Totals:
 
     __slots__ = (
         *("bypasses", "closes", "connect_errors", "connects", "dead", "deadlocks", "failed_resets", "left"),
-        *("mended", "refused", "timeouts", "used", "waited"),
+        *("mended", "rejected", "timeouts", "used", "waited"),
     )
 
     def __init__(self) -> None:
@@ -106,7 +106,7 @@ class Totals:
         """Reason -> how many connections were closed for it."""
         self.timeouts = 0
         """Checkouts that got nothing within their time, deadlocks included."""
-        self.refused = 0
+        self.rejected = 0
         """Checkouts that were turned away before their time was over; not among the timeouts."""
         self.deadlocks = 0
         self.bypasses = 0
@@ -119,7 +119,7 @@ class Totals:
         self.mended = 0
         """What was put right in the books (audit.py)."""
 
-    # Letters, see Guard._post: the last argument is the time.
+    # Letters, see CriticalSection._post: the last argument is the time.
 
     def closed(self, reason: str, _: float) -> None:
         """A connection was closed."""
@@ -160,7 +160,7 @@ class Statistics:
     """Checkouts that were served after a wait in line."""
     timeouts: int
     """Checkouts that got nothing within their time, deadlocks included."""
-    refused: int
+    rejected: int
     """Checkouts turned away before their time was over (``max_waiting``, ``queue_target``); not among the
     timeouts."""
     deadlocks: int
@@ -203,7 +203,7 @@ class ManagerStatistics:
     checkouts: int = 0
     waits: int = 0
     timeouts: int = 0
-    refused: int = 0
+    rejected: int = 0
     deadlocks: int = 0
     connects: int = 0
     connect_errors: int = 0
@@ -221,7 +221,7 @@ class ManagerStatistics:
             checkouts=gone.checkouts + sum(pool.checkouts for pool in pools),
             waits=gone.waits + sum(pool.waits for pool in pools),
             timeouts=gone.timeouts + sum(pool.timeouts for pool in pools),
-            refused=gone.refused + sum(pool.refused for pool in pools),
+            rejected=gone.rejected + sum(pool.rejected for pool in pools),
             deadlocks=gone.deadlocks + sum(pool.deadlocks for pool in pools),
             connects=gone.connects + sum(pool.connects for pool in pools),
             connect_errors=gone.connect_errors + sum(pool.connect_errors for pool in pools),

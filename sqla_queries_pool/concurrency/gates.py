@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from ..budget.slots import Attachment, Entry
 
 
-class ThreadGate:
+class ThreadWaiter:
     """A waiter that is a thread: a lock that is taken at birth and released once.
 
     The cheapest thing that Python can block on: no condition, no list of waiters

@@ -24,9 +24,9 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 from .. import logs, parameters
 from ..budget import slots
 from ..budget.audit import Audit
-from ..budget.slots import HELD, LENT, Attachment, Permit, Quota, TurnedAway
+from ..budget.slots import HELD, LOCKED, Attachment, Permit, Quota, Rejected
 from ..budget.stats import Statistics
-from ..concurrency.gates import ThreadGate
+from ..concurrency.gates import ThreadWaiter
 from ..errors import PoolDeadlock
 from ..insight import deadlock, stacks
 from ..insight.diagnostics import (
@@ -37,9 +37,9 @@ from ..insight.diagnostics import (
     Snapshot,
     Stages,
     checkout_timeout,
+    log_leak,
+    rejected,
     snapshot,
-    tell_of_leak,
-    turned_away,
 )
 from ..labels import checkout_label
 from ..parameters import UNSTATED, Unstated
@@ -182,7 +182,7 @@ class QueriesPool(SQLAlchemyPool):
         if self._track_stacks:  # an attribute of its own, so that nobody else pays
             self._do_get = self._do_get_tracked  # type: ignore[method-assign]
         self._shared: Pool = PoolManager.attach(who.pid, who.label, self._attachment)
-        self._shared.on_leak = tell_of_leak
+        self._shared.on_leak = log_leak
         if quota.stated == math.inf:
             self._shared.warn_of_no_limit()
 
@@ -223,7 +223,7 @@ class QueriesPool(SQLAlchemyPool):
             try:
                 record.get_connection()
             except BaseException as error:
-                record.come_home_hollow(error)
+                record.return_hollow(error)
                 raise
         echo = self.logger.isEnabledFor(logging.DEBUG)
         proxy = Proxy(self, record, echo)
@@ -271,11 +271,11 @@ class QueriesPool(SQLAlchemyPool):
                 left = max(0.0, begin + timeout - time.monotonic())
                 if again:
                     entry = shared.take(self._attachment, since) if left else None
-                if entry.__class__ is ThreadGate:
+                if entry.__class__ is ThreadWaiter:
                     stages.enter(WAITING)
                     entry = shared.wait(entry, left, self._gc_on_wait, watch, again)
-                    if isinstance(entry, TurnedAway):
-                        raise self._got_nothing(shared.now() - since, turned_away(entry))
+                    if isinstance(entry, Rejected):
+                        raise self._got_nothing(shared.now() - since, rejected(entry))
                 if entry is None:
                     raise refusal or self._refusal() or self._got_nothing(timeout)
                 slot = entry.slot
@@ -303,12 +303,12 @@ class QueriesPool(SQLAlchemyPool):
         self.logger.log(level, "%s", error.args[0].partition("\n")[0])
         return error
 
-    def _watch(self, since: float) -> Callable[[ThreadGate, float], None]:
+    def _watch(self, since: float) -> Callable[[ThreadWaiter, float], None]:
         """Return what looks for a deadlock when a checkout waits in vain."""
         watch = deadlock.Watch(PoolManager.everywhere, self._deadlock_grace)
         told = False
 
-        def in_vain(waiter: ThreadGate, now: float) -> None:
+        def in_vain(waiter: ThreadWaiter, now: float) -> None:
             nonlocal told
             found = None if told else watch.hopeless(waiter, now)
             if found is None:
@@ -368,7 +368,7 @@ class QueriesPool(SQLAlchemyPool):
         except BaseException as error:
             refused = not isinstance(error, _Refused) and shared.refused(error)
             record.slot.holder = None  # nobody had it: no checkout
-            record.come_home_hollow(error)
+            record.return_hollow(error)
             if refused:
                 raise _Refused(error) from error
             raise
@@ -400,22 +400,22 @@ class QueriesPool(SQLAlchemyPool):
                 slot.suspect = True
         if self._pre_ping:  # SQLAlchemy asks next; it knows no limit of time, but this one
             slot.suspect = False
-            record.fuse = self._light(record, deadline)
+            record.ping_timeout = self._start_ping_timeout(record, deadline)
             return True
         return not slot.suspect or self._answers(record, deadline)
 
-    def _light(self, record: Record, deadline: float) -> liveness.Fuse:
+    def _start_ping_timeout(self, record: Record, deadline: float) -> liveness.PingTimeout:
         """Have the connection hung up if a ping takes too long."""
-        fuse = liveness.Fuse(record.slot.handle)
+        ping_timeout = liveness.PingTimeout(record.slot.handle)
         if self._ping_timeout is not None:
             left = max(deadline - time.monotonic(), LEAST_PING)
-            self._shared.housekeeper.schedule(fuse, min(self._ping_timeout, left))
-        return fuse
+            self._shared.housekeeper.schedule(ping_timeout, min(self._ping_timeout, left))
+        return ping_timeout
 
     def _answers(self, record: Record, deadline: float) -> bool:
         """Ask the server, for as long as a ping may take."""
         slot = record.slot
-        fuse = self._light(record, deadline)
+        ping_timeout = self._start_ping_timeout(record, deadline)
         try:
             # A pool without an engine has no dialect to ask with.
             answers = not hasattr(self._dialect, "do_ping") or self._dialect.do_ping(slot.handle)
@@ -425,8 +425,8 @@ class QueriesPool(SQLAlchemyPool):
             self.logger.info("%s: %r does not answer: %r", self._shared.label, slot, error)
             answers = self._is_answer(error, slot.handle)
         finally:
-            fuse.remove()
-        slot.suspect = not answers or fuse.blown
+            ping_timeout.remove()
+        slot.suspect = not answers or ping_timeout.expired
         return not slot.suspect
 
     def _is_answer(self, error: Exception, handle: Any) -> bool:
@@ -591,7 +591,7 @@ class QueriesPool(SQLAlchemyPool):
         """How many connections of this engine are out, or being opened."""
         ref = self._attachment.ref
         states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home is ref]
-        return sum(state in (HELD, LENT, slots.OPENING) for state in states)
+        return sum(state in (HELD, LOCKED, slots.OPENING) for state in states)
 
     def overflow(self) -> int:
         """QueuePool's: how many connections there are above ``size()``; here, zero or less."""
@@ -618,9 +618,9 @@ if not seams.KNOWS_PROXY:
 
 def _ping_is_over(_: Any, record: Any, __: Any) -> None:
     """A listener of ``checkout``, the first: what SQLAlchemy does next after its ping."""
-    if record.fuse is not None:
-        record.fuse.remove()
-        record.fuse = None
+    if record.ping_timeout is not None:
+        record.ping_timeout.remove()
+        record.ping_timeout = None
 
 
 def listen_for_read_only(dialect: Any) -> None:

@@ -22,7 +22,7 @@ from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, Connectio
 class Record(ConnectionRecord):
     """SQLAlchemy's record of a connection, which knows its slot."""
 
-    __slots__ = ("fuse", "owner", "slot")
+    __slots__ = ("owner", "ping_timeout", "slot")
 
     def __init__(self, owner: Any, slot: Connection) -> None:
         # Without a connection yet: get_connection() opens it, as it does for one that was
@@ -32,7 +32,7 @@ class Record(ConnectionRecord):
         """The ``QueriesPool`` that it was born in."""
         self.slot = slot
         """Its slot, for life."""
-        self.fuse: liveness.Fuse | None = None
+        self.ping_timeout: liveness.PingTimeout | None = None
         """What ends SQLAlchemy's own ping (``pool_pre_ping``) where it takes too long."""
 
     @property
@@ -83,10 +83,10 @@ class Record(ConnectionRecord):
             # The holder's proxy would go on to act on the record, which may be another's soon.
             if fairy_ref is not None and (fairy := fairy_ref()) is not None:
                 fairy.dbapi_connection = fairy._connection_record = None
-            self.come_home_hollow(error)
+            self.return_hollow(error)
             raise
 
-    def come_home_hollow(self, error: BaseException) -> None:
+    def return_hollow(self, error: BaseException) -> None:
         """In which state the connection is nobody knows: close it, then give the slot back."""
         try:
             self.invalidate(error)
@@ -197,7 +197,7 @@ class Proxy(ConnectionFairy):
             self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
             self._pool.records_out.discard(record)  # type: ignore[attr-defined]
             record.fairy_ref = None
-            record.come_home_hollow(error)
+            record.return_hollow(error)
             return False
         record.invalidate(error)
         return True

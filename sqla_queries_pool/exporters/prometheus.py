@@ -49,7 +49,7 @@ COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
         lambda pool: pool.checkouts,
     ),
     ("timeouts", "Checkouts that got nothing within their time.", lambda pool: pool.timeouts),
-    ("refused", "Checkouts that were turned away before their time was over.", lambda pool: pool.refused),
+    ("rejected", "Checkouts that were turned away before their time was over.", lambda pool: pool.rejected),
     (
         "deadlocks",
         "Timeouts of checkouts that could only have waited for themselves.",

@@ -16,7 +16,7 @@ from typing import Any
 
 from ..budget.slots import HELD, Slot, Waiter
 from ..concurrency.callers import Caller
-from ..concurrency.gates import ThreadGate
+from ..concurrency.gates import ThreadWaiter
 from ..pool import Pool
 from ..sockets.liveness import traffic
 from . import stacks
@@ -41,7 +41,7 @@ class Watch:
         self._seen: tuple[Any, float] | None = None
         self._holds: bool | None = None
 
-    def hopeless(self, waiter: ThreadGate, now: float) -> Diagnosis | None:
+    def hopeless(self, waiter: ThreadWaiter, now: float) -> Diagnosis | None:
         """Is it this checkout that has to give up?  Say why, or return None.
 
         :param waiter: the asker's, in line.

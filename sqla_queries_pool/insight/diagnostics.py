@@ -14,15 +14,15 @@ from typing import Any
 from ..budget import slots
 from ..budget.slots import (
     HELD,
-    LENT,
-    LINE_FULL,
-    TURNED_AWAY,
+    LOCKED,
+    QUEUE_FULL,
+    REJECTED,
     Attachment,
     Leaked,
+    Rejected,
     Resetter,
     Returned,
     Slot,
-    TurnedAway,
 )
 from ..budget.stats import Statistics
 from ..errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
@@ -119,7 +119,7 @@ class Diagnosis:
     """What is the matter, most likely, and what to do about it."""
 
     kind: str
-    """One of ``deadlock line-full overload refused nested-checkout slow-connect leak long-use too-small``."""
+    """One of ``deadlock queue-full overload refused nested-checkout slow-connect leak long-use too-small``."""
     cause: str
     remedy: str
     details: str = ""
@@ -221,7 +221,7 @@ def _seen(pool: Pool) -> tuple[Snapshot, bool]:
 
 def holders(pool: Pool, threads: stacks.Threads) -> list[Holder]:
     """Return who has the connections of a pool, longest first.  Takes no lock of the pool."""
-    busy = (HELD, LENT, slots.OPENING)
+    busy = (HELD, LOCKED, slots.OPENING)
     found = [_holder(slot, pool.now(), threads) for slot in pool.connections if slot.state in busy]
     return sorted(found, key=lambda holder: -holder.seconds)
 
@@ -340,9 +340,9 @@ def _leak(cause: str) -> Diagnosis:
     )
 
 
-def turned_away(why: TurnedAway) -> Diagnosis:
+def rejected(why: Rejected) -> Diagnosis:
     """Say why a checkout was refused, and what to do about it."""
-    if why.kind == LINE_FULL:
+    if why.kind == QUEUE_FULL:
         return Diagnosis(why.kind, why.why, "Try again later, or raise max_waiting.")
     return Diagnosis(why.kind, why.why, "Try again later, ask for less, or raise queue_target.")
 
@@ -355,7 +355,7 @@ def checkout_timeout(
     :param timeout: for how many seconds it waited.
     :param found: why it waits no longer although it might: a deadlock, or it was turned away.
     """
-    away = found is not None and found.kind in TURNED_AWAY
+    away = found is not None and found.kind in REJECTED
     seen, fresh = _seen(pool) if found is None or away else (snapshot(pool), True)
     if found is None or away:  # the one that asks has left the line, but counts
         more = seen.statistics.waiting + bool(timeout)
@@ -387,7 +387,7 @@ def _told(diagnosis: Diagnosis | None) -> str:
     return f"Most likely {diagnosis.cause}. {diagnosis.remedy}" if diagnosis else ""
 
 
-def tell_of_leak(pool: Pool, item: Leaked | Returned) -> None:
+def log_leak(pool: Pool, item: Leaked | Returned) -> None:
     """Log that a connection is out for long, or came home after all."""
     holder = _holder(item.slot, pool.now(), stacks.Threads())
     if isinstance(item, Returned):

@@ -20,14 +20,14 @@ from ..runtime.core import Core, every_pool
 from .manager import PoolManager
 
 
-def start_anew() -> None:
+def after_fork_in_child() -> None:
     """In the child: forget all connections, and have locks and threads of its own."""
     PoolManager._lock = threading.RLock()
     PoolManager._gone = ManagerStatistics()
     Core.housekeeper = Housekeeper()
-    garbage.start_anew()
+    garbage.after_fork_in_child()
     for pool in list(every_pool):
-        for thing in pool.start_anew():
+        for thing in pool.after_fork_in_child():
             _keep(thing)
             _keep(handle := getattr(thing, "handle", None))
             _cut_off(handle)
@@ -61,4 +61,4 @@ def _cut_off(handle: Any) -> None:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork either
-    os.register_at_fork(after_in_child=start_anew)
+    os.register_at_fork(after_in_child=after_fork_in_child)

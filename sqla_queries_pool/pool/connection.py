@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from typing import TYPE_CHECKING, Any
 
-from ..budget.slots import HELD, LENT, OPENING, Slot
+from ..budget.slots import HELD, LOCKED, OPENING, Slot
 
 if TYPE_CHECKING:
     from .pool import Pool
@@ -53,7 +53,7 @@ class Connection(Slot):
     @property
     def locked(self) -> bool:
         """Does somebody have it?  Also true for the lock of a session that is dead."""
-        return self.state in (HELD, LENT)
+        return self.state in (HELD, LOCKED)
 
     @property
     def busy(self) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 
 from .. import parameters
 from ..budget.ledger import GAVE_WAY
-from ..budget.slots import CLOSING, HELD, IDLE, OPENING, TURNED_AWAY, Attachment, Numbers, Slot, Waiter
+from ..budget.slots import CLOSING, HELD, IDLE, OPENING, REJECTED, Attachment, Numbers, Slot, Waiter
 from ..budget.stats import Statistics
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
 from ..parameters import Unstated
@@ -95,7 +95,7 @@ class Pool(Core):
             handle = slot.handle
             if slot.closed:
                 self._do(self._decide(self._ledger.close_one, slot))
-            elif not slot.executing and self._lend(slot, session):
+            elif not slot.executing and self._lock_for(slot, session):
                 return handle
         raise NoIdleConnectionsError(self.id)
 
@@ -108,7 +108,7 @@ class Pool(Core):
         slot = self._find(connection)
         if slot.stale:
             self._reset(slot, True)
-        if slot.executing or not self._lend(slot, session):
+        if slot.executing or not self._lock_for(slot, session):
             raise ConnectionBusyError(id(connection))
 
     def free(self, connection: Any) -> None:
@@ -323,14 +323,14 @@ class Pool(Core):
         self.looked_for = 0.0, 0.0
         """... how many seconds went into them, less a fiftieth of the time since, and when that was so."""
 
-    def start_anew(self) -> list[Any]:
-        """:meth:`Core.start_anew`."""
+    def after_fork_in_child(self) -> list[Any]:
+        """:meth:`Core.after_fork_in_child`."""
         self._timeouts.clear()
-        return super().start_anew()
+        return super().after_fork_in_child()
 
     def got_nothing(self, seen: Any) -> None:
         """A checkout got nothing within its time, or was turned away; ``seen`` is a snapshot of why."""
-        self.count("refused" if seen.diagnosis.kind in TURNED_AWAY else "timeouts")
+        self.count("rejected" if seen.diagnosis.kind in REJECTED else "timeouts")
         if seen.diagnosis.kind == "deadlock":
             self.count("deadlocks")
         if not self._timeouts or self._timeouts[-1].taken_at != seen.taken_at:  # not one that is shared
@@ -361,7 +361,7 @@ class Pool(Core):
             checkouts=used.count + totals.left,
             waits=waited.count,
             timeouts=totals.timeouts,
-            refused=totals.refused,
+            rejected=totals.rejected,
             deadlocks=totals.deadlocks,
             bypasses=totals.bypasses,
             connects=connects.count,
@@ -413,7 +413,7 @@ class Pool(Core):
             raise ConnectionNotFoundError(self.id, id(connection))
         return slot
 
-    def _lend(self, slot: Connection, session: object) -> bool:
+    def _lock_for(self, slot: Connection, session: object) -> bool:
         def died(ref: weakref.ref[Any]) -> None:
             self._post(self._ledger.session_died, slot, ref)
 
@@ -425,7 +425,7 @@ class Pool(Core):
                 f"session={kind!r} object can't be weakly referred to: pass an instance of a class "
                 "of your own, so that the pool can see when it is gone"
             ) from None
-        return self._decide(self._ledger.lend, slot, ref, self._clock())
+        return self._decide(self._ledger.lock, slot, ref, self._clock())
 
     def _reset_stale(self, attachment: Attachment) -> None:
         for slot in self._decide(self._ledger.stale, attachment):

@@ -15,18 +15,18 @@ from typing import Any, ClassVar, TypeAlias
 
 from ..budget.audit import COLLECTED, UNDER_WAY, Audit, Finding, findings, mend
 from ..budget.ledger import GAVE_WAY, LOOK_EVERY, PATIENCE, SPARE
-from ..budget.slots import HELD, Attachment, NotHeld, Permit, TurnedAway, Wake, Work
+from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Wake, Work
 from ..concurrency.callers import here
-from ..concurrency.gates import ThreadGate
+from ..concurrency.gates import ThreadWaiter
 from ..concurrency.housekeeping import Worker
 from ..labels import checkout_label
 from ..logs import logger
 from ..pool.connection import Connection
 from ..sockets.lingering import Lingering
-from .effects import Hands
+from .effects import Effects
 from .garbage import GC_AFTER, collect_garbage
 
-InVain: TypeAlias = Callable[[ThreadGate, float], None]
+InVain: TypeAlias = Callable[[ThreadWaiter, float], None]
 LOOKS_COST = 100.0
 """How many times as long as it took nobody looks at the books again because he waits in vain."""
 
@@ -58,7 +58,7 @@ class _Visit:
         self.over.set()
 
 
-class Core(Hands):
+class Core(Effects):
     """What engines do with a pool.
 
     :param pool_id: the pool id.
@@ -94,7 +94,7 @@ class Core(Hands):
 
     def take(self, attachment: Attachment, since: float | None = None) -> Any:
         """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or, where there
-        is no slot, a :class:`ThreadGate`: the caller is in line, and has to :meth:`wait` with it.
+        is no slot, a :class:`ThreadWaiter`: the caller is in line, and has to :meth:`wait` with it.
 
         :param since: since when it waits, by the pool's clock, if it was in line before: it has its place
             again.
@@ -111,8 +111,8 @@ class Core(Hands):
                     now = self._clock()
                     entry = ledger.take(attachment, here.caller, now)
                     if entry is None:  # at once, lest others come and go before it looks again
-                        entry = ThreadGate(attachment, here.caller, checkout_label.get())
-                        ledger.line_up(entry, now, since)
+                        entry = ThreadWaiter(attachment, here.caller, checkout_label.get())
+                        ledger.enqueue(entry, now, since)
                 finally:
                     self._inside = False
         finally:
@@ -129,7 +129,7 @@ class Core(Hands):
 
     def wait(
         self,
-        waiter: ThreadGate,
+        waiter: ThreadWaiter,
         timeout: float,
         gc_on_wait: bool,
         watch: Callable[[], InVain] | None = None,
@@ -143,20 +143,20 @@ class Core(Hands):
         :param watch: makes what is called with the waiter and ``time.monotonic`` when the collector and a
             look at the books have changed nothing; that may raise.
         :param again: it was in line before, and so is not turned away by ``max_waiting``.
-        :return: None if ``timeout`` was over first, :class:`TurnedAway` if it may not wait, or for no
+        :return: None if ``timeout`` was over first, :class:`Rejected` if it may not wait, or for no
             longer.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         attachment, ledger = waiter.attachment, self._ledger
-        away: TurnedAway | None = None
+        away: Rejected | None = None
         try:
             begin = time.monotonic()
             alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
             gc_after = min(GC_AFTER, timeout / 2)
-            if len(attachment.line) > attachment.max_waiting and timeout and not again:
+            if len(attachment.queue) > attachment.max_waiting and timeout and not again:
                 # Whoever may not wait is served as who can't: by what can be opened, or is spare.
                 self._do(self._decide(ledger.insist, waiter, self._clock(), True))
-                away = self._decide(ledger.turn_away, waiter, self._clock(), True)
+                away = self._decide(ledger.reject, waiter, self._clock(), True)
             elif waiter.answer is None:
                 # Nearly everybody is served before there is anything to be looked at.
                 pause = gc_after if alone else SPARE
@@ -179,13 +179,13 @@ class Core(Hands):
 
     def _look_while_waiting(
         self,
-        waiter: ThreadGate,
+        waiter: ThreadWaiter,
         times: Iterator[float],
         gc_at: float,
         deadline: float,
         gc_on_wait: bool,
         watch: Callable[[], InVain] | None,
-    ) -> TurnedAway | None:
+    ) -> Rejected | None:
         attachment = waiter.attachment
         in_vain: InVain | None = None
         look = next(times)
@@ -193,7 +193,7 @@ class Core(Hands):
             now = time.monotonic()
             self._do(self._decide(self._ledger.insist, waiter, self._clock(), now >= deadline))
             if waiter.answer is None and attachment.queue_target < math.inf:
-                away = self._decide(self._ledger.turn_away, waiter, self._clock())
+                away = self._decide(self._ledger.reject, waiter, self._clock())
                 if away is not None:
                     return away
             if waiter.answer is None and now >= min(max(gc_at, look), deadline):
@@ -447,7 +447,7 @@ class Core(Hands):
         """The housekeeper's thread has died; what is due becomes overdue, which a checkout notices."""
         self._ledger.due = -math.inf
 
-    def start_anew(self) -> list[Any]:
+    def after_fork_in_child(self) -> list[Any]:
         """In a forked child: forget the parent's connections, and have locks and threads of its own.
 
         :return: all that knew the connections, none of which may be finalized in this process.
@@ -462,7 +462,7 @@ class Core(Hands):
         self._by_handle = {}
         self._detached = {}
         self.last_connect_error = None
-        self._do(self._decide(self._ledger.start_anew, self._clock()))
+        self._do(self._decide(self._ledger.after_fork_in_child, self._clock()))
         return [*slots, *entries]
 
 

@@ -1,10 +1,10 @@
 """The lock of a pool, and the inbox for what may not wait for it.
 
 * The ledger is touched under the lock alone, and nothing else is done under it: what the ledger
-  returns is done afterwards, by :meth:`Guard._do`.
+  returns is done afterwards, by :meth:`CriticalSection._do`.
 * A check-in never waits.  The garbage collector runs SQLAlchemy's finalizer in whichever thread it
   likes, also in one that is inside the lock.  So whatever may come from a finalizer goes through
-  :meth:`Guard._post`: it is put into the inbox, and whoever can get the lock empties it.  A post
+  :meth:`CriticalSection._post`: it is put into the inbox, and whoever can get the lock empties it.  A post
   tries the lock *after* having put its letter in, and everybody looks at the inbox after having let
   go of the lock, so that no letter lies unread: either the post got the lock, or the one who had it
   then looks at the inbox later than that.
@@ -30,7 +30,7 @@ from ..logs import logger
 _T = TypeVar("_T")
 
 
-class Guard:
+class CriticalSection:
     """Runs operations of a ledger one at a time, and has the work done that they return."""
 
     def __init__(self, label: str, time_method: Callable[[], float] | None) -> None:

@@ -34,7 +34,7 @@ from ..pool.connection import Connection
 from ..sockets import liveness
 from ..sockets.connect_errors import is_full, passes
 from ..sockets.lingering import LONGEST, Lingering
-from .critical_section import Guard
+from .critical_section import CriticalSection
 from .jitter import pause as pause_after
 
 LIFETIME = "its lifetime (pool_recycle) is over"
@@ -46,7 +46,7 @@ REMEMBERED = 30.0
 """Seconds for which a database that was there counts as one that will be there again."""
 
 
-class Hands(Guard):
+class Effects(CriticalSection):
     """Does what a :class:`~sqla_queries_pool.budget.ledger.Ledger` has decided.
 
     :param label: for people: which pool it is.
@@ -268,7 +268,7 @@ class Hands(Guard):
             if not isinstance(error, Exception):
                 raise
         else:
-            self._do(self._decide(self._ledger.give_lent, slot, self._clock()))
+            self._do(self._decide(self._ledger.give_locked, slot, self._clock()))
 
     def _close_dead(self, attachments: list[Attachment]) -> int:
         """Find out who has died among those that are idle, before a checkout does; return how many."""
@@ -352,4 +352,4 @@ def _in_transaction(handle: Any) -> bool | None:
     return None if status is None else int(status) != 0
 
 
-def _nothing_of_it(_: Hands, __: object) -> None: ...
+def _nothing_of_it(_: Effects, __: object) -> None: ...

@@ -32,7 +32,7 @@ def collect_garbage() -> None:
         _collecting.release()
 
 
-def start_anew() -> None:
+def after_fork_in_child() -> None:
     """In a forked child: a thread of the parent's may have been collecting."""
     global _collecting
     _collecting = threading.Lock()

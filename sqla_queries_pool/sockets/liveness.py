@@ -128,7 +128,7 @@ def borrowed(fd: int) -> Iterator[socket.socket]:
             os.set_blocking(fd, blocking)
 
 
-class Fuse:
+class PingTimeout:
     """Hangs a connection up that takes too long to answer; the housekeeper lights it.
 
     A driver that waits for an answer can't be told to stop waiting, least of all by another thread; but its
@@ -138,14 +138,14 @@ class Fuse:
     def __init__(self, handle: Any) -> None:
         self._handle: Any = handle
         self._lock = threading.Lock()
-        self.blown = False
+        self.expired = False
         """Has it hung up?"""
 
     def sweep(self) -> None:
         """It took too long."""
         with self._lock:
             if self._handle is not None:
-                self.blown = True
+                self.expired = True
                 hang_up(self._handle)
 
     def neglected(self) -> None:
