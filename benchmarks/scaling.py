@@ -22,7 +22,7 @@ from sqlalchemy.pool import Pool
 from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.budget.slots import Attachment, Permit, Quota
-from sqla_queries_pool.concurrency.gates import ThreadWaiter
+from sqla_queries_pool.concurrency.threads import ThreadWaiter
 
 from .competitors import QUERIES, Backend, FakeConnection, fake
 from .effort import Effort

@@ -7,6 +7,7 @@ share one limit, and idle connections go away by themselves.
 from .budget.audit import Audit
 from .budget.stats import BOUNDS, Histogram, ManagerStatistics, Statistics
 from .engine.queries_pool import QueriesPool
+from .engine.settings import QueriesPoolOptions
 from .errors import (
     ActivePoolError,
     CheckoutReentered,
@@ -51,6 +52,7 @@ __all__ = [
     "PoolManager",
     "QueriesException",
     "QueriesPool",
+    "QueriesPoolOptions",
     "Snapshot",
     "Statistics",
     "TooManyRequests",

@@ -6,8 +6,9 @@ to it.  Where a pool is asked for, an engine, a ``QueriesPool`` and a ``Pool`` w
 
 from __future__ import annotations
 
-import threading
+import dataclasses
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from sqlalchemy import Engine
 from sqla_queries_pool import Pool, PoolManager, QueriesPool
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.demo import embedded
+from sqla_queries_pool.engine import attempt
 from sqla_queries_pool.insight import deadlock
 from sqla_queries_pool.runtime import garbage
+from sqla_queries_pool.runtime.core import Core
 from sqla_queries_pool.sockets import liveness
+from sqla_queries_pool.try_lock import TryLock
 
 # -- from one to the other -------------------------------------------------------------------------------
 
@@ -32,38 +36,32 @@ def shared(pool: Any) -> Pool:
 
 def core(pool: Any) -> Any:
     """The engine room of a pool."""
-    return shared(pool)
+    return shared(pool).core
 
 
 def checkouts(pool: Any) -> Any:
     """What engines do with its slots."""
-    return core(pool)
+    return core(pool).checkouts
 
 
 def connections(pool: Any) -> Any:
     """Its open DBAPI connections."""
-    return _Connections(core(pool))
-
-
-class _Connections:
-    def __init__(self, pool: Any) -> None:
-        self.found_dead = pool.found_dead
-        self.drop = pool._drop_handle
+    return core(pool).connections
 
 
 def upkeep(pool: Any) -> Any:
     """What mends and sweeps it."""
-    return core(pool)
+    return core(pool).upkeep
 
 
 def section(pool: Any) -> Any:
     """Its lock and its inbox."""
-    return core(pool)
+    return core(pool).section
 
 
 def ledger(pool: Any) -> Any:
     """Its bookkeeping."""
-    return shared(pool)._ledger
+    return core(pool).ledger
 
 
 def attachment(pool: QueriesPool) -> Any:
@@ -89,32 +87,32 @@ def manager() -> Any:
 
 def waiters(pool: Any) -> Any:
     """Who waits for a slot."""
-    return shared(pool).waiters
+    return core(pool).ledger.waiters()
 
 
 def by_handle(pool: Any) -> dict[int, Any]:
     """Its slots by the ``id()`` of their connections."""
-    return shared(pool)._by_handle
+    return connections(pool).by_handle
 
 
 def lingering(pool: Any) -> Any:
     """Its connections that were closed, and that the server may still count."""
-    return shared(pool).lingering
+    return connections(pool).lingering
 
 
 def last_connect_error(pool: Any) -> Any:
     """Why opening a connection failed last."""
-    return shared(pool).last_connect_error
+    return core(pool).admission.last_error
 
 
 def mended(pool: Any) -> Any:
     """What was put right since the last audit."""
-    return shared(pool)._mended
+    return upkeep(pool)._mended
 
 
 def now(pool: Any) -> float:
     """The time by its clock."""
-    return shared(pool).now()
+    return core(pool).now()
 
 
 # -- the critical section --------------------------------------------------------------------------------
@@ -122,48 +120,54 @@ def now(pool: Any) -> float:
 
 def lock(pool: Any) -> Any:
     """What guards its ledger."""
-    return shared(pool)._lock
+    return section(pool).lock
 
 
 def replace_lock(pool: Any, new: Any, try_lock: Callable[[], bool]) -> None:
     """Give it another lock."""
-    pool = shared(pool)
-    pool._lock, pool._try_lock = new, try_lock
+    attempt = TryLock(SimpleNamespace(acquire=lambda _: try_lock(), release=new.release))
+    for part in (section(pool), checkouts(pool)):
+        for name in ("lock", "_lock"):
+            if hasattr(part, name):
+                setattr(part, name, new)
+        for name in ("attempt", "_attempt"):
+            if hasattr(part, name):
+                setattr(part, name, attempt)
 
 
 def inbox(pool: Any) -> Any:
     """What has found the lock taken."""
-    return shared(pool)._inbox
+    return section(pool).inbox
 
 
 def is_inside(pool: Any) -> bool:
     """Does an operation of its ledger run?"""
-    return shared(pool)._inside
+    return section(pool).inside
 
 
 def decide(pool: Any, operation: Callable[..., Any], *args: Any) -> Any:
     """Run one operation of its ledger under its lock."""
-    return shared(pool)._decide(operation, *args)
+    return section(pool).decide(operation, *args)
 
 
 def post(pool: Any, operation: Callable[..., Any], *args: Any) -> None:
     """Leave a letter for its ledger."""
-    shared(pool)._post(operation, *args)
+    section(pool).post(operation, *args)
 
 
 def settle(pool: Any) -> None:
     """Empty its inbox."""
-    shared(pool)._settle()
+    section(pool).settle()
 
 
 def do_soon(pool: Any, work: Any) -> None:
     """Have work done, by the worker where it takes time."""
-    shared(pool)._do_soon(work)
+    section(pool).effects.do_soon(work)
 
 
 def count(pool: Any, what: str) -> None:
     """One more of what is counted."""
-    shared(pool).count(what)
+    core(pool).count(what)
 
 
 # -- threads and time ------------------------------------------------------------------------------------
@@ -171,33 +175,40 @@ def count(pool: Any, what: str) -> None:
 
 def set_clock(pool: Any, clock: Callable[[], float]) -> None:
     """Give it another clock."""
-    shared(pool)._clock = clock
+    core(pool)._clock = section(pool).clock = checkouts(pool)._clock = clock
 
 
 def worker(pool: Any) -> Any:
     """The thread that closes its connections."""
-    return shared(pool)._worker
+    return core(pool).effects._worker
 
 
-def housekeeper(pool: Any = Pool) -> Any:
+def housekeeper(pool: Any = Core) -> Any:
     """The thread that looks after pools."""
-    return Pool.housekeeper if pool is Pool else shared(pool).housekeeper
+    return Core.housekeeper if pool is Core else core(pool).upkeep._housekeeper
 
 
-def set_housekeeper(new: Any, pool: Any = Pool) -> None:
-    """Give one pool, or all, another."""
-    (Pool if pool is Pool else shared(pool)).housekeeper = new
+def set_housekeeper(new: Any, pool: Any = Core) -> None:
+    """Give one pool, or all that come, another."""
+    if pool is Core:
+        Core.housekeeper = new
+        return
+    upkeep(pool)._housekeeper = core(pool).housekeeper = new
+    lingering(pool)._schedule = new.schedule
 
 
 def patch_housekeeper(monkeypatch: pytest.MonkeyPatch, new: Any) -> None:
     """Give all pools another for a test."""
-    monkeypatch.setattr(Pool, "housekeeper", new)
+    monkeypatch.setattr(Core, "housekeeper", new)
 
 
 def thread_runs(of: Any) -> bool:
     """Does the thread of a worker or a housekeeper run?"""
-    running: threading.Lock = of._thread._running
-    return running.locked()
+    running = of._thread._running
+    if not running.taken_now:
+        return True
+    running.release()
+    return False
 
 
 def mail(of: Any) -> int:
@@ -207,7 +218,7 @@ def mail(of: Any) -> int:
 
 def mend_soon(pool: Any) -> None:
     """Have the housekeeper's next visit look for what is to be mended."""
-    shared(pool)._mend_at = 0.0
+    upkeep(pool)._mend_at = 0.0
 
 
 def next_collection(monkeypatch: pytest.MonkeyPatch | None, at: float) -> None:
@@ -235,17 +246,17 @@ def replace_managers_lock(monkeypatch: pytest.MonkeyPatch, new: Any) -> None:
 
 def set_on_vacant(pool: Any, act: Callable[[Any], None]) -> None:
     """What is called when the pool has been of no use for its idle TTL."""
-    shared(pool).on_vacant = act
+    shared(pool)._on_vacant = act
 
 
 def look_anew(pool: Any) -> None:
     """Have the next error take a snapshot of its own."""
-    shared(pool).looked_for = 0.0, 0.0
+    core(pool).looked_for = 0.0, 0.0
 
 
 def unset(pool: Any) -> None:
     """Forget what was set for the pool through the queries API."""
-    shared(pool).unset()
+    shared(pool)._unset()
 
 
 # -- the ledger ------------------------------------------------------------------------------------------
@@ -285,46 +296,36 @@ def new_slot(pool: Any) -> Any:
 
 def before_an_engines_death_is_told(monkeypatch: pytest.MonkeyPatch, act: Callable[[], None]) -> None:
     """Have something done before pools hear of an engine that died."""
-    real = Pool._engine_died
+    real = Core._engine_died
 
     def later(pool: Any, ref: Any) -> None:
         act()
         real(pool, ref)
 
-    monkeypatch.setattr(Pool, "_engine_died", later)
+    monkeypatch.setattr(Core, "_engine_died", later)
 
 
-LOOKS: list[Callable[[Any], Any]] = [Pool.mend, Pool.audit]
+LOOKS: list[Callable[[Any], Any]] = [lambda pool: upkeep(pool).mend(), Pool.audit]
 """What looks for something to mend, each called with a pool."""
 
 # -- the engine's side -----------------------------------------------------------------------------------
 
-SETTINGS = (
-    "_max_size",
-    "_idle_ttl",
-    "_timeout",
-    "_pool_id",
-    "_use_lifo",
-    "_gc_on_wait",
-    "_recycle",
-    "_pre_ping",
-)
-SETTINGS += ("_reset_on_return", "_creator", "_dialect")
+SETTINGS = ("recycle", "pre_ping", "reset_on_return", "creator", "dialect")
 
 
 def setting(pool: Any, name: str) -> Any:
     """What was stated for an engine, by the name of the parameter."""
-    return getattr(pool, f"_{name}")
+    return getattr(pool.settings, name) if hasattr(pool.settings, name) else getattr(pool, f"_{name}")
 
 
 def settings(pool: Any) -> dict[str, Any]:
     """All that can be compared of what was stated for an engine."""
-    return {name: getattr(pool, name) for name in SETTINGS}
+    return {"settings": pool.settings} | {name: getattr(pool, f"_{name}") for name in SETTINGS}
 
 
 def set_timeout(pool: Any, timeout: float | None) -> None:
     """Change an engine's ``timeout``."""
-    pool._timeout = timeout
+    pool.settings = dataclasses.replace(pool.settings, timeout=timeout)
 
 
 def do_get(pool: Any) -> Any:
@@ -339,13 +340,14 @@ def invalidate_all(pool: Any, connection: Any) -> None:
 
 def before_a_look(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], None]) -> None:
     """Have something done before a checkout looks whether the connection that it got can be used."""
-    real = pool._examine
+    real = attempt.Attempt._usable
 
-    def later(*args: Any) -> Any:
-        act()
-        return real(*args)
+    def later(self: Any, *args: Any) -> Any:
+        if self._pool is pool:
+            act()
+        return real(self, *args)
 
-    monkeypatch.setattr(pool, "_examine", later)
+    monkeypatch.setattr(attempt.Attempt, "_usable", later)
 
 
 def ping_of(timeout: Any) -> Any:
@@ -385,7 +387,7 @@ def before_a_deadlock_is_told(monkeypatch: pytest.MonkeyPatch, act: Callable[[],
 
 def sleep_lightly(waiter: Any, seconds: float) -> None:
     """Wait in place of a waiter's own ``wait``, but for a moment."""
-    waiter._closed.acquire(timeout=0.001 if seconds > 0.5 else seconds)
+    waiter._asleep.acquire(timeout=0.001 if seconds > 0.5 else seconds)
 
 
 def history_thread(history: Any) -> Any:

@@ -23,9 +23,9 @@ from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, Qu
 from sqla_queries_pool.budget.audit import COLLECTED, Audit, Finding, check
 from sqla_queries_pool.budget.audit import mend as audit_mend
 from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LOCKED, OPENING, Permit
-from sqla_queries_pool.concurrency.gates import ThreadWaiter
+from sqla_queries_pool.concurrency.threads import ThreadWaiter
 from sqla_queries_pool.pool import Pool
-from sqla_queries_pool.runtime import core
+from sqla_queries_pool.runtime import checkout
 
 Eventually = Callable[..., None]
 PASSWORD = "Conspicuous/Pa55word"
@@ -327,7 +327,7 @@ def test_an_audit_names_what_is_wrong_and_puts_it_right(broken: Break, eventuall
     assert scene.shared.audit().mended == ()
     for thing in scene.kept:
         if isinstance(thing, Permit):
-            inside.checkouts(scene.shared).failed(thing, None)
+            inside.checkouts(scene.shared).failed(thing)
         elif isinstance(thing, PoolProxiedConnection):
             thing.close()
     scene.assert_right(eventually)
@@ -382,7 +382,7 @@ def test_who_waits_gets_what_was_lost_without_an_audit(
     broken: Break, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     """It is looked for after a moment, by whoever waits; what was found is told by the next audit."""
-    monkeypatch.setattr(core, "GC_AFTER", 0.11)
+    monkeypatch.setattr(checkout, "GC_AFTER", 0.11)
     scene = Scene()
     what = broken(scene)
     held = scene.other.connect()
@@ -496,7 +496,7 @@ def test_several_wrongs_are_named_one_by_one(eventually: Eventually) -> None:
 def test_what_was_mended_is_told_once_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     """With the pool's label, as a warning: it is a bug, or the work of an exception from outside."""
     scene = Scene()
-    scene.shared.label = "postgresql://me@host/shop"
+    inside.section(scene.shared).label = "postgresql://me@host/shop"
     a_record_that_died_unheard(scene)
     mend(scene.shared)
     (record,) = [r for r in caplog.records if "mended" in r.message]
@@ -538,7 +538,7 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
     assert not handle.closed  # type: ignore[attr-defined]
     inside.post(scene.shared, scene.ledger.closed, work.slot)
     waiting.join()
-    inside.checkouts(scene.shared).failed(permit, None)
+    inside.checkouts(scene.shared).failed(permit)
     out.close()
 
 

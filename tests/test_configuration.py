@@ -94,7 +94,7 @@ def test_reset_on_return_is_a_word(configured: Make, text: str, style: str) -> N
 
 
 @pytest.mark.parametrize(
-    ("queue", "what"),
+    ("line", "what"),
     [
         ("max_size = 0", "max_size='0' is not valid: write a whole number of connections, at least 1"),
         ("max_size = many", "max_size='many' is not valid"),

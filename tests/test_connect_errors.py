@@ -524,7 +524,7 @@ def long_pauses(monkeypatch: pytest.MonkeyPatch, outside: Outside) -> None:
     """Pauses are an hour, and the time stands still until the test says that one is over."""
     monkeypatch.setattr(retirement, "FIRST_PAUSE", HOUR)
     monkeypatch.setattr(retirement, "LONGEST_PAUSE", HOUR)
-    monkeypatch.setattr("sqla_queries_pool.runtime.effects.REMEMBERED", 1000 * HOUR)
+    monkeypatch.setattr("sqla_queries_pool.runtime.admission.REMEMBERED", 1000 * HOUR)
     PoolManager.create(outside.pid, max_size=20, idle_ttl=None, time_method=outside.clock)
 
 
@@ -663,7 +663,7 @@ def test_an_outage_that_lasts_comes_to_everybody_at_once(
     outside: Outside, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When it was half a minute ago that the database was there, nobody waits for his turn to be refused."""
-    monkeypatch.setattr("sqla_queries_pool.runtime.effects.REMEMBERED", HOUR)
+    monkeypatch.setattr("sqla_queries_pool.runtime.admission.REMEMBERED", HOUR)
     engine = outside.engine()
     engine.connect().close()
     outside.outage()
@@ -792,7 +792,7 @@ def test_a_wait_in_a_line_that_no_server_could_shorten_asks_as_seldom_as_ever(
             other.connect()
         outside.pause_is_over()
         slices: list[float] = []
-        wait = "sqla_queries_pool.concurrency.gates.ThreadWaiter.wait"
+        wait = "sqla_queries_pool.concurrency.threads.ThreadWaiter.wait"
 
         def wait_less(gate: Any, seconds: float) -> None:
             slices.append(seconds)

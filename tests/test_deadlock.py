@@ -19,11 +19,12 @@ from hazards import Handle, Ring, Stop, Thread, assert_whole, new_pid, new_pool,
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
-from sqla_queries_pool import CheckoutTimeout, PoolDeadlock, PoolManager, QueriesPool, labelled
+from sqla_queries_pool import CheckoutTimeout, PoolDeadlock, QueriesPool, labelled
 from sqla_queries_pool.insight import deadlock
 from sqla_queries_pool.logs import NAME
 from sqla_queries_pool.pool import Pool
-from sqla_queries_pool.runtime import core
+from sqla_queries_pool.pool.manager import everywhere
+from sqla_queries_pool.runtime import checkout
 
 Eventually = Callable[..., None]
 SEEDS = (20261123, 7, 4711)
@@ -679,8 +680,8 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
     PoolDeadlock was one by what was recorded, and none is missing, since nothing else ends the run."""
     print("seed", seed)
     # Looks every 10 ms, so that the run does not take minutes.
-    monkeypatch.setattr(core, "looks", lambda *_: itertools.count(0.01, 0.01))
-    monkeypatch.setattr(core, "GC_AFTER", 0.11)
+    monkeypatch.setattr(checkout, "looks", lambda *_: itertools.count(0.01, 0.01))
+    monkeypatch.setattr(checkout, "GC_AFTER", 0.11)
     pids = {"north": new_pid(), "south": new_pid()}
     limits = {"north": 5, "south": 3, "north/all": 5, "north/few": 2, "south/all": 3}
     pools = {
@@ -741,4 +742,4 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
     numbers = [pools[name].statistics() for name in ("north/all", "south/all")]
     assert sum(n.deadlocks for n in numbers) == sum(n.timeouts for n in numbers) == len(told)
     assert sum(n.checkouts for n in numbers) == sum(what == "take" for what, _, _ in history.events)
-    assert PoolManager.everywhere()
+    assert everywhere()

@@ -33,11 +33,11 @@ PACKAGE = os.path.dirname(sqla_queries_pool.__file__) + os.sep
 FRAMES = [
     "engine/queries_pool.py:connect",
     "engine/queries_pool.py:_do_get",
-    "runtime/core.py:take",
+    "runtime/checkout.py:take",
     "budget/ledger.py:take",
     "engine/records.py:__init__",
     "engine/records.py:close",
-    "runtime/core.py:give",
+    "runtime/checkout.py:give",
     "budget/ledger.py:give",
 ]
 """The functions of this package that a checkout and its return run."""

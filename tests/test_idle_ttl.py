@@ -227,7 +227,8 @@ def test_a_housekeeper_that_died_is_started_again_by_the_next_checkout(
 ) -> None:
     """Whether the checkout comes before or after something was due: idle connections close in the end."""
     pool = new_pool(idle_ttl=0.5)
-    housekeeper = inside.shared(pool).housekeeper = Housekeeper()  # which knows of no other test's pools
+    housekeeper = Housekeeper()  # which knows of no other test's pools
+    inside.set_housekeeper(housekeeper, pool)
     for fairy in [pool.connect(), pool.connect()]:
         fairy.close()
     deadly = kill(housekeeper, eventually)

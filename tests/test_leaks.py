@@ -17,9 +17,10 @@ import pytest
 from fakes import FakeClock
 from hazards import Handle, Stop, Thread, new_pool
 
-from sqla_queries_pool import PoolManager, QueriesPool, labelled
+from sqla_queries_pool import QueriesPool, labelled
 from sqla_queries_pool.budget.leaks import Leaks
 from sqla_queries_pool.logs import NAME
+from sqla_queries_pool.pool.manager import everywhere
 
 Eventually = Callable[..., None]
 
@@ -34,7 +35,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]
         return [line.partition(": a connection ")[2] for line in found]
 
     yield told
-    for pool in PoolManager.everywhere():  # the housekeeper looks after what a test has left
+    for pool in everywhere():  # the housekeeper looks after what a test has left
         inside.ledger(pool).leaks.clear()
 
 

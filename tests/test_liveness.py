@@ -379,7 +379,7 @@ def test_a_fuse_that_was_removed_ends_nothing(wire: Wire) -> None:
     """The answer came in time; the housekeeper may still come by."""
     ours, theirs = wire
     ping_timeout = PingTimeout(ours)
-    ping_timeout.remove()
+    ping_timeout.cancel()
     ping_timeout.sweep()
     assert not ping_timeout.expired
     theirs.send(b"x")

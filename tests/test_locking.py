@@ -42,11 +42,11 @@ from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.budget.slots import Attachment, NotHeld, Quota
 from sqla_queries_pool.budget.state import LedgerState
-from sqla_queries_pool.concurrency.gates import ThreadWaiter
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.concurrency.threads import ThreadWaiter
 from sqla_queries_pool.insight.diagnostics import snapshot
 from sqla_queries_pool.pool import Pool
-from sqla_queries_pool.runtime import core
+from sqla_queries_pool.pool.manager import attach
 from sqla_queries_pool.runtime import jitter as retirement
 
 Eventually = Callable[..., None]
@@ -373,7 +373,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
         shared.close()
     fail_to_wait(a, step)
     be_turned_away(a, step)
-    PoolManager.attach(a.pid, "an engine that is dropped at once", Attachment(Quota(None), 60.0))
+    attach(a.pid, "an engine that is dropped at once", Attachment(Quota(None), 60.0))
     step()
     shared.shutdown()
     step()
@@ -494,7 +494,7 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
 
     monkeypatch.setattr(Ledger, method, collecting)
     monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)  # a refusal is part of the day
-    for module in (ledger, core):  # as is a wait for another engine's connection to be one that it can spare
+    for module in (ledger, checkout):  # as is a wait for another engine's connection to be one that it can spare
         monkeypatch.setattr(module, "SPARE", 0.001)
 
     def step() -> None:
@@ -534,8 +534,8 @@ def test_a_waiter_is_woken_by_what_the_collector_finds_inside_the_ledger(
     """The letter serves who waits, and its gate is opened, not only its answer written."""
     pool = new_pool(max_size=1)
     opened: list[ThreadWaiter] = []
-    real = ThreadWaiter.open
-    monkeypatch.setattr(ThreadWaiter, "open", lambda gate: (opened.append(gate), real(gate)))
+    real = ThreadWaiter.wake
+    monkeypatch.setattr(ThreadWaiter, "wake", lambda gate: (opened.append(gate), real(gate)))
     Ring(pool.connect())
     waiting = Thread(pool.connect)
     eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")

@@ -397,7 +397,7 @@ def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
     insist, mend = inside.ledger(shared).insist, inside.upkeep(shared).mend
     monkeypatch.setattr(inside.ledger(shared), "look_in", lambda *_: 0.001)
     monkeypatch.setattr(inside.ledger(shared), "insist", lambda *args: looks.append(1) or insist(*args))
-    monkeypatch.setattr(shared, "mend", lambda: mends.append(1) or mend())
+    monkeypatch.setattr(inside.upkeep(shared), "mend", lambda: mends.append(1) or mend())
     often.waits()
     eventually(lambda: len(looks) > 500 and mends, "it looks")
     assert len(mends) < len(looks) / 100

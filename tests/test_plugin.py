@@ -17,7 +17,7 @@ from sqlalchemy import Engine, create_engine, engine_from_config, exc, pool, tex
 from sqlalchemy.engine import make_url
 
 from sqla_queries_pool import QueriesPool
-from sqla_queries_pool.plugin import PARAMETERS
+from sqla_queries_pool.engine.settings import NAMES
 
 URL = "postgresql+psycopg2://scott:tiger@db.example.net/shop?plugin=queries"
 DRIVERS_OWN = {
@@ -101,14 +101,14 @@ def test_every_parameter_of_the_pool_is_known_to_the_url() -> None:
     spelt = {"echo": "echo_pool", **{n: f"pool_{n}" for n in ("timeout", "use_lifo", "recycle", "pre_ping")}}
     spelt |= {n: f"pool_{n}" for n in ("reset_on_return", "logging_name")}
     names = get_cls_kwargs(QueriesPool) - {"creator", "dialect", "events", "_dispatch"}
-    assert {spelt.get(name, name) for name in names} == set(PARAMETERS)
+    assert {spelt.get(name, name) for name in names} == set(NAMES)
 
 
 def test_nothing_of_ours_reaches_the_driver(make: Any) -> None:
     """Neither through the URL nor through what is connected with; the driver's own options do."""
     every = "&".join(
         f"{name}={'warn' if name == 'on_deadlock' else 1}"
-        for name in PARAMETERS
+        for name in NAMES
         if name not in ("pool_size", "max_overflow", "pool_reset_on_return")
     )
     engine = make(f"{URL}&{every}&sslmode=require&application_name=till")

@@ -37,7 +37,7 @@ from sqla_queries_pool import (
     QueriesPool,
 )
 from sqla_queries_pool.engine.records import Record
-from sqla_queries_pool.plugin import PARAMETERS
+from sqla_queries_pool.engine.settings import NAMES
 
 Eventually = Callable[..., None]
 PASSWORD = "Conspicuous/Pa55word"
@@ -588,7 +588,7 @@ def test_a_hostile_name_in_a_url_ends_soon(name: str) -> None:
         return ""
 
     message = Thread(make).join()
-    assert len(message) < len(", ".join(PARAMETERS)) + 250
+    assert len(message) < len(", ".join(NAMES)) + 250
     assert MARK not in message
 
 

@@ -300,7 +300,7 @@ def test_no_password_is_in_a_note(driver: str, pg_url: str, new_engine: NewEngin
     holder = inside.checkouts(engine.pool).take(inside.attachment(engine.pool))
     with pytest.raises(CheckoutTimeout) as timeout:
         engine.connect()
-    inside.checkouts(engine.pool).failed(holder, None)
+    inside.checkouts(engine.pool).failed(holder)
     for error in (failed.value, timeout.value):
         assert len(notes(error)) == 1
         assert "Pa55word" not in notes(error)[0]

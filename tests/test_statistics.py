@@ -36,7 +36,7 @@ from sqla_queries_pool import (
 )
 from sqla_queries_pool.budget.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
 from sqla_queries_pool.budget.stats import Durations
-from sqla_queries_pool.runtime.effects import DEAD, INVALIDATED
+from sqla_queries_pool.runtime.connections import DEAD, INVALIDATED
 
 Eventually = Callable[..., None]
 SEED = 20261123

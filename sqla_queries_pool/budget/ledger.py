@@ -628,6 +628,9 @@ class Ledger(LedgerState):
         self.attachments = {ref: quota for ref, quota in self.attachments.items() if ref() is not None}
         return self.relimit(now) + self._vacancy(now)
 
+    def in_child(self, now: float) -> tuple[Ledger, Work]:
+        return self, self.after_fork_in_child(now)
+
     # -- limits, ages, engines ---------------------------------------------------------------------
 
     def attach(

@@ -177,7 +177,8 @@ class Waiter(Protocol):
     before: int
     answer: Any
 
-    def open(self) -> None: ...
+    def wait(self, seconds: float) -> None: ...
+    def wake(self) -> None: ...
 
 
 def _nobody() -> None: ...
@@ -215,7 +216,15 @@ class Attachment:
     )
 
     def __init__(
-        self, quota: Quota, ttl: float, lifo: bool = True, ping_after: float = math.inf, min_size: int = 0
+        self,
+        quota: Quota,
+        idle_ttl: float,
+        use_lifo: bool = True,
+        ping_after: float = math.inf,
+        min_size: int = 0,
+        leak_after: float = math.inf,
+        max_waiting: float = math.inf,
+        queue_target: float = math.inf,
     ) -> None:
         self.quota = quota
         self.min_size = min_size
@@ -226,16 +235,16 @@ class Attachment:
         """Weak: how the engine opens a connection by a permit, for whoever does so in its stead."""
         self.ping_after = ping_after
         """Seconds; a connection that was idle for as long is suspect."""
-        self.leak_after = math.inf
+        self.leak_after = leak_after
         """Seconds after which one that is out is told of."""
-        self.own_ttl = ttl
+        self.own_ttl = idle_ttl
         """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
-        self.ttl = ttl
+        self.ttl = idle_ttl
         """The one in force: ``set_idle_ttl`` of the pool overrules the engine's own."""
         self.idle: deque[Any] = deque()
         """Entries of open connections, oldest idle on the left: entries come home on the right, so
         the left end alone tells whether something has expired, whichever end is used first."""
-        self.pop = self.idle.pop if lifo else self.idle.popleft
+        self.pop = self.idle.pop if use_lifo else self.idle.popleft
         """Takes the next one to be used off :attr:`idle`."""
         self.hollow: deque[Any] = deque()
         """Entries that came home without a connection (invalidated): a slot, but no socket."""
@@ -247,9 +256,9 @@ class Attachment:
         """How :attr:`line` moves; written by the ledger."""
         self.answered = 0
         """How many of its waiters have had an answer."""
-        self.max_waiting = math.inf
+        self.max_waiting = max_waiting
         """How long :attr:`line` may be."""
-        self.queue_target = math.inf
+        self.queue_target = queue_target
         """Seconds; nobody waits for longer while the line is overloaded."""
         self.generation = 0
         """Born into new connections; dispose() ends one."""

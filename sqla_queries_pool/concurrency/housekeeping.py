@@ -9,9 +9,7 @@ nothing here can block or deadlock a check-in.
 from __future__ import annotations
 
 import _thread
-import functools
 import heapq
-import operator
 import threading
 import time
 import weakref
@@ -20,6 +18,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, Protocol
 
 from ..logs import logger
+from ..try_lock import TryLock
 
 LONGEST_SLEEP = 3600.0
 """Seconds; Python can wait for some centuries at most, and people write larger numbers."""
@@ -47,11 +46,7 @@ class _PartTimeThread:
         self._name = name
         self._body = body
         self._mail: SimpleQueue[Any] = SimpleQueue()
-        self._running = threading.Lock()
-        self._try = functools.partial(self._running.acquire, False)
-
-    # A property without a frame, as in pool/guard.py: no asynchronous exception comes between it and a `try`.
-    _try_running = property(operator.methodcaller("_try"))
+        self._running = TryLock(threading.Lock())
 
     def post(self, item: Any) -> None:
         self._mail.put(item)
@@ -62,7 +57,7 @@ class _PartTimeThread:
         # Whoever takes it has the lock to let go of: the thread, or this one if it could not start it.
         # An asynchronous exception can come when the thread has been started already.
         token = [True]
-        if self._try_running:
+        if self._running.taken_now:
             try:
                 # threading.Thread.start() takes a lock of the module's own and waits for the thread: a
                 # finalizer that runs inside threading.enumerate() would deadlock there.  So a bare

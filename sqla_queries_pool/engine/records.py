@@ -13,8 +13,8 @@ from typing import Any
 
 from sqlalchemy.pool import reset_commit, reset_rollback
 
-from ..budget.slots import HELD
-from ..pool import Connection, Pool
+from ..budget.slots import HELD, Slot
+from ..runtime.upkeep import Upkeep
 from ..sockets import liveness
 from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, ConnectionRecord
 
@@ -24,7 +24,7 @@ class Record(ConnectionRecord):
 
     __slots__ = ("owner", "ping_timeout", "slot")
 
-    def __init__(self, owner: Any, slot: Connection) -> None:
+    def __init__(self, owner: Any, slot: Slot) -> None:
         # Without a connection yet: get_connection() opens it, as it does for one that was
         # invalidated, so that there is one way in which connections are opened.
         super().__init__(owner, connect=False)
@@ -50,7 +50,7 @@ class Record(ConnectionRecord):
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
         """As SQLAlchemy's; it is looked at before its next use."""
         if sys._getframe(1).f_code is FINALIZER:  # its rollback has failed
-            self.owner._shared.count("failed_resets")
+            self.owner._core.count("failed_resets")
         self.slot.suspect = True  # also where a listener keeps it from being closed
         super().invalidate(e, soft)
 
@@ -69,7 +69,7 @@ class Record(ConnectionRecord):
         fairy_ref, self.fairy_ref = self.fairy_ref, None
         if self.finalize_callback or owner.dispatch.checkin:
             self._tell_listeners(fairy_ref)
-        owner._shared.give(owner._attachment, self)
+        owner._core.checkouts.give(owner._attachment, self)
 
     def _tell_listeners(self, fairy_ref: weakref.ref[Any] | None) -> None:
         connection = self.dbapi_connection
@@ -92,16 +92,16 @@ class Record(ConnectionRecord):
             self.invalidate(error)
         finally:
             self.dbapi_connection = None  # a listener may have kept invalidate() from closing it
-            self.owner._shared.give_hollow(self.owner._attachment, self)
+            self.owner._core.checkouts.give_hollow(self.owner._attachment, self)
 
     def abandoned(self, proxy_ref: weakref.ref[Any]) -> None:
         """Its proxy has died without having been closed: bring it home, as its close would have."""
         if self.fairy_ref is proxy_ref and self.slot.state is HELD:
-            Pool.abandoned_at = time.monotonic()
+            Upkeep.abandoned_at = time.monotonic()
             proxy = Proxy(self.owner, self, self.owner._should_log_debug())
             self.fairy_ref = weakref.ref(proxy, self.abandoned)
             proxy.close()
-            Pool.abandoned_at = time.monotonic()
+            Upkeep.abandoned_at = time.monotonic()
         elif self.fairy_ref is proxy_ref:  # an audit was first
             self.owner.records_out.discard(self)
 
@@ -177,7 +177,7 @@ class Proxy(ConnectionFairy):
         self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
         pool.records_out.discard(record)
         record.fairy_ref = None
-        pool._shared.give(pool._attachment, record)
+        pool._core.checkouts.give(pool._attachment, record)
 
     _close_special = close
 
@@ -192,7 +192,7 @@ class Proxy(ConnectionFairy):
         An interrupt reaches who closes it; the record comes home in here then.
         """
         self._pool.logger.error("Exception during reset or similar", exc_info=True)
-        record.owner._shared.count("failed_resets")
+        record.owner._core.count("failed_resets")
         if not isinstance(error, Exception):
             self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
             self._pool.records_out.discard(record)  # type: ignore[attr-defined]

@@ -26,7 +26,7 @@ except ModuleNotFoundError as error:
 from ..budget.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
 from ..budget.stats import BOUNDS, Histogram, Statistics
 from ..pool import PoolManager
-from ..runtime.effects import DEAD, INVALIDATED, LIFETIME
+from ..runtime.connections import DEAD, INVALIDATED, LIFETIME
 
 PREFIX = "sqla_queries_pool_"
 LABELS = ("pool", "database")

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..budget.slots import HELD, Slot, Waiter
-from ..concurrency.callers import Caller
-from ..concurrency.gates import ThreadWaiter
+from ..concurrency.threads import Caller
 from ..pool import Pool
 from ..sockets.liveness import traffic
 from . import stacks
@@ -25,8 +24,6 @@ from .diagnostics import DEEPEST_SHOWN, Diagnosis, named, of_server
 SAMPLES, SAMPLED_FOR = 100, 0.2
 """Before it is told, it is looked so often, within so many seconds: a statement may be short, and on a unix
 socket nothing else tells that there was one."""
-RAISE, WARN, IGNORE = "raise", "warn", "ignore"
-"""What to do about one: ``on_deadlock``."""
 
 
 class Watch:
@@ -41,7 +38,7 @@ class Watch:
         self._seen: tuple[Any, float] | None = None
         self._holds: bool | None = None
 
-    def hopeless(self, waiter: ThreadWaiter, now: float) -> Diagnosis | None:
+    def hopeless(self, waiter: Waiter, now: float) -> Diagnosis | None:
         """Is it this checkout that has to give up?  Say why, or return None.
 
         :param waiter: the asker's, in line.
@@ -73,7 +70,7 @@ class Watch:
 
 def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
     """Who waits for whom in a circle that ``me`` is in; none, where there is hope."""
-    waiting = {w.holder: (pool, w) for pool in pools for w in pool.waiters if w.answer is None}
+    waiting = {w.holder: (pool, w) for pool in pools for w in pool.core.ledger.waiters() if w.answer is None}
     stuck = dict(waiting)
     while True:
         free = [thread for thread, (pool, w) in stuck.items() if not _all_held_by(stuck, pool, w)]
@@ -99,7 +96,7 @@ def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
 
 
 def _all_held_by(threads: dict[Caller, Any], pool: Pool, waiter: Waiter) -> bool:
-    if not pool.at_rest:
+    if not pool.core.upkeep.at_rest:
         return False
     found = _could_serve(pool, waiter)
     return bool(found) and all(_is_stuck(slot, threads) for slot in found)

@@ -28,6 +28,7 @@ from ..budget.stats import Statistics
 from ..errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
 from ..logs import logger
 from ..pool import Pool
+from ..runtime.core import Core
 from . import stacks
 
 MOST_NAMED = 3
@@ -190,7 +191,7 @@ class Snapshot:
 
 def snapshot(pool: Pool) -> Snapshot:
     """Look at a pool, from any thread, at any time: it takes no lock, and asks no server."""
-    error, threads = pool.last_connect_error, stacks.Threads()
+    error, threads = pool.core.admission.last_error, stacks.Threads()
     return Snapshot(
         taken_at=datetime.datetime.now(datetime.timezone.utc),
         statistics=pool.statistics(),
@@ -207,14 +208,14 @@ def _seen(pool: Pool) -> tuple[Snapshot, bool]:
     Where hundreds wait, a snapshot takes tens of milliseconds, and overload is not to be made worse by
     telling of it: when :data:`MOST_SPENT` is used up, one serves for :data:`OLDEST` seconds.
     """
-    with pool.looking:  # the others wait for the one, or each would make its own
+    with pool.core.looking:  # the others wait for the one, or each would make its own
         begin = time.monotonic()
-        spent, at = pool.looked_for
+        spent, at = pool.core.looked_for
         spent = max(0.0, spent - (begin - at) / 50)  # a fiftieth of the time may go into more of them
-        seen: Snapshot | None = pool.looked
+        seen: Snapshot | None = pool.core.looked
         if seen is None or spent < MOST_SPENT or begin - at >= OLDEST:
-            seen = pool.looked = snapshot(pool)
-            pool.looked_for = spent + time.monotonic() - begin, begin
+            seen = pool.core.looked = snapshot(pool)
+            pool.core.looked_for = spent + time.monotonic() - begin, begin
             return seen, True
     return seen, False
 
@@ -222,7 +223,7 @@ def _seen(pool: Pool) -> tuple[Snapshot, bool]:
 def holders(pool: Pool, threads: stacks.Threads) -> list[Holder]:
     """Return who has the connections of a pool, longest first.  Takes no lock of the pool."""
     busy = (HELD, LOCKED, slots.OPENING)
-    found = [_holder(slot, pool.now(), threads) for slot in pool.connections if slot.state in busy]
+    found = [_holder(slot, pool.core.now(), threads) for slot in pool.connections if slot.state in busy]
     return sorted(found, key=lambda holder: -holder.seconds)
 
 
@@ -253,7 +254,7 @@ def _holder(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
 
 def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
     """Return who waits for a connection of a pool, longest first.  Takes no lock of the pool."""
-    now = pool.now()
+    now = pool.core.now()
     found = [
         Waiting(
             thread=w.holder.ident,
@@ -262,7 +263,7 @@ def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
             seconds=max(0.0, now - w.since),
             now_at=threads.at(w.holder),
         )
-        for w in pool.waiters
+        for w in pool.core.ledger.waiters()
     ]
     return sorted(found, key=lambda waiting: -waiting.seconds)
 
@@ -378,8 +379,8 @@ def checkout_timeout(
         code="3o7r",
     )
     error.snapshot = seen
-    error.__cause__ = pool.last_connect_error
-    pool.got_nothing(seen)
+    error.__cause__ = pool.core.admission.last_error
+    pool.core.got_nothing(seen)
     return error
 
 
@@ -387,14 +388,14 @@ def _told(diagnosis: Diagnosis | None) -> str:
     return f"Most likely {diagnosis.cause}. {diagnosis.remedy}" if diagnosis else ""
 
 
-def log_leak(pool: Pool, item: Leaked | Returned) -> None:
+def log_leak(core: Core, item: Leaked | Returned) -> None:
     """Log that a connection is out for long, or came home after all."""
-    holder = _holder(item.slot, pool.now(), stacks.Threads())
+    holder = _holder(item.slot, core.now(), stacks.Threads())
     if isinstance(item, Returned):
-        logger.warning("%s: a connection came home after all, after %.1f s", pool.label, item.seconds)
+        logger.warning("%s: a connection came home after all, after %.1f s", core.section.label, item.seconds)
         return
     stack = "".join(f"\n  checked out at {call}" for call in holder.stack)
-    logger.warning("%s: a connection is out for long: %s%s", pool.label, holder, stack)
+    logger.warning("%s: a connection is out for long: %s%s", core.section.label, holder, stack)
 
 
 # -- stages ----------------------------------------------------------------------------------------

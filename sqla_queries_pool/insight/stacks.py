@@ -13,7 +13,7 @@ from types import CodeType, FrameType
 
 import sqlalchemy
 
-from ..concurrency.callers import Caller
+from ..concurrency.threads import Caller
 
 DEEPEST = 20
 """How many calls are kept, the innermost ones."""

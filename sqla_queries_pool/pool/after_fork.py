@@ -16,8 +16,9 @@ from typing import Any
 from ..budget.stats import ManagerStatistics
 from ..concurrency.housekeeping import Housekeeper
 from ..runtime import garbage
-from ..runtime.core import Core, every_pool
+from ..runtime.core import Core
 from .manager import PoolManager
+from .pool import every_pool
 
 
 def after_fork_in_child() -> None:
@@ -27,7 +28,7 @@ def after_fork_in_child() -> None:
     Core.housekeeper = Housekeeper()
     garbage.after_fork_in_child()
     for pool in list(every_pool):
-        for thing in pool.after_fork_in_child():
+        for thing in pool.core.after_fork_in_child():
             _keep(thing)
             _keep(handle := getattr(thing, "handle", None))
             _cut_off(handle)

@@ -9,8 +9,6 @@ opens a connection waits for it where there would be one too many otherwise.  So
 from __future__ import annotations
 
 import contextlib
-import functools
-import operator
 import os
 import select
 import socket
@@ -19,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..try_lock import TryLock
 from .liveness import AVAILABLE, borrowed, hang_up
 
 LONGEST = 1.0
@@ -42,11 +41,7 @@ class Lingering:
         self._ends: dict[int, float] = {}
         """The duplicate of a descriptor -> until when it is waited for, by ``time.monotonic``."""
         self._scheduled = False
-        self._looking = threading.Lock()
-        self._try = functools.partial(self._looking.acquire, False)
-
-    # A property without a frame, as in pool/guard.py: no asynchronous exception comes between it and a `try`.
-    _free_to_look = property(operator.methodcaller("_try"))
+        self._looking = TryLock(threading.Lock())
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -112,7 +107,7 @@ class Lingering:
             self._drop(fd)
 
     def _prune(self) -> None:
-        if self._free_to_look:
+        if self._looking.taken_now:
             try:
                 now = time.monotonic()
                 for fd, until in self._ends.copy().items():

@@ -129,7 +129,7 @@ def borrowed(fd: int) -> Iterator[socket.socket]:
 
 
 class PingTimeout:
-    """Hangs a connection up that takes too long to answer; the housekeeper lights it.
+    """Hangs a connection up that takes too long to answer.
 
     A driver that waits for an answer can't be told to stop waiting, least of all by another thread; but its
     socket can be ended under it.
@@ -151,7 +151,11 @@ class PingTimeout:
     def neglected(self) -> None:
         """The housekeeper's thread has died."""
 
-    def remove(self) -> None:
+    def start(self, schedule: Callable[[PingTimeout, float], None], seconds: float) -> None:
+        """Have :meth:`sweep` called in so many seconds, by ``schedule``: the housekeeper's."""
+        schedule(self, seconds)
+
+    def cancel(self) -> None:
         """There was an answer."""
         with self._lock:
             self._handle = None
