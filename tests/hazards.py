@@ -158,7 +158,7 @@ def free_port() -> int:
 def settled(shared: Pool) -> bool:
     """Nobody has a connection, opens or closes one, or waits for one; no letter is unread, no pause is on."""
     n = shared.numbers
-    pause = inside.ledger(shared).refusals and inside.now(shared) < inside.ledger(shared).retry_at
+    pause = inside.ledger(shared).backoff.pausing(inside.now(shared))
     return not (n.held or n.opening or n.closing or n.waiting or inside.inbox(shared) or pause)
 
 

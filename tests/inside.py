@@ -261,7 +261,7 @@ def unset(pool: Any) -> None:
 
 # -- the ledger ------------------------------------------------------------------------------------------
 
-_STEPS = {"remove": "_remove", "add": "_add", "close": "_close", "closing": "_closing", "permit": "_permit"}
+_STEPS = {"remove": "_remove", "add": "_add", "closing": "_closing", "permit": "_permit"}
 
 
 def step(of: Ledger, name: str) -> Any:
@@ -282,6 +282,15 @@ def deafen(of: Any) -> Callable[[], None]:
         of._on_lost = told
 
     return again
+
+
+GIVEN_TO_A_LEDGER = ("_on_lost", "_new_slot")
+"""What a ledger is made with."""
+
+
+def another_ledger(of: Ledger) -> Ledger:
+    """A new one, made with the same."""
+    return Ledger(of._on_lost, of._new_slot)
 
 
 def told_of_leaks(of: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The audit: the books are broken in every way that it looks for, and put right; and never without need."""
+"""The audit: the ledger is broken in every way that it looks for, and put right; and never without need."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
+from sqla_queries_pool.budget import closing
 from sqla_queries_pool.budget.audit import COLLECTED, Audit, Finding, check
 from sqla_queries_pool.budget.audit import mend as audit_mend
 from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LOCKED, OPENING, Permit
@@ -77,7 +78,7 @@ class Scene:
         return inside.record(fairy)
 
     def added(self) -> tuple[Any, Session]:
-        """A slot that was added by hand, and who has locked it."""
+        """A slot that was added by hand, and the session that has locked it."""
         handle, session = self.driver.connect(), Session()
         PoolManager.add(self.pid, handle)
         PoolManager.lock(self.pid, handle, session)
@@ -85,7 +86,7 @@ class Scene:
         return inside.by_handle(self.shared)[id(handle)], session
 
     def assert_right(self, eventually: Eventually) -> None:
-        """The books agree with themselves, the whole budget can be had, and the sockets are those counted."""
+        """The ledger agrees with itself, the whole budget can be had, and the sockets are those counted."""
         for pool in (self.pool, self.other):
             assert_whole(pool, eventually)
         shared = self.shared
@@ -181,7 +182,7 @@ def a_close_of_what_was_added_by_hand_that_was_dropped(scene: Scene) -> str:
     """The same where there is no record."""
     handle = scene.driver.connect()
     PoolManager.add(scene.pid, handle)
-    inside.decide(scene.shared, scene.ledger.close_one, inside.by_handle(scene.shared)[id(handle)])
+    inside.decide(scene.shared, closing.close_one, scene.ledger, inside.by_handle(scene.shared)[id(handle)])
     return "to be closed, but nobody does"
 
 
@@ -237,7 +238,7 @@ def a_closing_too_many(scene: Scene) -> str:
 def a_closing_of_what_is_gone(scene: Scene) -> str:
     """Interrupted in the middle of being struck off."""
     slot = scene.taken_away().slot
-    scene.kept.append(inside.decide(scene.shared, inside.step(scene.ledger, "close"), scene.kept[-1], "test"))
+    scene.kept.append(inside.decide(scene.shared, scene.ledger.close, scene.kept[-1], "test"))
     inside.connections(scene.shared).drop(slot)
     slot.state = GONE
     scene.ledger.slots.discard(slot)
@@ -271,13 +272,13 @@ def a_lock_of_what_is_idle(scene: Scene) -> str:
     return "a list of locked connections had others in it"
 
 
-def an_answered_one_in_line(scene: Scene) -> str:
-    """Who has its answer, and has left the line only in part."""
+def an_answered_one_in_a_queue(scene: Scene) -> str:
+    """A waiter that has its answer, and has left the queue only in part."""
     waiter = ThreadWaiter(inside.attachment(scene.pool), threading.get_ident())
     waiter.answer = scene.idle()
     inside.attachment(scene.pool).queue[waiter] = None
     scene.ledger.queues[inside.attachment(scene.pool)] = None
-    return "one who had been answered was still in line"
+    return "a waiter that had its answer was still in the queue"
 
 
 def a_quota_with_what_is_gone(scene: Scene) -> str:
@@ -308,18 +309,18 @@ OTHERS = [
     an_idle_list_with_what_is_gone,
     a_hollow_list_with_what_is_out,
     a_lock_of_what_is_idle,
-    an_answered_one_in_line,
+    an_answered_one_in_a_queue,
     a_quota_with_what_is_gone,
     a_quota_without_what_is_its,
     a_socket_that_counts_nowhere,
 ]
-"""What the books may have wrong besides."""
+"""What the ledger may have wrong besides."""
 Break = Callable[[Scene], str]
 
 
 @pytest.mark.parametrize("broken", LOSSES + OTHERS)
 def test_an_audit_names_what_is_wrong_and_puts_it_right(broken: Break, eventually: Eventually) -> None:
-    """All of it: the books agree, the whole budget can be had, and sockets that were lost are closed."""
+    """All of it: the ledger agrees with itself, the whole budget can be had, lost sockets are closed."""
     scene = Scene()
     what = broken(scene)
     audit = scene.shared.audit()
@@ -381,7 +382,7 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
 def test_who_waits_gets_what_was_lost_without_an_audit(
     broken: Break, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    """It is looked for after a moment, by whoever waits; what was found is told by the next audit."""
+    """It is looked for after a moment, by a waiter; what was found is told by the next audit."""
     monkeypatch.setattr(checkout, "GC_AFTER", 0.11)
     scene = Scene()
     what = broken(scene)
@@ -437,14 +438,14 @@ def test_the_housekeeper_looks_now_and_then_and_not_each_time(eventually: Eventu
     assert len(inside.mended(scene.shared)) == 1
 
 
-def test_a_line_that_was_not_known_is_known_again(eventually: Eventually) -> None:
-    """Else what comes home would go past those who wait: it is handed over, and never idle."""
+def test_a_queue_that_was_not_known_is_known_again(eventually: Eventually) -> None:
+    """Else what is returned would go past the waiters: it is handed over, and never idle."""
     scene = Scene()
     held = [scene.pool.connect(), scene.pool.connect()]
     waiting = Thread(lambda: scene.pool.connect())
     eventually(lambda: inside.attachment(scene.pool).queue)
     scene.ledger.queues.clear()
-    assert any("a line was not known" in said for said in scene.shared.audit().mended)
+    assert any("a queue was not known" in said for said in scene.shared.audit().mended)
     handle = held[0].dbapi_connection
     held.pop(0).close()
     got = waiting.join()
@@ -455,7 +456,7 @@ def test_a_line_that_was_not_known_is_known_again(eventually: Eventually) -> Non
 
 
 def test_an_engine_that_died_unheard_has_no_say_in_the_limit_any_more(eventually: Eventually) -> None:
-    """Its letter may have been lost; nothing is wrong with the books until then, so nothing is told."""
+    """Its letter may have been lost; nothing is wrong with the ledger until then, so nothing is told."""
     scene = Scene()
     large = scene.engine(max_size=5)
     assert scene.shared.max_size == 5
@@ -835,7 +836,7 @@ def test_an_audit_of_no_pool_is_a_key_error() -> None:
 
 
 def test_an_audit_collects_what_was_abandoned() -> None:
-    """A connection that is in a cycle comes home, which is no finding."""
+    """A connection that is in a cycle is returned, which is no finding."""
     scene = Scene()
     gc.disable()
     try:
@@ -848,7 +849,7 @@ def test_an_audit_collects_what_was_abandoned() -> None:
 
 
 def test_a_pool_that_was_made_by_hand_is_audited_too() -> None:
-    """Without an engine: what was added, and who has locked it."""
+    """Without an engine: what was added, and the session that has locked it."""
     pid, driver, session = new_pid(), FakeDriver(), Session()
     PoolManager.create(pid, max_size=3)
     handles = [driver.connect() for _ in range(3)]

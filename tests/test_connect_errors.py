@@ -553,7 +553,7 @@ def test_a_permanent_error_comes_at_once_although_the_database_is_there(
             Task(pool_of(bad).connect).result()
     # The first one of SQLAlchemy's engine reads the server's version and the like, by the same connection.
     assert outside.attempts[bad] == 2
-    assert inside.ledger(outside.shared).refusals == 0
+    assert inside.ledger(outside.shared).backoff.refusals == 0
     assert outside.shared.numbers.total == 1
     for task in outside.connecting(good, 20):
         task.result()
@@ -574,7 +574,7 @@ def test_a_passing_error_is_tried_again_until_the_server_is_back(
         eventually(lambda: outside.attempts[engine] > 4, "it tries again")
         outside.proxy.pass_on()
         task.result()
-    assert inside.ledger(outside.shared).refusals == 0
+    assert inside.ledger(outside.shared).backoff.refusals == 0
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -614,7 +614,7 @@ def test_a_database_that_was_never_there_is_not_tried_again(outside: Outside) ->
         with pytest.raises(exc.OperationalError, match="Connection refused"):
             task.result()
     assert outside.attempts[engine] == 20
-    assert inside.ledger(outside.shared).refusals == 0
+    assert inside.ledger(outside.shared).backoff.refusals == 0
 
 
 @pytest.mark.usefixtures("short_pauses")

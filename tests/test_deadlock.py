@@ -354,7 +354,7 @@ def test_while_the_server_refuses_it_is_no_deadlock(
     pool = still_pool(max_size=2)
     shared = inside.shared(pool)
     side = sides("nested", pool)
-    inside.decide(shared, inside.ledger(shared).refused, lambda _: 1e9, inside.now(shared))
+    inside.decide(shared, inside.ledger(shared).backoff.refused, lambda _: 1e9, inside.now(shared))
     waiter = side.waits_for(pool, eventually)
     assert told(waiter, pool) is None
 

@@ -711,7 +711,7 @@ def test_descriptors_do_not_pile_up_in_the_children_of_one_parent(parent: Parent
     assert descriptors() <= before  # less, where what other tests have closed was waited for
 
 
-# -- what the books are made of -----------------------------------------------------------------------
+# -- what the ledger is made of ----------------------------------------------------------------------
 
 
 def test_an_engine_that_died_just_then_does_not_count_in_the_child(parent: Parent) -> None:

@@ -36,7 +36,7 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]
 
     yield told
     for pool in everywhere():  # the housekeeper looks after what a test has left
-        inside.ledger(pool).leaks.clear()
+        inside.ledger(pool).leaks = Leaks()
 
 
 def look(pool: QueriesPool) -> None:

@@ -37,9 +37,11 @@ from sqla_queries_pool import (
     QueriesPool,
     TooManyRequests,
 )
-from sqla_queries_pool.budget import ledger
+from sqla_queries_pool.budget import choice, closing, locks
 from sqla_queries_pool.budget.audit import check
+from sqla_queries_pool.budget.backoff import Backoff
 from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.budget.lifetimes import Lifetimes
 from sqla_queries_pool.budget.slots import Attachment, NotHeld, Quota
 from sqla_queries_pool.budget.state import LedgerState
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
@@ -47,7 +49,7 @@ from sqla_queries_pool.concurrency.threads import ThreadWaiter
 from sqla_queries_pool.insight.diagnostics import snapshot
 from sqla_queries_pool.pool import Pool
 from sqla_queries_pool.pool.manager import attach
-from sqla_queries_pool.runtime import jitter as retirement
+from sqla_queries_pool.runtime import checkout, jitter
 
 Eventually = Callable[..., None]
 VERSION = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:3])
@@ -147,7 +149,7 @@ def test_a_stranger_is_refused_also_while_the_lock_is_taken(
     record = inside.record(fairy)
     fairy.close()
     stop = Stop()
-    call_inside(monkeypatch, "dispose", stop.here)
+    call_inside(monkeypatch, "close_idle", stop.here)
     other = Thread(pool.dispose)
     stop.reached()
     with pytest.raises(NotHeld):
@@ -248,7 +250,7 @@ def test_letters_are_read_although_one_of_them_is_bad(
     first, second = pool.connect(), pool.connect()
     record = inside.record(first)
     stop = Stop()
-    call_inside(monkeypatch, "dispose", stop.here)
+    call_inside(monkeypatch, "close_idle", stop.here)
     other = Thread(pool.dispose)
     stop.reached()
     first.close()
@@ -401,7 +403,7 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
 def renew_and_warm_up(pool: QueriesPool, eventually: Eventually) -> None:
     """Connections are opened in the background, and in readiness."""
     pool.expire(rolling=True)
-    eventually(lambda: inside.ledger(pool).renewing is None, "it is renewed")
+    eventually(lambda: inside.ledger(pool).lifetimes.renewing is None, "it is renewed")
     inside.attachment(pool).min_size = 2
     pool.warm_up()
     inside.core(pool).suspect_own(inside.attachment(pool))
@@ -449,29 +451,26 @@ def be_turned_away(pool: QueriesPool, step: Callable[[], None]) -> None:
     inside.attachment(pool).max_waiting = math.inf
 
 
-OTHERS = {
-    "__init__",
-    "reset_counts",
-    "everyone",
-    "look_in",
-    "numbers",
-    "vacant",
-    "waiters",
-    "after_fork_in_child",
-}
+OTHERS = {"arrival", "everyone", "in_child", "look_in", "numbers", "vacant", "waiters"}
 """Those that only read, and those that nobody else can be inside of."""
-METHODS = sorted(
-    name
-    for name, value in {**vars(LedgerState), **vars(Ledger)}.items()
-    if isinstance(value, FunctionType) and name not in OTHERS
-)
+ROOMS: tuple[Any, ...] = (LedgerState, Ledger, Backoff, Lifetimes, choice, closing, locks)
+"""Where the operations of the ledger are."""
+OPERATIONS = {
+    f"{room.__name__.rpartition('.')[2]}.{name}": (Ledger if room is LedgerState else room, name)
+    for room in ROOMS
+    for name, value in vars(room).items()
+    if isinstance(value, FunctionType)
+    and value.__module__ == getattr(room, "__module__", room.__name__)
+    and not name.startswith("__")
+    and name not in OTHERS
+}
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("operation", sorted(OPERATIONS))
 @pytest.mark.usefixtures("collector")
 def test_a_check_in_by_the_collector_inside_the_ledger_lands(
-    method: str, moment: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+    operation: str, moment: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     """Wherever in the ledger the collector runs a check-in, it is carried out right afterwards.
 
@@ -482,19 +481,25 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
     a, b = new_pool(pid, max_size=3), new_pool(pid, max_size=3)
     shared = inside.shared(a)
     abandoning = Abandoning(a)
-    real = getattr(Ledger, method)
+    owner, name = OPERATIONS[operation]
+    real = getattr(owner, name)
+    mine = (inside.ledger(shared), inside.ledger(shared).backoff, inside.ledger(shared).lifetimes)
 
-    def collecting(self: Ledger, *args: Any, **kw: Any) -> Any:
-        if self is inside.ledger(shared) and moment == "before":
+    def collecting(it: Any, *args: Any, **kw: Any) -> Any:
+        ours = it in mine or isinstance(it, ThreadWaiter)
+        if ours and moment == "before":
             abandoning.collect()
-        result = real(self, *args, **kw)
-        if self is inside.ledger(shared) and moment == "after":
+        result = real(it, *args, **kw)
+        if ours and moment == "after":
             abandoning.collect()
         return result
 
-    monkeypatch.setattr(Ledger, method, collecting)
-    monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)  # a refusal is part of the day
-    for module in (ledger, checkout):  # as is a wait for another engine's connection to be one that it can spare
+    monkeypatch.setattr(owner, name, collecting)
+    monkeypatch.setattr(jitter, "FIRST_PAUSE", 0.001)  # a refusal is part of the day
+    for module in (
+        choice,
+        checkout,
+    ):  # as is a wait for another engine's connection to be one that it can spare
         monkeypatch.setattr(module, "SPARE", 0.001)
 
     def step() -> None:

@@ -1,4 +1,4 @@
-"""What is refused early, so that what is served is served in time: ``max_waiting`` and ``queue_target``."""
+"""What is rejected early, so that what is served is served in time: ``max_waiting`` and ``queue_target``."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from typing import Any
 import inside
 import pytest
 from fakes import FakeClock, FakeDriver, Task
-from ledger_fakes import Gate, Record, Simulator
+from ledger_fakes import CheckedWaiter, Record, Simulator
 from sqlalchemy import create_engine, exc
 
 from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool, TooManyRequests
+from sqla_queries_pool.budget import choice
 from sqla_queries_pool.budget.queue import INTERVAL
 from sqla_queries_pool.budget.slots import OVERLOAD, QUEUE_FULL, Attachment, Permit
 from sqla_queries_pool.insight import diagnostics
@@ -24,31 +25,33 @@ TARGET = 0.5
 
 
 @pytest.fixture
-def books() -> Simulator:
+def simulator() -> Simulator:
     """An empty pool for one connection, at time 0."""
-    books = Simulator()
-    books.decide(books.ledger.set_limit, 1, books.now)
-    return books
+    simulator = Simulator()
+    simulator.decide(simulator.ledger.set_limit, 1, simulator.now)
+    return simulator
 
 
-def engine_of(books: Simulator, max_waiting: float = math.inf, queue_target: float = math.inf) -> Attachment:
+def engine_of(
+    simulator: Simulator, max_waiting: float = math.inf, queue_target: float = math.inf
+) -> Attachment:
     """An engine with these two."""
-    engine = books.engine()
+    engine = simulator.engine()
     engine.max_waiting, engine.queue_target = max_waiting, queue_target
     return engine
 
 
-def came(books: Simulator, engine: Attachment, number: int = 1) -> list[Gate]:
+def came(simulator: Simulator, engine: Attachment, number: int = 1) -> list[CheckedWaiter]:
     """So many checkouts that wait."""
-    gates = [books.wait(engine) for _ in range(number)]
-    assert all(isinstance(gate, Gate) for gate in gates)
-    return gates
+    waiters = [simulator.wait(engine) for _ in range(number)]
+    assert all(isinstance(waiter, CheckedWaiter) for waiter in waiters)
+    return waiters
 
 
-def handed_on(books: Simulator, engine: Attachment, record: Record, gate: Gate) -> Record:
-    """The connection comes home, and goes to this one."""
-    books.give(engine, record)
-    answer = gate.answer
+def handed_on(simulator: Simulator, engine: Attachment, record: Record, waiter: CheckedWaiter) -> Record:
+    """The connection is returned, and goes to this one."""
+    simulator.give(engine, record)
+    answer = waiter.answer
     assert answer is record
     return record
 
@@ -56,150 +59,156 @@ def handed_on(books: Simulator, engine: Attachment, record: Record, gate: Gate) 
 # -- max_waiting -----------------------------------------------------------------------------------
 
 
-def test_a_line_is_as_long_as_it_may_be_and_one_more_is_turned_away(books: Simulator) -> None:
+def test_a_queue_is_as_long_as_it_may_be_and_one_more_is_rejected(simulator: Simulator) -> None:
     """The last one, whoever asks when; those before it stay."""
-    engine = engine_of(books, max_waiting=2)
-    record = books.connected(engine)
-    gates = came(books, engine, 3)
-    kinds = [away and away.kind for away in [books.reject(gate, new=True) for gate in gates]]
+    engine = engine_of(simulator, max_waiting=2)
+    record = simulator.connected(engine)
+    waiters = came(simulator, engine, 3)
+    kinds = [away and away.kind for away in [simulator.reject(waiter, new=True) for waiter in waiters]]
     assert kinds == [None, None, QUEUE_FULL]
-    assert list(engine.queue) == gates[:2]
+    assert list(engine.queue) == waiters[:2]
     del record
 
 
-def test_who_moved_up_meanwhile_stays(books: Simulator) -> None:
-    """Its place counts, not how long the line is."""
-    engine = engine_of(books, max_waiting=1)
-    record = books.connected(engine)
-    first, second = came(books, engine, 2)
-    record = handed_on(books, engine, record, first)
-    assert books.reject(second, new=True) is None
+def test_a_caller_that_moved_up_meanwhile_stays(simulator: Simulator) -> None:
+    """Its place counts, not how long the queue is."""
+    engine = engine_of(simulator, max_waiting=1)
+    record = simulator.connected(engine)
+    first, second = came(simulator, engine, 2)
+    record = handed_on(simulator, engine, record, first)
+    assert simulator.reject(second, new=True) is None
     assert list(engine.queue) == [second]
 
 
-def test_who_has_waited_before_is_never_turned_away_for_the_length_of_the_line(books: Simulator) -> None:
+def test_a_caller_that_has_waited_before_is_never_rejected_for_the_length_of_the_queue(
+    simulator: Simulator,
+) -> None:
     """Somebody who was refused by the server comes back before it; the limit is for newcomers."""
-    engine = engine_of(books, max_waiting=1)
-    record = books.connected(engine)
-    books.now = 1.0
-    (gate,) = came(books, engine)
-    back = books.wait(engine, since=0.5)
-    assert list(engine.queue) == [back, gate]
-    assert books.reject(gate) is None
+    engine = engine_of(simulator, max_waiting=1)
+    record = simulator.connected(engine)
+    simulator.now = 1.0
+    (waiter,) = came(simulator, engine)
+    back = simulator.wait(engine, since=0.5)
+    assert list(engine.queue) == [back, waiter]
+    assert simulator.reject(waiter) is None
     del record
 
 
-def test_each_engine_has_a_line_of_its_own(books: Simulator) -> None:
-    """What one may have in line says nothing of another's."""
-    engine, other = engine_of(books, max_waiting=1), engine_of(books, max_waiting=1)
-    record = books.connected(engine)
-    gates = came(books, engine) + came(books, other)
-    assert [books.reject(gate, new=True) for gate in gates] == [None, None]
+def test_each_engine_has_a_queue_of_its_own(simulator: Simulator) -> None:
+    """How long one queue may be says nothing of another."""
+    engine, other = engine_of(simulator, max_waiting=1), engine_of(simulator, max_waiting=1)
+    record = simulator.connected(engine)
+    waiters = came(simulator, engine) + came(simulator, other)
+    assert [simulator.reject(waiter, new=True) for waiter in waiters] == [None, None]
     del record
 
 
 # -- queue_target ----------------------------------------------------------------------------------
 
 
-def overdue(books: Simulator, gate: Gate) -> bool:
-    """Is it turned away now?"""
-    away = books.reject(gate)
+def overdue(simulator: Simulator, waiter: CheckedWaiter) -> bool:
+    """Is it rejected now?"""
+    away = simulator.reject(waiter)
     assert away is None or away.kind == OVERLOAD
     return away is not None
 
 
-def test_a_line_that_is_late_for_an_interval_refuses_who_has_waited_for_longer_than_its_target(
-    books: Simulator,
+def test_a_queue_that_is_late_for_an_interval_rejects_one_that_has_waited_for_longer_than_its_target(
+    simulator: Simulator,
 ) -> None:
-    """Not a moment before; and not who came later."""
-    engine = engine_of(books, queue_target=TARGET)
-    record = books.connected(engine)
-    gates = came(books, engine, 4)
-    books.now += TARGET * (INTERVAL + 0.5)
-    (fresh,) = came(books, engine)
-    assert not overdue(books, fresh), "overloaded, but it has just come"
-    assert all(overdue(books, gate) for gate in gates)
-    books.now += TARGET * 0.5
-    assert not overdue(books, fresh)
-    books.now += TARGET * 0.5
-    assert overdue(books, fresh)
+    """Not a moment before; and not one that came later."""
+    engine = engine_of(simulator, queue_target=TARGET)
+    record = simulator.connected(engine)
+    waiters = came(simulator, engine, 4)
+    simulator.now += TARGET * (INTERVAL + 0.5)
+    (fresh,) = came(simulator, engine)
+    assert not overdue(simulator, fresh), "overloaded, but it has just come"
+    assert all(overdue(simulator, waiter) for waiter in waiters)
+    simulator.now += TARGET * 0.5
+    assert not overdue(simulator, fresh)
+    simulator.now += TARGET * 0.5
+    assert overdue(simulator, fresh)
     del record
 
 
-def test_a_line_that_is_slow_for_less_than_an_interval_refuses_nobody(books: Simulator) -> None:
+def test_a_queue_that_is_slow_for_less_than_an_interval_rejects_nobody(simulator: Simulator) -> None:
     """A burst is served, however long some of it waits."""
-    engine = engine_of(books, queue_target=TARGET)
-    record = books.connected(engine)
-    (gate,) = came(books, engine)
-    books.now += TARGET * (INTERVAL - 1)
-    assert not overdue(books, gate)
+    engine = engine_of(simulator, queue_target=TARGET)
+    record = simulator.connected(engine)
+    (waiter,) = came(simulator, engine)
+    simulator.now += TARGET * (INTERVAL - 1)
+    assert not overdue(simulator, waiter)
     del record
 
 
-def test_a_line_that_is_never_empty_but_in_time_refuses_nobody_when_one_use_is_long(books: Simulator) -> None:
+def test_a_queue_that_is_never_empty_but_in_time_rejects_nobody_when_one_use_is_long(
+    simulator: Simulator,
+) -> None:
     """Twenty threads on ten connections always wait a little: that is no overload."""
-    engine = engine_of(books, queue_target=TARGET)
-    record = books.connected(engine)
-    gates = came(books, engine)
+    engine = engine_of(simulator, queue_target=TARGET)
+    record = simulator.connected(engine)
+    waiters = came(simulator, engine)
     for _ in range(4 * INTERVAL):
-        books.now += TARGET
-        gates += came(books, engine)
-        record = handed_on(books, engine, record, gates[-2])
-    books.now += TARGET * 5
-    assert not overdue(books, gates[-1])
+        simulator.now += TARGET
+        waiters += came(simulator, engine)
+        record = handed_on(simulator, engine, record, waiters[-2])
+    simulator.now += TARGET * 5
+    assert not overdue(simulator, waiters[-1])
 
 
-def test_an_overload_is_over_when_the_line_is_empty_and_not_before(books: Simulator) -> None:
+def test_an_overload_is_over_when_the_queue_is_empty_and_not_before(simulator: Simulator) -> None:
     """While it lasts all that are served are served in time: that alone says nothing."""
-    engine = engine_of(books, queue_target=TARGET)
-    record = books.connected(engine)
-    (gate,) = came(books, engine)
-    books.now += TARGET * INTERVAL
-    gates = came(books, engine, 2)
-    assert overdue(books, gate)
-    books.now += TARGET / 4
-    record = handed_on(books, engine, record, gates[0])
-    books.now += TARGET
-    assert overdue(books, gates[1]), "one was served in time, but the line was never empty"
-    (gate,) = came(books, engine)
-    books.now += TARGET
-    assert not overdue(books, gate), "the line was empty"
+    engine = engine_of(simulator, queue_target=TARGET)
+    record = simulator.connected(engine)
+    (waiter,) = came(simulator, engine)
+    simulator.now += TARGET * INTERVAL
+    waiters = came(simulator, engine, 2)
+    assert overdue(simulator, waiter)
+    simulator.now += TARGET / 4
+    record = handed_on(simulator, engine, record, waiters[0])
+    simulator.now += TARGET
+    assert overdue(simulator, waiters[1]), "one was served in time, but the queue was never empty"
+    (waiter,) = came(simulator, engine)
+    simulator.now += TARGET
+    assert not overdue(simulator, waiter), "the queue was empty"
     del record
 
 
-def test_who_waits_looks_when_it_is_overdue(books: Simulator) -> None:
+def test_a_caller_that_waits_looks_when_it_is_overdue(simulator: Simulator) -> None:
     """A pause that is computed: at its target in an overload, at the end of the interval before."""
-    engine = engine_of(books, queue_target=TARGET)
-    record = books.connected(engine)
-    first, second = came(books, engine, 2)
-    assert books.ledger.look_in(first, books.now) == pytest.approx(TARGET * INTERVAL, abs=0.001)
-    books.now += TARGET * INTERVAL
-    assert books.ledger.look_in(first, books.now) == pytest.approx(0.0, abs=0.001)
-    (fresh,) = came(books, engine)
-    assert books.ledger.look_in(fresh, books.now) == pytest.approx(TARGET, abs=0.001)
+    engine = engine_of(simulator, queue_target=TARGET)
+    record = simulator.connected(engine)
+    first, second = came(simulator, engine, 2)
+    assert choice.look_in(simulator.ledger, first, simulator.now) == pytest.approx(
+        TARGET * INTERVAL, abs=0.001
+    )
+    simulator.now += TARGET * INTERVAL
+    assert choice.look_in(simulator.ledger, first, simulator.now) == pytest.approx(0.0, abs=0.001)
+    (fresh,) = came(simulator, engine)
+    assert choice.look_in(simulator.ledger, fresh, simulator.now) == pytest.approx(TARGET, abs=0.001)
     engine.queue_target = math.inf
-    assert books.ledger.look_in(second, books.now) == math.inf
+    assert choice.look_in(simulator.ledger, second, simulator.now) == math.inf
     del record
 
 
-def test_nobody_is_turned_away_where_nothing_was_asked_for(books: Simulator) -> None:
+def test_nobody_is_rejected_where_nothing_was_asked_for(simulator: Simulator) -> None:
     """Both are off by default."""
-    engine = books.engine()
-    record = books.connected(engine)
-    (gate,) = came(books, engine)
-    books.now += 1e6
-    assert books.reject(gate, new=True) is None
+    engine = simulator.engine()
+    record = simulator.connected(engine)
+    (waiter,) = came(simulator, engine)
+    simulator.now += 1e6
+    assert simulator.reject(waiter, new=True) is None
     del record
 
 
-def test_who_was_answered_is_not_turned_away(books: Simulator) -> None:
+def test_a_caller_that_was_answered_is_not_rejected(simulator: Simulator) -> None:
     """It has what it waited for, if late."""
-    engine = engine_of(books, max_waiting=0, queue_target=TARGET)
-    record = books.connected(engine)
-    (gate,) = came(books, engine)
-    books.now += TARGET * INTERVAL
-    books.give(engine, record)
-    assert books.reject(gate, new=True) is None
+    engine = engine_of(simulator, max_waiting=0, queue_target=TARGET)
+    record = simulator.connected(engine)
+    (waiter,) = came(simulator, engine)
+    simulator.now += TARGET * INTERVAL
+    simulator.give(engine, record)
+    assert simulator.reject(waiter, new=True) is None
 
 
 # -- parameters ------------------------------------------------------------------------------------
@@ -297,7 +306,7 @@ def test_one_more_than_may_wait_is_refused_at_once(
     assert PoolManager.statistics().rejected >= 1
 
 
-def test_many_who_get_nothing_at_once_share_a_snapshot(
+def test_many_that_get_nothing_at_once_share_a_snapshot(
     stage: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """An overload is not made worse by telling of it: snapshots have a budget; each error counts."""
@@ -332,7 +341,7 @@ def test_many_who_get_nothing_at_once_share_a_snapshot(
     assert len(inside.shared(full.pool).last_timeouts) == len(taken) == 2
 
 
-def test_with_no_line_at_all_who_finds_nothing_is_refused(stage: Callable[..., Stage]) -> None:
+def test_with_no_queue_at_all_one_that_finds_nothing_is_rejected(stage: Callable[..., Stage]) -> None:
     """``max_waiting=0``; what can be opened is opened."""
     full = stage(max_waiting=0)
     with pytest.raises(TooManyRequests, match="0 checkouts wait already"):
@@ -341,7 +350,7 @@ def test_with_no_line_at_all_who_finds_nothing_is_refused(stage: Callable[..., S
     full.pool.connect().close()
 
 
-def test_who_may_not_wait_is_served_by_what_can_be_opened(stage: Callable[..., Stage]) -> None:
+def test_a_caller_that_may_not_wait_is_served_by_what_can_be_opened(stage: Callable[..., Stage]) -> None:
     """Where it would wait for what is out rather than open another, it opens."""
     full = stage(max_waiting=0)
     inside.shared(full.pool).set_max_size(2)
@@ -350,8 +359,8 @@ def test_who_may_not_wait_is_served_by_what_can_be_opened(stage: Callable[..., S
     assert full.driver.attempts == 2
 
 
-def test_who_does_not_wait_anyway_gets_the_timeout(stage: Callable[..., Stage]) -> None:
-    """``timeout=0`` is never in line, so no line is too long for it."""
+def test_a_caller_that_does_not_wait_anyway_gets_the_timeout(stage: Callable[..., Stage]) -> None:
+    """``timeout=0`` is never in a queue, so none is too long for it."""
     full = stage(max_waiting=0)
     inside.set_timeout(full.pool, 0.0)
     with pytest.raises(CheckoutTimeout) as caught:
@@ -360,7 +369,7 @@ def test_who_does_not_wait_anyway_gets_the_timeout(stage: Callable[..., Stage]) 
     assert full.pool.statistics().rejected == 0
 
 
-def test_in_an_overload_who_has_waited_for_the_target_is_refused_by_its_own_thread(
+def test_in_an_overload_one_that_has_waited_for_the_target_is_rejected_by_its_own_thread(
     stage: Callable[..., Stage], eventually: Callable[..., Any]
 ) -> None:
     """It wakes by itself, long before its timeout, and says what the pool is like."""
@@ -377,7 +386,7 @@ def test_in_an_overload_who_has_waited_for_the_target_is_refused_by_its_own_thre
 def test_with_a_target_that_is_kept_everybody_is_served(
     stage: Callable[..., Stage], eventually: Callable[..., Any]
 ) -> None:
-    """No thread is refused while the line is in time."""
+    """No thread is rejected while the queue is in time."""
     fine = stage(queue_target=0.01, max_waiting=5)
     tasks = [fine.waits() for _ in range(5)]
     eventually(lambda: fine.waiting == 5, "all wait")
@@ -387,7 +396,7 @@ def test_with_a_target_that_is_kept_everybody_is_served(
     assert fine.pool.statistics().rejected == 0
 
 
-def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
+def test_a_caller_that_looks_often_does_not_look_for_what_is_wrong_each_time(
     stage: Callable[..., Stage], eventually: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """To look for deadlocks and for what is to be mended takes long where many wait: as seldom as without."""
@@ -395,7 +404,7 @@ def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
     shared = inside.shared(often.pool)
     looks, mends = [], []
     insist, mend = inside.ledger(shared).insist, inside.upkeep(shared).mend
-    monkeypatch.setattr(inside.ledger(shared), "look_in", lambda *_: 0.001)
+    monkeypatch.setattr(choice, "look_in", lambda *_: 0.001)
     monkeypatch.setattr(inside.ledger(shared), "insist", lambda *args: looks.append(1) or insist(*args))
     monkeypatch.setattr(inside.upkeep(shared), "mend", lambda: mends.append(1) or mend())
     often.waits()
@@ -403,14 +412,14 @@ def test_who_looks_often_does_not_look_for_what_is_wrong_each_time(
     assert len(mends) < len(looks) / 100
 
 
-def test_a_permit_counts_as_served(books: Simulator) -> None:
+def test_a_permit_counts_as_served(simulator: Simulator) -> None:
     """Who is let open in time has not waited too long, either."""
-    engine = engine_of(books, queue_target=TARGET)
-    record = books.connected(engine)
-    gates = came(books, engine, 2)
-    books.now += TARGET / 2
-    books.decide(books.ledger.set_limit, 2, books.now)
-    assert isinstance(gates[0].answer, Permit)
-    books.now += TARGET * (INTERVAL - 0.25)
-    assert not overdue(books, gates[1])
+    engine = engine_of(simulator, queue_target=TARGET)
+    record = simulator.connected(engine)
+    waiters = came(simulator, engine, 2)
+    simulator.now += TARGET / 2
+    simulator.decide(simulator.ledger.set_limit, 2, simulator.now)
+    assert isinstance(waiters[0].answer, Permit)
+    simulator.now += TARGET * (INTERVAL - 0.25)
+    assert not overdue(simulator, waiters[1])
     del record

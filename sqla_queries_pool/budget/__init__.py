@@ -1,1 +1,1 @@
-"""The pure core: who has which slot of one database's budget, and who waits.  No lock, thread or clock."""
+"""Who has which slot of a database's budget, and who gets one next: pure decisions."""

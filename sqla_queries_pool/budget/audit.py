@@ -1,9 +1,9 @@
-"""Do the books agree with themselves, with the sockets, and with who is alive?
+"""Does the ledger agree with itself, with the sockets, and with who is alive?
 
 The ledger is right by construction, but for one thing: an exception that comes from outside, at any moment
 (Ctrl-C, ``PyThreadState_SetAsyncExc``, a signal handler's), may cut a step in two, or come upon the callback
 of a weak reference, where Python swallows it and the message with it.  Nothing of the kind can be prevented
-in Python; so it is looked for, and mended: by who waits for a slot, by the housekeeper, and by ``audit()``.
+in Python; so it is looked for, and mended: by waiters, by the housekeeper, and by ``audit()``.
 
 Called under the pool's lock, like the ledger, and as pure.
 """
@@ -15,8 +15,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .ledger import SPARE, Ledger
-from .slots import CLOSING, GONE, HELD, IDLE, LOCKED, OPENING, Slot, Work
+from .choice import SPARE, may_insist, may_wait
+from .ledger import Ledger
+from .slots import CLOSING, GONE, HELD, IDLE, LOCKED, OPENING, Slot
+from .work import Work
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,7 @@ COLLECTED = 1.0
 
 
 class Finding(NamedTuple):
-    """A slot about which the books are wrong."""
+    """A slot about which the ledger is wrong."""
 
     slot: Slot
     what: str
@@ -46,11 +48,11 @@ class Finding(NamedTuple):
 
 
 def findings(ledger: Ledger) -> list[Finding]:
-    """What nobody can ever give back; or what is just under way, which is not found again later."""
+    """What nobody can ever return; or what is just under way, which is not found again later."""
     # Once for all, or else it would take a walk through a list for each of them.
     listed = {id(e) for a in ledger.everyone() for entries in (a.idle, a.hollow) for e in entries}
     found = [Finding(slot, what) for slot in ledger.slots if (what := _wrong(ledger, slot, listed))]
-    # The collector may have many proxies to tell of, one after the other; each may take a round trip.
+    # The collector may have many proxies to report, one after the other; each may take a round trip.
     return found + [Finding(s, "held, but its proxy is gone", COLLECTED) for s in ledger.slots if _left(s)]
 
 
@@ -79,7 +81,7 @@ def _wrong(ledger: Ledger, slot: Slot, listed: set[int]) -> str | None:
 
 
 def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], Work]:
-    """Close what nobody can give back, and derive anew what follows from the slots; return what was wrong."""
+    """Close what nobody can return, and derive anew what follows from the slots; return what was wrong."""
     if found:  # what was found when nobody had the lock may be over: the collector comes to its callbacks
         still = set(findings(ledger))
         found = [finding for finding in found if finding in still]
@@ -118,10 +120,10 @@ def _recount(ledger: Ledger) -> Iterator[str]:
             yield "a list of locked connections had others in it"
         for waiter in [waiter for waiter in attachment.queue if waiter.answer is not None]:
             del attachment.queue[waiter]
-            yield "one who had been answered was still in line"
+            yield "a waiter that had its answer was still in the queue"
         if attachment.queue and attachment not in ledger.queues:
             ledger.queues[attachment] = None
-            yield "a line was not known"
+            yield "a queue was not known"
     for quota in {*ledger.attachments.values(), ledger.by_hand.quota}:
         if quota.slots != (its := {slot for slot in slots if slot.quota is quota}):
             quota.slots = its
@@ -139,7 +141,7 @@ def check(ledger: Ledger, now: float = -math.inf) -> None:
         states[slot.state].add(slot)
     in_use = len(ledger.slots) - len(ledger.closing)
     assert in_use <= ledger.limit or not (idle or hollow), "1: idle above the limit"
-    assert not _could_be_served(ledger, now), "2: somebody waits who could be served"
+    assert not _could_be_served(ledger, now), "2: a waiter could be served"
     assert (states[OPENING], states[CLOSING]) == (ledger.opening, set(ledger.closing)), "3"
     assert not states[GONE], "3: gone, but counted"
     assert len(states[IDLE]) == len(idle) + len(hollow), "3: idle twice or not at all"
@@ -147,10 +149,10 @@ def check(ledger: Ledger, now: float = -math.inf) -> None:
     assert locked == states[LOCKED], "3: locked"
     assert ledger.out == len(states[HELD]) + len(locked), "3: out"
     for attachment in everyone:
-        assert (attachment in ledger.queues) == bool(attachment.queue), "4: lines"
+        assert (attachment in ledger.queues) == bool(attachment.queue), "4: queues"
         for waiter in attachment.queue:
-            assert waiter.answer is None, "4: answered, but still in line"
-            assert waiter.attachment is attachment, "4: in another engine's line"
+            assert waiter.answer is None, "4: answered, but still in the queue"
+            assert waiter.attachment is attachment, "4: in another engine's queue"
     assert all(e.slot.handle is not None for _, e in idle), "6: idle without a connection"
     assert all(e.slot.generation >= a.retired for a, e in idle), "6: idle of a dead generation"
     quotas = {*ledger.attachments.values(), ledger.by_hand.quota}
@@ -163,15 +165,15 @@ def check(ledger: Ledger, now: float = -math.inf) -> None:
 def _could_be_served(ledger: Ledger, now: float) -> bool:
     if any(attachment.idle for attachment in ledger.queues):
         return True
-    if ledger.refusals and now < ledger.retry_at:
+    if ledger.backoff.pausing(now):
         return False
     for attachment in ledger.queues:
         quota, first = attachment.quota, next(iter(attachment.queue))
-        if ledger.may_wait(attachment, first.holder, now):
+        if may_wait(ledger, attachment, first.holder, now):
             continue
         if not quota.full and len(ledger.slots) < ledger.limit:
             return True
-        insist = ledger.may_insist(first, now)
+        insist = may_insist(first, now)
         before = now if insist else now - SPARE
         for other in ledger.everyone():
             if quota.full and other.quota is not quota:

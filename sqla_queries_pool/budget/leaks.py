@@ -1,24 +1,25 @@
-"""Connections that are out for longer than their engine finds likely: told once, and when they come home."""
+"""Connections that are out for longer than their engine finds likely: reported once, and on return."""
 
 from __future__ import annotations
 
 import math
 
-from .slots import HELD, Attachment, Leaked, Returned, Slot, Work
+from .slots import HELD, Attachment, Slot
+from .work import Leaked, Returned, Work
 
 LOOK_EVERY = 1.0
-"""Seconds between two looks at whether one that was told of has come home, at most."""
+"""Seconds between two looks at whether one that was reported was returned, at most."""
 
 
 class Leaks:
-    """What was told of and is still out; the ledger's, under the pool's lock."""
+    """What was reported and is still out; the ledger's, under the pool's lock."""
 
     def __init__(self) -> None:
         self._told: dict[Slot, tuple[int, float]] = {}
         """Slot -> how often it was used by then, and since when it was out."""
 
     def look(self, attachment: Attachment, now: float) -> tuple[Work, float]:
-        """Return what is to be told of one engine's connections, and when to look again."""
+        """Return what is to be reported of one engine's connections, and when to look again."""
         after = attachment.leak_after
         if after == math.inf:
             return [], math.inf
@@ -37,10 +38,6 @@ class Leaks:
             if not theirs and (slot.state is not HELD or slot.uses != uses):
                 del self._told[slot]
                 if slot.since != since:  # else it was detached, or closed where it was
-                    # Used again since, it came home some time before that.
+                    # Used again since, it was returned some time before that.
                     work.append(Returned(slot, slot.since - since))
         return work, min(due, now + LOOK_EVERY) if self._told else due
-
-    def clear(self) -> None:
-        """In a forked child: what the parent has is out for ever."""
-        self._told.clear()

@@ -1,21 +1,21 @@
 """Is it better to wait for a connection that is out than to open another?  Is it of any use to wait?
 
 A connect has a price, the time that it takes; waiting is paid by the moment, and nobody knows for how long.
-Who waits for as long as a connect takes, and then opens, pays twice the best price at most (the "ski rental
-problem").  But a checkout does not wait alone, and a connection is used again: so it is the line that
+A checkout that waits for as long as a connect takes, and then opens, pays twice the best price at most (the
+"ski rental problem").  But a checkout does not wait alone, and a connection is used again: so the queue
 decides, by how it has moved.  It opens
 
 * at once, where what it needs would take longer than a connect at the pace at which it was served so far: a
   crowd before few connections does not wait for all of them;
-* as many as have stood in it all the time while somebody could have connected: they would have been in use
-  all that time.  A line that comes and goes opens none.  As many as are out at most, so that a line that is
-  just slow at most doubles what there is, each time.
+* as many as have waited all the time while they could have connected: they would have been in use all that
+  time.  A queue that comes and goes opens none.  As many as are out at most, so that a queue that is just
+  slow at most doubles what there is, each time.
 
-And where more come than can be served, whoever is served after a long wait is too late for whoever asked:
-first come, first served then means that all are served too late.  Such a line refuses who has waited for
-longer than its target, so that those served are fresh.
+And where more checkouts come than can be served, one that is served after a long wait is served too late for
+its caller: in order of arrival then means that all are served too late.  Such a queue rejects a checkout that
+has waited for longer than its target, so that those that are served are fresh.
 
-Plain numbers, no clock; ledger.py has the lines.
+Plain numbers, no clock; ledger.py has the queues.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ import math
 WORTH_IT = 0.001
 """Seconds; a connect that takes less is not worth a change of threads, and so waits for nothing."""
 LONGEST = 1.0
-"""Seconds that anybody waits so, at most, before a connection is opened: connects that take longer are those
-that hang."""
+"""Seconds that a checkout waits so, at most, before a connection is opened: connects that take longer are
+those that hang."""
 LATE = 0.00001
 """Seconds by which a look is late, lest it come too early by a rounding error."""
 FIRST_LOOK = 0.125
-"""The part of its price after which it is first known how a line moves."""
+"""The part of its price after which it is first known how a queue moves."""
 INTERVAL = 20
-"""For how many targets nobody may have been served within the target before a line counts as overloaded.
+"""For how many targets no checkout may have been served within the target before a queue is overloaded.
 It is twenty wherever this was thought of: CoDel has 5 and 100 ms (RFC 8289), "Fail at Scale" (B. Maurer,
 ACM Queue 13, 2015) the same, Elixir's DBConnection 50 and 1000 ms."""
 WEIGHT = 0.25
@@ -45,7 +45,7 @@ def mean(before: float, took: float) -> float:
 
 
 class Pace:
-    """How one line moves."""
+    """How one queue moves."""
 
     __slots__ = ("granted", "in_time", "price", "served", "shortest", "since")
 
@@ -53,19 +53,18 @@ class Pace:
         self.price = 0.0
         """What a connect takes, in seconds; 0 where it is not worth waiting."""
         self.since = 0.0
-        """Since when it is watched: since the line was empty, or for one price at most."""
+        """Since when it is watched: since the queue was empty, or for one price at most."""
         self.served = 0
-        """How many got a connection that came home, since then."""
+        """How many got a connection that was returned, since then."""
         self.shortest = math.inf
         """How short it has been since its first look."""
         self.granted = 0
-        """How many may still open because so many have stood in line all the time."""
-
+        """How many may still open because so many have waited all the time."""
         self.in_time = 0.0
-        """When the line was empty last, or, until it is overloaded, somebody was served within the target."""
+        """When the queue was empty last, or, until it is overloaded, one was served within the target."""
 
     def begin(self, price: float, now: float) -> None:
-        """Somebody comes, and is the first."""
+        """A waiter comes, and is the first."""
         self.granted = 0
         self.in_time = now
         self._watch(price, now)
@@ -77,7 +76,7 @@ class Pace:
         self.shortest = math.inf
 
     def was(self, length: int, now: float) -> None:
-        """The line was as short as that."""
+        """The queue was as short as that."""
         if length < self.shortest and now - self.since >= self.price * FIRST_LOOK:
             self.shortest = length
 
@@ -89,7 +88,7 @@ class Pace:
         return seconds >= self.price * FIRST_LOOK and length * seconds >= self.price * (self.served + 1)
 
     def opened(self, length: int, out: int, price: float, now: float) -> None:
-        """The first of so many was let open one, by :meth:`opens`; so many were out."""
+        """The first of so many may open one, by :meth:`opens`; so many were out."""
         if not self.granted and now - self.since >= self.price:
             self.granted = int(min(length, self.shortest, max(out, 1)))
             self._watch(price, now)
@@ -97,20 +96,21 @@ class Pace:
             self.granted -= 1
 
     def overloaded(self, target: float, now: float) -> bool:
-        """Is it of no use to wait for longer than the target?  Until the line is empty again."""
+        """Is it of no use to wait for longer than the target?  Until the queue is empty again."""
         return now - self.in_time >= INTERVAL * target
 
     def was_served(self, waited: float, target: float, now: float) -> None:
-        """Somebody was."""
+        """A checkout was, after so many seconds."""
         if waited <= target and not self.overloaded(target, now):
             self.in_time = now
 
     def overdue_in(self, came: float, target: float, now: float) -> float:
-        """Return after how many seconds who came at that time is to be refused, if nothing changes."""
+        """Return after how many seconds a waiter that came at that time is rejected, if nothing changes."""
         return LATE + max(0.0, came + target - now, self.in_time + INTERVAL * target - now)
 
     def look_in(self, length: int, came: float, now: float) -> float:
-        """Return after how many seconds who came at that time looks whether :meth:`opens` has changed."""
+        """Return after how many seconds a waiter that came at that time asks whether :meth:`opens` has
+        changed."""
         if self.opens(length, now):
             return 0.0
         price = self.price  # read once: this is asked without the lock

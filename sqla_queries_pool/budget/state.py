@@ -1,44 +1,44 @@
-"""The books of one database's budget: which slots there are, whose they are, and in which state.
+"""The state of one database's budget: which slots there are, whose they are, and in which state.
 
-What is here only notes down; who gets what is decided in ledger.py, which says what always holds.  No lock,
-no thread, no clock, no I/O, nothing of SQLAlchemy.
+These are the smallest steps that keep it right; ledger.py decides who gets what, and says what always holds.
+No lock, no thread, no clock, no I/O, nothing of SQLAlchemy.
 
-The books refer to slots strongly and to entries and engines weakly, for two reasons: they keep no engine
+The ledger refers to slots strongly and to entries and engines weakly, for two reasons: it keeps no engine
 alive, and an entry that dies (abandoned in a cycle, lost to an exception) gives its slot back through
 :meth:`Ledger.lost`.
 """
 
 from __future__ import annotations
 
-import heapq
 import math
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from .backoff import Backoff
 from .leaks import Leaks
+from .lifetimes import Lifetimes
 from .slots import (
     CLOSING,
     GONE,
     HELD,
     LOCKED,
+    OUT,
+    TRANSITIONS,
     Attachment,
-    Close,
-    Due,
     EntryRef,
     Numbers,
     Quota,
-    Resetter,
     Slot,
     Waiter,
-    Work,
 )
 from .stats import Totals
+from .work import Close, Due, Work
 
-OUT = (HELD, LOCKED)
-"""The states of what somebody has."""
 SUSPECTED_FOR = 1.0
 """Seconds for which one connection that was found dead makes only those suspect that are idle then."""
+DEFAULT_LIMIT = 15.0
+"""The limit where nobody set one (design 3)."""
 
 
 class LedgerState:
@@ -55,52 +55,58 @@ class LedgerState:
         self.slots: set[Slot] = set()
         """Every slot that counts."""
         self.out = 0
-        """How many slots are held or locked; counted by hand, for a checkout has no time to count them."""
+        """How many slots are held or locked; counted along, for a checkout has no time to count them."""
+        self.peak_held = 0
+        """The most slots that were held or locked at once.  A connection that the pool itself renews or opens
+        is counted only together with others."""
         self.opening: set[Slot] = set()
         self.closing: dict[Slot, weakref.ref[Close]] = {}
         """Slots whose connection is being closed, and the work that says so: dead where it got lost."""
         self.attachments: dict[weakref.ref[Attachment], Quota] = {}
         """The attached engines.  The quota stays known when the engine is dead."""
         self.by_hand = Attachment(Quota(None), 60.0)
-        """The connections that were added by hand: nobody's line, an engine's to evict at most.
+        """The connections that were added by hand: nobody waits for them, an engine may evict them.
         Where the pool has no idle TTL set, they follow that of the engine that attached last."""
         self.queues: dict[Attachment, None] = {}
-        """The attachments in whose line somebody waits."""
+        """The attachments in whose queue somebody waits."""
         self.set_limit_to: float | None = None
         """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
-        self.default_limit = 15.0
-        """The limit where nobody said anything (design 3)."""
-        self.limit = self.default_limit
+        self.limit = DEFAULT_LIMIT
         """The limit in force, ``inf`` for none."""
         self.ttl: float | None = None
-        """What ``create`` or ``set_idle_ttl`` said for all, ``inf`` for never; None: each its own."""
+        """What ``create`` or ``set_idle_ttl`` said for all, in seconds, ``inf`` for never; None: each engine
+        has its own."""
         self.due = math.inf
-        """When :meth:`expire` is to be called next, as far as anybody was told."""
+        """When :meth:`Ledger.expire` is to be called next, by the :class:`Due` that was returned last."""
         self.mean_wait = 0.0
         """Moving mean of how long the served waited, in seconds."""
         self.mean_connect = 0.0
         """Moving mean of how long connecting took, from the permit on, in seconds."""
-        self.lifetimes: list[tuple[float, int, weakref.ref[Slot]]] = []
-        """Heap: when the lifetime of a connection is over; also of some that are gone by then."""
-        self.renewing: Slot | None = None
-        """The connection that is being renewed: one at a time, so that few are missed."""
+        self.lifetimes = Lifetimes()
+        self.backoff = Backoff()
+        self.leaks = Leaks()
         self.suspected_at = -math.inf
         """When all idle connections were last suspected together."""
-        self.refusals = 0
-        """How many pauses there were, one after the other, since the server has refused a connection; 0 while
-        it lets us in."""
-        self.probing = False
-        """Does somebody try to connect after the last pause?"""
-        self.retry_after = 0.0
-        """Seconds between attempts to connect, while there are refusals."""
-        self.retry_at = -math.inf
-        """While there are refusals: nobody tries to connect before that time."""
-        self.leaks = Leaks()
-        self.reset_counts()
+        self.totals = Totals()
+        """What was done so far."""
+        self.used = self.totals.used
+        """Where a check-in finds it."""
         self.vacant_since: float | None = None
         """Since when there is neither a slot nor an engine; None while there is."""
 
-    # -- what changes state ------------------------------------------------------------------------
+    # -- the states of slots -----------------------------------------------------------------------
+
+    def move(self, slot: Slot, state: str) -> None:
+        """Change the state of a slot.  Nothing else does, but :meth:`Ledger.take` and :meth:`Ledger.give`.
+
+        Its holder is written before that: the peak does not count what the pool itself takes.
+        """
+        before = slot.state
+        assert (before, state) in TRANSITIONS, f"{slot!r}: {before} to {state}"
+        slot.state = state
+        self.out += (state in OUT) - (before in OUT)
+        if state is LOCKED or (state is HELD and slot.holder is not None):
+            self.peak_held = max(self.peak_held, self.out)
 
     def bind(self, slot: Slot, entry: Any) -> None:
         """Say what the holder of a slot has in hand from now on."""
@@ -114,21 +120,21 @@ class LedgerState:
         self.vacant_since = None
 
     def _remove(self, slot: Slot) -> None:
-        """Off the books."""
-        self.out -= slot.state in OUT
-        slot.state = GONE
+        """It does not count any more, if it did."""
+        if slot.state is not GONE:
+            self.move(slot, GONE)
         self.slots.discard(slot)
         self.opening.discard(slot)
         self.closing.pop(slot, None)
         if slot.quota is not None:
             slot.quota.slots.discard(slot)
 
-    def _close(self, entry: Any, reason: str) -> Close:
+    def close(self, entry: Any, reason: str) -> Close:
+        """Close the connection of an entry that was taken off its list."""
         return self._closing(entry.slot, entry, reason)
 
     def _closing(self, slot: Slot, entry: Any, reason: str) -> Close:
-        self.out -= slot.state in OUT
-        slot.state = CLOSING
+        self.move(slot, CLOSING)
         slot.session = None
         item = Close(slot, entry, reason)
         self.closing[slot] = weakref.ref(item)
@@ -139,35 +145,13 @@ class LedgerState:
         work: Work = []
         for entries in (attachment.idle, attachment.hollow):
             while entries:
-                work.append(self._close(entries.popleft(), reason))
+                work.append(self.close(entries.popleft(), reason))
         return work
 
-    def reset_counts(self) -> None:
-        """Forget what was done so far, as a forked child does."""
-        self.totals = Totals()
-        """What was done so far."""
-        self.used = self.totals.used
-        """Where a check-in finds it."""
-        self.peak_held = 0
-        """The most slots that were held or locked at once."""
+    # -- queues, suspicion, ages -------------------------------------------------------------------
 
-    # -- locks, lines, ages ------------------------------------------------------------------------
-
-    def unlock(self, slot: Slot, by: weakref.ref[Resetter], if_stale: bool = False) -> bool:
-        """Take the lock from a session; the resetter resets the connection and then gives it back."""
-        if slot.state is not LOCKED or slot.session is None or (if_stale and not slot.stale):
-            return False
-        if isinstance(slot.session(), Resetter):
-            return False
-        slot.session = by
-        return True
-
-    def stale(self, attachment: Attachment) -> list[Slot]:
-        """What sessions have locked that have died."""
-        return [slot for slot in attachment.locked if slot.stale]
-
-    def _heads(self) -> list[Waiter]:
-        """Who waits in front, in each line.  A line that an interrupt has left behind empty goes."""
+    def heads(self) -> list[Waiter]:
+        """The first waiter of each queue.  A queue that an interrupt has left behind empty is forgotten."""
         for attachment in [a for a in self.queues if not a.queue]:
             del self.queues[attachment]
         return [next(iter(attachment.queue)) for attachment in self.queues]
@@ -179,7 +163,7 @@ class LedgerState:
             self.queues.pop(attachment, None)
 
     def suspect(self, now: float) -> None:
-        """One was found dead: suspect all that are idle, once per second at most."""
+        """One connection was found dead: suspect all that are idle, once per second at most."""
         if now - self.suspected_at >= SUSPECTED_FOR:
             self.suspected_at = now
             for attachment in self.everyone():
@@ -187,21 +171,16 @@ class LedgerState:
                     entry.slot.suspect = True
 
     def suspect_own(self, attachment: Attachment) -> None:
-        """Suspect all that an engine has, also what is out: each is looked at before its next use."""
+        """Suspect all that an engine has, also what is out: each is tested before its next use."""
         for slot in attachment.quota.slots:
             slot.suspect = True
-
-    def _count_lifetime(self, slot: Slot) -> Work:
-        if slot.expires == math.inf:
-            return []
-        heapq.heappush(self.lifetimes, (slot.expires, id(slot), weakref.ref(slot)))
-        return self._due(slot.expires)
 
     def _apply_ttl(self) -> None:
         for attachment in self.everyone():
             attachment.ttl = attachment.own_ttl if self.ttl is None else self.ttl
 
-    def _due(self, at: float) -> Work:
+    def expire_by(self, at: float) -> Work:
+        """Have :meth:`Ledger.expire` called at that time at the latest; ``inf`` asks for nothing."""
         if at >= self.due:
             return []
         self.due = at
@@ -212,7 +191,7 @@ class LedgerState:
             return []
         if self.vacant_since is None:
             self.vacant_since = now
-        return [] if self.vacant(now) else self._due(self.vacant_since + self.leave_after)
+        return [] if self.vacant(now) else self.expire_by(self.vacant_since + self.leave_after)
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -225,7 +204,7 @@ class LedgerState:
         yield self.by_hand
 
     def waiters(self) -> list[Waiter]:
-        """All who wait, in no order."""
+        """All waiters, in no order."""
         return [waiter for attachment in self.everyone() for waiter in list(attachment.queue)]
 
     def numbers(self) -> Numbers:
@@ -239,19 +218,19 @@ class LedgerState:
         return Numbers(total, held, idle, opening, closing, hollow, waiting)
 
     @staticmethod
-    def _out(attachment: Attachment) -> Iterator[Slot]:
-        """What an engine has out that may come home."""
+    def held_of(attachment: Attachment) -> Iterator[Slot]:
+        """What an engine has out that may be returned."""
         return (s for s in attachment.quota.slots if s.state is HELD and s.home is attachment.ref)
 
     @staticmethod
     def _size(attachment: Attachment) -> int:
-        """How many connections an engine has, or has somebody open."""
+        """How many connections an engine has, or is opening."""
         slots = [slot for slot in attachment.quota.slots if slot.home is attachment.ref]
         return sum(slot.state is not CLOSING for slot in slots) - len(attachment.hollow)
 
     @property
     def leave_after(self) -> float:
-        """Seconds after which a vacant pool is of no use to anyone: the idle TTL where it is one."""
+        """Seconds after which a vacant pool is of no use to anyone: the idle TTL where there is one."""
         return max(1.0, self.by_hand.ttl) if self.by_hand.ttl < math.inf else 60.0
 
     def vacant(self, now: float) -> bool:

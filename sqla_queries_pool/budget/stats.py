@@ -94,11 +94,11 @@ class Totals:
 
     def __init__(self) -> None:
         self.used = Durations()
-        """From checkout to check-in; one for each connection that came home."""
+        """From checkout to check-in; one for each connection that was returned."""
         self.left = 0
-        """Connections that were out and never came home: detached, or lost with their holder."""
+        """Connections that were out and never returned: detached, or lost with their holder."""
         self.waited = Durations()
-        """How long those waited in line that were served."""
+        """How long the checkouts waited that were served after a wait."""
         self.connects = Durations()
         """How long opening a connection took."""
         self.connect_errors = 0
@@ -107,7 +107,7 @@ class Totals:
         self.timeouts = 0
         """Checkouts that got nothing within their time, deadlocks included."""
         self.rejected = 0
-        """Checkouts that were turned away before their time was over; not among the timeouts."""
+        """Checkouts that were rejected before their time was over; not among the timeouts."""
         self.deadlocks = 0
         self.bypasses = 0
         """How often a connection went to its own engine's waiter although another engine's had waited longer
@@ -115,9 +115,9 @@ class Totals:
         self.dead = 0
         """Connections that were found dead before they were used."""
         self.failed_resets = 0
-        """Connections that could not be rolled back when they came home."""
+        """Connections that could not be rolled back when they were returned."""
         self.mended = 0
-        """What was put right in the books (audit.py)."""
+        """What was put right in the ledger (audit.py)."""
 
     # Letters, see CriticalSection._post: the last argument is the time.
 
@@ -155,13 +155,13 @@ class Statistics:
     peak_held: int
     """The most connections that were out at once."""
     checkouts: int
-    """Connections that were handed out and came home, or left for good; not those that are out."""
+    """Connections that were handed out and returned, or left for good; not those that are out."""
     waits: int
-    """Checkouts that were served after a wait in line."""
+    """Checkouts that were served after a wait."""
     timeouts: int
     """Checkouts that got nothing within their time, deadlocks included."""
     rejected: int
-    """Checkouts turned away before their time was over (``max_waiting``, ``queue_target``); not among the
+    """Checkouts rejected before their time was over (``max_waiting``, ``queue_target``); not among the
     timeouts."""
     deadlocks: int
     bypasses: int
@@ -175,9 +175,9 @@ class Statistics:
     dead: int
     """Connections that were found dead before they were used."""
     failed_resets: int
-    """Connections that could not be rolled back when they came home."""
+    """Connections that could not be rolled back when they were returned."""
     mended: int
-    """What an audit, or who waited, had to put right in the books."""
+    """What an audit, or a waiter, had to put right in the ledger."""
     wait_time: Histogram = field(repr=False)
     use_time: Histogram = field(repr=False)
     connect_time: Histogram = field(repr=False)

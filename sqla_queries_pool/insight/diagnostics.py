@@ -12,19 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..budget import slots
-from ..budget.slots import (
-    HELD,
-    LOCKED,
-    QUEUE_FULL,
-    REJECTED,
-    Attachment,
-    Leaked,
-    Rejected,
-    Resetter,
-    Returned,
-    Slot,
-)
+from ..budget.slots import HELD, LOCKED, QUEUE_FULL, REJECTED, Attachment, Rejected, Slot
 from ..budget.stats import Statistics
+from ..budget.work import Leaked, Resetter, Returned
 from ..errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
 from ..logs import logger
 from ..pool import Pool

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .. import parameters
+from ..budget import closing, locks
 from ..budget.audit import Audit
 from ..budget.ledger import GAVE_WAY
 from ..budget.slots import CLOSING, HELD, IDLE, OPENING, Numbers, Slot
@@ -107,7 +108,7 @@ class Pool:
         for slot in list(by_hand.idle):
             handle = slot.handle
             if slot.closed:
-                self.core.section.run(self.core.ledger.close_one, slot)
+                self.core.section.run(closing.close_one, self.core.ledger, slot)
             elif not slot.executing and self._lock_for(slot, session):
                 return handle
         raise NoIdleConnectionsError(self.id)
@@ -143,7 +144,11 @@ class Pool:
         """
         slot = self._find(connection)
         closed = slot.closed
-        work = [] if slot.executing else self.core.section.decide(self.core.ledger.close_one, slot, closed)
+        work = (
+            []
+            if slot.executing
+            else self.core.section.decide(closing.close_one, self.core.ledger, slot, closed)
+        )
         if not work:
             raise ConnectionBusyError(id(connection))
         self.core.effects.do(work)
@@ -152,7 +157,7 @@ class Pool:
         """Drop closed connections, undo stale locks, close what was idle for longer than the TTL."""
         for slot in list(self.core.connections.by_handle.values()):
             if slot.closed:
-                self.core.section.run(self.core.ledger.close_one, slot, True)
+                self.core.section.run(closing.close_one, self.core.ledger, slot, True)
         for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
             self.core.effects.reset_stale(attachment)
         self.core.effects.reset_stale(self.core.ledger.by_hand)
@@ -166,7 +171,7 @@ class Pool:
         for slot in list(self.core.connections.by_handle.values()):
             if slot.executing:
                 raise ConnectionBusyError(slot.id)
-        work = self.core.section.decide(self.core.ledger.close_all)
+        work = self.core.section.decide(closing.close_all, self.core.ledger)
         if isinstance(work, Slot):
             raise ConnectionBusyError(id(work.handle))
         self.core.effects.do(work)
@@ -179,12 +184,12 @@ class Pool:
         :raises ConnectionBusyError: one executes; the others were closed.
         """
         busy: list[int] = []
-        self.core.section.run(self.core.ledger.retire_all)
+        self.core.section.run(closing.retire_all, self.core.ledger)
         for slot in list(self.core.connections.by_handle.values()):
             if slot.executing:
                 busy.append(slot.id)
                 continue
-            work = self.core.section.decide(self.core.ledger.close_one, slot, True)
+            work = self.core.section.decide(closing.close_one, self.core.ledger, slot, True)
             if work:
                 self.core.effects.do(work)
             elif slot.state is HELD and slot.entry is not None:
@@ -202,7 +207,7 @@ class Pool:
             for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
                 self.core.expire_rolling(attachment)
         else:
-            self.core.section.run(self.core.ledger.retire_all)
+            self.core.section.run(closing.retire_all, self.core.ledger)
 
     def _close_under(self, slot: Connection, record: Any) -> None:
         """Close a connection that an engine has out.
@@ -217,7 +222,7 @@ class Pool:
         liveness.hang_up(handle)  # whoever waits for an answer in there has the driver's own lock
         self.core.connections.close_handle(handle)
         if slot.state is IDLE:  # it came home just then
-            self.core.section.run(self.core.ledger.close_one, slot)
+            self.core.section.run(closing.close_one, self.core.ledger, slot)
 
     def set_idle_ttl(self, ttl: float | None) -> None:
         """Set after how many seconds an idle connection is closed, for all; None for never.
@@ -408,7 +413,7 @@ class Pool:
 
     def _lock_for(self, slot: Connection, session: object) -> bool:
         def died(ref: weakref.ref[Any]) -> None:
-            self.core.section.post(self.core.ledger.session_died, slot, ref)
+            self.core.section.post(locks.session_died, self.core.ledger, slot, ref)
 
         try:
             ref = weakref.ref(session, died)
@@ -418,7 +423,7 @@ class Pool:
                 f"session={kind!r} object can't be weakly referred to: pass an instance of a class "
                 "of your own, so that the pool can see when it is gone"
             ) from None
-        return self.core.section.decide(self.core.ledger.lock, slot, ref, self.core.now())
+        return self.core.section.decide(locks.lock, self.core.ledger, slot, ref, self.core.now())
 
     def _opened(self) -> None:
         self._listed = True

@@ -43,18 +43,18 @@ class Admission:
             # The others wait for nothing: each is to have its own error.
             section.run(self._ledger.let_in, section.clock())
             return False
-        section.decide(self._ledger.refused, pause, section.clock())
+        section.decide(self._ledger.backoff.refused, pause, section.clock())
         return True
 
     def may_connect(self) -> bool:
         """May one connect now, who then does?  Not in the pause after a refusal."""
         ledger, section = self._ledger, self._section
-        return not ledger.refusals or section.decide(ledger.may_connect, section.clock())
+        return not ledger.backoff.refusals or section.decide(ledger.backoff.may_connect, section.clock())
 
     def refusal(self) -> Exception | None:
         """Return the last refusal, during the pauses after it, where there would be a slot."""
         error, ledger = self.last_error, self._ledger
-        is_why = ledger.refusals and len(ledger.slots) < ledger.limit
+        is_why = ledger.backoff.refusals and len(ledger.slots) < ledger.limit
         return retold(error) if is_why and isinstance(error, Exception) else None
 
     def failed(self, error: Exception) -> None:
@@ -71,7 +71,7 @@ class Admission:
             self._connections.lingering.wait(self._room, seconds)
 
     def _room(self) -> float:
-        if self._ledger.refusals:  # the server may be full, of what was just closed for one
+        if self._ledger.backoff.refusals:  # the server may be full, of what was just closed for one
             return 0
         numbers = self._ledger.numbers()
         return self._ledger.limit - numbers.total + numbers.hollow

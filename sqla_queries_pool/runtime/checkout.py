@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
+from ..budget import choice
 from ..budget.audit import UNDER_WAY
-from ..budget.ledger import GAVE_WAY, PATIENCE, SPARE, Ledger
-from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot, Wake, Work
+from ..budget.choice import PATIENCE, SPARE
+from ..budget.ledger import GAVE_WAY, Ledger
+from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot
+from ..budget.work import Wake, Work
 from ..concurrency.threads import ThreadWaiter, here
 from ..labels import checkout_label
 from .connections import Connections
@@ -123,7 +126,7 @@ class Checkouts:
                 # Nearly all are served before there is anything to be looked for.
                 pause = gc_after if alone else SPARE
                 if attachment.pace.price or attachment.queue_target < math.inf:
-                    pause = min(pause, ledger.look_in(waiter, self._clock()))
+                    pause = min(pause, choice.look_in(ledger, waiter, self._clock()))
                 waiter.wait(max(0.0, min(pause, timeout)))
             if rejected is None and waiter.answer is None:
                 times = (begin + after for after in looks(alone, gc_after))
@@ -173,8 +176,8 @@ class Checkouts:
                 return None
             while look <= now:
                 look = next(times)
-            pause = min(look - now, ledger.look_in(waiter, self._clock()))
-            if ledger.refusals and (until := ledger.retry_at - self._clock()) > 0:
+            pause = min(look - now, choice.look_in(ledger, waiter, self._clock()))
+            if ledger.backoff.refusals and (until := ledger.backoff.retry_at - self._clock()) > 0:
                 pause = min(pause, max(0.01, until))
             waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
 

@@ -8,8 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from ..budget import closing
 from ..budget.ledger import Ledger
-from ..budget.slots import REJECTED, Attachment, EntryRef, Leaked, Numbers, Returned, Slot, Work
+from ..budget.slots import REJECTED, Attachment, EntryRef, Numbers, Slot
+from ..budget.work import Leaked, Returned, Work
 from ..concurrency.housekeeping import Housekeeper, Worker
 from ..logs import logger
 from ..sockets.lingering import Lingering
@@ -144,11 +146,11 @@ class Core:
 
     def dispose(self, attachment: Attachment) -> None:
         """Close an engine's idle connections, and end its generation of connections."""
-        self.section.run(self.ledger.dispose, attachment)
+        self.section.run(closing.dispose, self.ledger, attachment)
 
     def retire(self, attachment: Attachment) -> None:
         """Let an engine's connections from before its last dispose close: those out, when they are returned."""
-        self.section.run(self.ledger.retire, attachment)
+        self.section.run(closing.retire, self.ledger, attachment)
 
     def expire_rolling(self, attachment: Attachment) -> None:
         """Renew an engine's connections one after the other, those out when they are returned."""

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
-from ..budget.slots import Work
+from ..budget.work import Work
 from ..errors import CheckoutReentered
 from ..logs import logger
 from ..try_lock import TryLock

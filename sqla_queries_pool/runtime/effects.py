@@ -8,21 +8,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
+from ..budget import closing, locks
 from ..budget.ledger import Ledger
-from ..budget.slots import (
-    Attachment,
-    Close,
-    Due,
-    Fill,
-    Leaked,
-    Renew,
-    Reset,
-    Resetter,
-    Returned,
-    Slot,
-    Wake,
-    Work,
-)
+from ..budget.slots import Attachment, Slot
+from ..budget.work import Close, Due, Fill, Leaked, Renew, Reset, Resetter, Returned, Wake, Work
 from ..concurrency.housekeeping import Worker
 from ..logs import logger
 from .admission import Admission
@@ -102,7 +91,7 @@ class Effects:
     def reset(self, slot: Slot, if_stale: bool = False) -> None:
         """Take a session's lock, roll back what it left, then give the connection back; or close it."""
         section, ledger, me = self._section, self._ledger, Resetter()
-        if not section.decide(ledger.unlock, slot, weakref.ref(me), if_stale):
+        if not section.decide(locks.unlock, ledger, slot, weakref.ref(me), if_stale):
             return
         handle = slot.handle
         if handle is None:  # closed by force meanwhile
@@ -118,15 +107,15 @@ class Effects:
         except BaseException as error:
             logger.warning("%s: closing %r: rollback failed: %r", section.label, slot, error)
             section.post(ledger.totals.one_more, "failed_resets")
-            section.run(ledger.close_one, slot, True)
+            section.run(closing.close_one, ledger, slot, True)
             if not isinstance(error, Exception):
                 raise
         else:
-            section.run(ledger.give_locked, slot, section.clock())
+            section.run(locks.give_back, ledger, slot, section.clock())
 
     def reset_stale(self, attachment: Attachment) -> None:
         """Reset what sessions have locked that have died."""
-        for slot in self._section.decide(self._ledger.stale, attachment):
+        for slot in self._section.decide(locks.stale, self._ledger, attachment):
             self.reset(slot, if_stale=True)
 
     def _renew(self, item: Renew) -> None:

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
+from ..budget import closing
 from ..budget.audit import COLLECTED, UNDER_WAY, Audit, Finding, findings, mend
 from ..budget.ledger import LOOK_EVERY, Ledger
 from ..budget.slots import Attachment
@@ -112,7 +113,7 @@ class Upkeep:
             # A poll of its own: that of the slot is its holder's, which anybody may be by now.
             handle = slot.handle
             if liveness.look(handle, liveness.poll_of(handle)) is liveness.DEAD:
-                work = section.decide(ledger.close_one, slot, False, DEAD)
+                work = section.decide(closing.close_one, ledger, slot, False, DEAD)
                 for _ in work:
                     section.post(ledger.totals.one_more, "dead")
                 dead += len(work)
@@ -124,7 +125,7 @@ class Upkeep:
     @property
     def at_rest(self) -> bool:
         """Is there no letter to be read, and does the server let us in?"""
-        return not self._section.inbox and not self._ledger.refusals
+        return not self._section.inbox and not self._ledger.backoff.refusals
 
     def mend_in_passing(self, now: float) -> bool:
         """:meth:`mend`, by a waiter; not again for a while, since it takes time.
