@@ -27,9 +27,6 @@ NOT_RUN = {
 }
 """Pages with Python that is not run as it stands, and why."""
 
-PREPARED = {"README": "from flask import Flask\napp = Flask('shop')\n"}
-"""What a page takes for granted."""
-
 # What runs the examples of an interpreter session (`pycon`), in the names of the page's other blocks, and
 # SQL on the page's `engine`.
 CHECK = """
@@ -87,7 +84,7 @@ def program(page: str) -> str:
             steps.append(f"check({block.text!r}, {block.line})\n")
         elif block.language == "sql":
             steps.append(f"query({block.text!r})\n")
-    return "\n".join([CHECK, PREPARED.get(page, ""), *steps]) if steps else ""
+    return "\n".join([CHECK, *steps]) if steps else ""
 
 
 RUN = [page for page in pages() if page not in NOT_RUN and program(page)]
@@ -97,8 +94,6 @@ RUN = [page for page in pages() if page not in NOT_RUN and program(page)]
 @pytest.mark.parametrize("page", RUN)
 def test_what_a_page_shows_happens(page: str, pg_url: str, tmp_path: Path) -> None:
     """The page's Python runs in order, without a warning, and its sessions print what they show."""
-    if page == "README":
-        pytest.importorskip("flask")
     url = make_url(pg_url)
     text = program(page).replace(URL, pg_url.split("://")[1])
     script = tmp_path / "page.py"
