@@ -123,6 +123,18 @@ def test_a_block_of_a_page_is_found_with_its_language_and_line() -> None:
     assert blocks(text) == [Block("python", 6, "a = 1\n\nb = 2\n")]
 
 
+def test_the_readme_is_well_formed_and_its_links_lead_somewhere() -> None:
+    """docutils has no warning for it, and each link and picture is a file of the checkout."""
+    core = pytest.importorskip("docutils.core")
+    text = source("README")
+    settings = {"report_level": 2, "halt_level": 2}  # a warning is an error
+    core.publish_string(text, writer_name="null", settings_overrides=settings)
+    named = re.findall(r"<([^<>]+)>`__|image:: (.+)", text)
+    assert named
+    for link, image in named:
+        assert (ROOT / (link or image)).is_file(), link or image
+
+
 @pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     """`sphinx-build -W` succeeds, and each page is there."""
