@@ -1,4 +1,4 @@
-"""One checkout that takes the long way: it waits for a slot, opens a connection, or probes one that was idle."""
+"""One checkout that takes the long way: it waits for a slot, opens a connection, or probes an idle one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Is this connection alive, and still to be used?  Asked before one is handed out that nobody had just now."""
+"""Is this connection alive, and still to be used?  Asked before one that was idle is handed out."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ from ..runtime.jitter import lifetime
 from . import identity, seams
 from .attempt import Attempt, Refused, open_connection
 from .records import Proxy, Record
-from .settings import Settings
+from .settings import OPTIONS, Settings
 
 _label = checkout_label.get
 
@@ -44,8 +44,7 @@ class QueriesPool(SQLAlchemyPool):
 
     :param creator: returns a DBAPI connection; ``create_engine`` passes its own.
 
-    The other parameters are the fields of :class:`~sqla_queries_pool.engine.settings.Settings`.
-
+    :param others: here stands what settings.py says of each of the others.
     :param kw: what :class:`sqlalchemy.pool.Pool` takes.
     :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a value means nothing.
     :raises TypeError: for a parameter that nobody knows.
@@ -342,6 +341,13 @@ class QueriesPool(SQLAlchemyPool):
 
     def __repr__(self) -> str:
         return f"<QueriesPool {self.status()}>"
+
+
+if QueriesPool.__doc__:  # None under -OO
+    QueriesPool.__doc__ = QueriesPool.__doc__.replace(
+        "    :param others: here stands what settings.py says of each of the others.\n",
+        "".join(f"    :param {name}: {option.doc}\n" for name, option in OPTIONS.items()),
+    )
 
 
 if not seams.KNOWS_PROXY:

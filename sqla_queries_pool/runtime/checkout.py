@@ -66,8 +66,8 @@ class Checkouts:
         """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or, where there
         is no slot, a :class:`ThreadWaiter`: the caller is in the queue, and has to :meth:`wait` with it.
 
-        :param since: since when it waits, by the pool's clock, if it was in the queue before: it has its place
-            again.
+        :param since: since when it waits, by the pool's clock, if it was in the queue before: it has its
+            place again.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         # section.decide() written out: 0.2 of the 0.9 microseconds that a checkout takes in here.

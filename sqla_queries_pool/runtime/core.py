@@ -76,8 +76,10 @@ class Core:
         self._build(label, Ledger(self._entry_died, new_slot))
 
     def _build(self, label: str, ledger: Ledger) -> None:
-        """Make all parts: at first, and again in a forked child, where each thread but one is gone, and a lock
-        that another one had would be taken for ever."""
+        """Make all parts: at first, and again in a forked child.
+
+        There all threads but one are gone, and a lock that another one had would be taken for ever.
+        """
         self.ledger = ledger
         self.section = section = CriticalSection(label, self._clock)
         worker = Worker()
@@ -149,7 +151,7 @@ class Core:
         self.section.run(closing.dispose, self.ledger, attachment)
 
     def retire(self, attachment: Attachment) -> None:
-        """Let an engine's connections from before its last dispose close: those out, when they are returned."""
+        """Let an engine's connections of before its last dispose close; those out when they are returned."""
         self.section.run(closing.retire, self.ledger, attachment)
 
     def expire_rolling(self, attachment: Attachment) -> None:

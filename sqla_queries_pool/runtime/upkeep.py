@@ -183,8 +183,8 @@ class Upkeep:
 
     def _findings(self) -> list[Finding]:
         found = findings(self._ledger)
-        # One whose closing is done by now has a letter in the inbox, put there before the work was dropped: so
-        # look at the letters last.
+        # One whose closing is done by now has a letter in the inbox, put there before the work was dropped.
+        # So the letters are looked at last.
         letters: list[tuple[Any, tuple[Any, ...]]] = list(self._section.inbox.copy())
         heard_of = {id(argument) for _, arguments in letters for argument in arguments}
         return [finding for finding in found if id(finding.slot) not in heard_of]
