@@ -83,7 +83,7 @@ def test_the_page_says_the_default(name: str) -> None:
 def test_the_url_takes_all_of_them_and_gives_the_driver_none() -> None:
     """``plugin=queries`` knows what the settings know."""
     values = dict.fromkeys(NAMES, "true")
-    values |= {name: "1" for name, option in OPTIONS.items() if "seconds" in option.doc.lower()}
+    values |= {option.name or name: "1" for name, option in OPTIONS.items() if "econds" in option.doc}
     values |= {option.name or name: "1" for name, option in OPTIONS.items() if "timeout" in name}
     values |= {"max_size": "5", "min_size": "1", "max_waiting": "1", "queue_target": "1", "pool_id": "x"}
     values |= {"on_deadlock": "warn", "pool_recycle": "60", "pool_reset_on_return": "commit", "idle_ttl": "1"}
