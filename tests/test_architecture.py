@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -106,6 +107,16 @@ def test_a_room_imports_from_layers_below(module: str) -> None:
     for other in ours(module):
         below = LAYER[room(other)] < LAYER[room(module)]
         assert below or room(other) == room(module), other
+
+
+def test_the_page_names_every_module_with_its_layer_from_top_to_bottom() -> None:
+    """docs/design.rst has one line for each, that says what it owns; a folder's stands for ``__init__``."""
+    page = (Path(__file__).parent.parent / "docs" / "design.rst").read_text(encoding="utf-8")
+    rows = re.findall(r"^``([\w/]+)(\.py)?`` +(\d+) +\S", page, re.MULTILINE)
+    named = [(path.replace("/", ".") + ("" if py else "__init__"), int(layer)) for path, py, layer in rows]
+    assert sorted(named) == sorted((module, LAYER[room(module)]) for module in modules())
+    layers = [layer for _, layer in named]
+    assert layers == sorted(layers, reverse=True)
 
 
 def test_no_circles_of_imports() -> None:
