@@ -75,7 +75,7 @@ class CheckoutTimeout(exc.TimeoutError):
     """No connection became free within the ``timeout`` of the engine that asked.
 
     It is what QueuePool raises, a :class:`sqlalchemy.exc.TimeoutError`.  The first line of its message names
-    the pool, its numbers, the likeliest cause and what to do; a report of who holds and who waits follows.
+    the pool, its numbers, the likeliest cause and what to do; a report of holders and waiters follows.
     """
 
     snapshot: Any = None

@@ -256,15 +256,15 @@ def test_instructions_are_the_same_in_each_run_and_grow_with_the_work(program: A
     assert more - once >= 10 * 4
 
 
-def test_a_checkout_of_the_line_keeps_it_as_long_as_it_is(program: Any) -> None:
+def test_a_checkout_of_the_queue_keeps_it_as_long_as_it_is(program: Any) -> None:
     """The first gets the connection and the last is new, so that each checkout is like the one before."""
-    line = program.scaling.Line(3)
-    waiting = list(line.attachment.queue)
+    queue = program.scaling.Queue(3)
+    waiting = list(queue.attachment.queue)
     for _ in range(3):
-        line.checkout()
-    assert len(line.attachment.queue) == 3
+        queue.checkout()
+    assert len(queue.attachment.queue) == 3
     assert all(waiter.answer is not None for waiter in waiting)
-    assert not set(waiting) & set(line.attachment.queue)
+    assert not set(waiting) & set(queue.attachment.queue)
 
 
 @pytest.mark.parametrize(("patience", "served"), [(1.0, True), (0.0, False)])

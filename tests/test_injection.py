@@ -629,7 +629,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def assert_nothing_lost(pools: list[QueriesPool], eventually: Eventually, live: Callable[[], int]) -> None:
-    """Books, lock, threads and sockets are as if nothing had happened, and the budget can be had again."""
+    """Ledger, lock, threads and sockets are as if nothing had happened, and the budget can be had again."""
     shared = inside.shared(pools[0])
     assert not inside.lock(shared)._is_owned(), "the lock is taken"
     assert not inside.is_inside(shared), "inside for ever"

@@ -201,7 +201,7 @@ class QueriesPool(SQLAlchemyPool):
                 )
                 if self._invalidate_time > record.starttime:
                     # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
-                    # once; here it is looked at, next time.
+                    # once; here it is checked, next time.
                     record.starttime = time.time()
                     record.slot.suspect = True
                 self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
@@ -209,13 +209,13 @@ class QueriesPool(SQLAlchemyPool):
 
         return connect
 
-    # -- what happens to what is out; Record.checkin is the way home --------------------------------
+    # -- what happens to what is out; Record.checkin returns it -------------------------------------
 
     def _invalidate(
         self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
     ) -> None:
         # SQLAlchemy replaces all that are older, each at its next checkout, and what can't be opened there is
-        # an error at once; here it is tried again.  So before, and for those looked at meanwhile, after.
+        # an error at once; here it is tried again.  So before, and for those checked meanwhile, after.
         self._core.suspect_own(self._attachment)
         super()._invalidate(connection, exception, _checkin)
         self._core.suspect_own(self._attachment)
@@ -238,7 +238,7 @@ class QueriesPool(SQLAlchemyPool):
         return self._shared.statistics()
 
     def snapshot(self) -> Snapshot:
-        """Return who has the connections of the whole pool, and who waits; takes no lock."""
+        """Return who has the connections of the whole pool, and which checkouts wait; takes no lock."""
         return snapshot(self._shared)
 
     # -- the life of the pool ----------------------------------------------------------------------
@@ -271,7 +271,7 @@ class QueriesPool(SQLAlchemyPool):
         """Replace this engine's connections without an error to anybody, as when credentials were rotated.
 
         :param rolling: renew them one after the other in the background; else what is idle is closed at once.
-            What is out is replaced when it comes home, either way.
+            What is out is replaced when it is returned, either way.
         """
         if rolling:
             self._core.expire_rolling(self._attachment)
@@ -286,8 +286,8 @@ class QueriesPool(SQLAlchemyPool):
     def recreate(self) -> QueriesPool:
         """Return a pool with the same parameters, listeners, limit and id.
 
-        After :meth:`dispose`, as ``Engine.dispose()`` calls it, what this pool's connections were
-        out then close when they come home.
+        After :meth:`dispose`, as ``Engine.dispose()`` calls it, the connections of this pool that
+        were out then close when they are returned.
         """
         self.logger.info("Pool recreating")
         if self._disposed:

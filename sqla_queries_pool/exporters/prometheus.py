@@ -45,11 +45,11 @@ GAUGES: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
 COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
     (
         "checkouts",
-        "Connections that were handed out and came home, or left for good.",
+        "Connections that were handed out and returned, or left for good.",
         lambda pool: pool.checkouts,
     ),
     ("timeouts", "Checkouts that got nothing within their time.", lambda pool: pool.timeouts),
-    ("rejected", "Checkouts that were turned away before their time was over.", lambda pool: pool.rejected),
+    ("rejected", "Checkouts that were rejected before their time was over.", lambda pool: pool.rejected),
     (
         "deadlocks",
         "Timeouts of checkouts that could only have waited for themselves.",
@@ -61,7 +61,7 @@ COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
     ("dead", "Connections that were found dead before they were used.", lambda pool: pool.dead),
     (
         "failed_resets",
-        "Connections that could not be rolled back when they came home.",
+        "Connections that could not be rolled back when they were returned.",
         lambda pool: pool.failed_resets,
     ),
     (
@@ -69,10 +69,10 @@ COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
         "Connections that went to their own engine's waiter although another's had waited longer.",
         lambda pool: pool.bypasses,
     ),
-    ("mended", "What had to be put right in the books.", lambda pool: pool.mended),
+    ("mended", "What had to be put right in the ledger.", lambda pool: pool.mended),
 )
 HISTOGRAMS: tuple[tuple[str, str, Callable[[Statistics], Histogram]], ...] = (
-    ("wait_seconds", "How long those waited in line that were served.", lambda pool: pool.wait_time),
+    ("wait_seconds", "How long those waited in the queue that were served.", lambda pool: pool.wait_time),
     ("use_seconds", "From checkout to check-in.", lambda pool: pool.use_time),
     ("connect_seconds", "How long it took to open a connection.", lambda pool: pool.connect_time),
 )
