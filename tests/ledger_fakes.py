@@ -483,7 +483,7 @@ class Simulator:
             item.waiter.open()
         elif isinstance(item, Close):
             self.unplug(item.slot)
-            self.decide(self.ledger.closed, item.slot, self.now)
+            self.decide(self.ledger.closed, item.slot, None, self.now)
         else:
             resetter = self.unlocked.pop(item.slot, None)
             if resetter is None:

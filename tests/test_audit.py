@@ -537,7 +537,7 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
     assert scene.shared.numbers == before
     assert handle is not None
     assert not handle.closed  # type: ignore[attr-defined]
-    inside.post(scene.shared, scene.ledger.closed, work.slot)
+    inside.post(scene.shared, scene.ledger.closed, work.slot, None)
     waiting.join()
     inside.checkouts(scene.shared).failed(permit)
     out.close()

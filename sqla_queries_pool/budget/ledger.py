@@ -319,8 +319,13 @@ class Ledger(LedgerState):
         """A connection could not be opened: the next waiter may try for itself."""
         return self._free(slot, now)
 
-    def closed(self, slot: Slot, now: float) -> Work:
-        """A connection is closed: its slot is free.  One that gave way to another has no slot to free."""
+    def closed(self, slot: Slot, reason: str | None, now: float) -> Work:
+        """A connection is closed: its slot is free.  One that gave way to another has no slot to free.
+
+        :param reason: why, for the totals; None where there was no connection.
+        """
+        if reason is not None:
+            self.totals.closed(reason, now)
         return self._free(slot, now)
 
     def let_go(self, slot: Slot, now: float) -> Work:
