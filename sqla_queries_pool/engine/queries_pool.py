@@ -110,6 +110,7 @@ class QueriesPool(SQLAlchemyPool):
         self._track_stacks = self.settings.track_stacks
         self._shared: Pool = attach(who.pid, who.label, self._attachment)
         self._core = self._shared.core
+        self._checkouts = self._core.checkouts
         self._core.on_leak = log_leak
         if quota.stated == math.inf:
             self._core.warn_of_no_limit()
@@ -166,15 +167,16 @@ class QueriesPool(SQLAlchemyPool):
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:
-        found = stacks.calls(sys._getframe(1)) if self._track_stacks else ()
-        record = self._core.checkouts.take(self._attachment)
+        record = self._checkouts.take(self._attachment)
         if record.__class__ is Record:
             slot = record.slot
-            slot.label, slot.stack = _label(), found
+            slot.label = _label()
+            if self._track_stacks:
+                slot.stack = stacks.calls(sys._getframe(1))
             # Twice, for other threads run during the poll, and one may find that the server is gone.
             if not slot.suspect and not slot.poll(0) and not slot.suspect:
                 return record
-        return Attempt(self, found).run(record)
+        return Attempt(self, stacks.calls(sys._getframe(1)) if self._track_stacks else ()).run(record)
 
     def _open(self, permit: Permit) -> Record:
         """Open a connection by a permit, for the housekeeper: :func:`.open_connection`."""
@@ -222,7 +224,7 @@ class QueriesPool(SQLAlchemyPool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # SQLAlchemy's checkin() would come by here, Record's does not: this is a proxy that detaches.
-        self._core.checkouts.let_go(record.slot)  # type: ignore[attr-defined]
+        self._checkouts.let_go(record.slot)  # type: ignore[attr-defined]
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         try:
@@ -257,15 +259,15 @@ class QueriesPool(SQLAlchemyPool):
         permits: list[Permit] = []
         try:
             # All at once: the housekeeper might begin to open some of them, too.
-            while (permit := self._core.checkouts.reserve(self._attachment)) is not None:
+            while (permit := self._checkouts.reserve(self._attachment)) is not None:
                 permits.append(permit)
             while permits:
-                self._core.checkouts.give_unused(self._attachment, self._open(permits.pop()))
+                self._checkouts.give_unused(self._attachment, self._open(permits.pop()))
         except Refused as error:
             raise error.refusal or error from None
         finally:
             for permit in permits:
-                self._core.checkouts.failed(permit)
+                self._checkouts.failed(permit)
 
     def expire(self, rolling: bool = False) -> None:
         """Replace this engine's connections without an error to anybody, as when credentials were rotated.

@@ -63,7 +63,7 @@ class Core:
         on_vacant: Callable[[], None],
     ) -> None:
         self._clock = clock or time.monotonic
-        self._on_opened = on_opened
+        self.checkouts = Checkouts(on_opened)
         self._on_vacant = on_vacant
         self.on_leak: Callable[[Core, Leaked | Returned], None] = _ignore
         """Called by the housekeeper when a connection is out for long, or was returned after all."""
@@ -89,7 +89,7 @@ class Core:
         self.effects = Effects(
             section, ledger, self.connections, self.admission, worker, self.upkeep.schedule, self._leaked
         )
-        self.checkouts = Checkouts(section, ledger, self.connections, self.upkeep, self._on_opened)
+        self.checkouts.use(section, ledger, self.connections, self.upkeep)
 
     def _entry_died(self, ref: EntryRef) -> None:
         self.section.post(self.ledger.lost, ref.slot)
