@@ -249,11 +249,6 @@ def set_on_vacant(pool: Any, act: Callable[[Any], None]) -> None:
     shared(pool)._on_vacant = act
 
 
-def look_anew(pool: Any) -> None:
-    """Have the next error take a snapshot of its own."""
-    core(pool).looked_for = 0.0, 0.0
-
-
 def unset(pool: Any) -> None:
     """Forget what was set for the pool through the queries API."""
     shared(pool)._unset()

@@ -150,7 +150,7 @@ def test_who_waits_for_itself_is_told_when_nothing_has_moved_for_the_grace(
     found = look.hopeless(waiter, 15.0)
     assert found is not None
     assert found.kind == "deadlock"
-    assert "nested holds 1 and waits for one of" in found.details
+    assert "nested holds 1 and waits for a connection of" in found.details
 
 
 def test_of_those_who_wait_for_each_other_the_newest_is_told(

@@ -46,7 +46,7 @@ from sqla_queries_pool.budget.slots import Attachment, NotHeld, Quota
 from sqla_queries_pool.budget.state import LedgerState
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 from sqla_queries_pool.concurrency.threads import ThreadWaiter
-from sqla_queries_pool.insight.diagnostics import snapshot
+from sqla_queries_pool.insight.snapshot import snapshot
 from sqla_queries_pool.pool import Pool
 from sqla_queries_pool.pool.manager import attach
 from sqla_queries_pool.runtime import checkout, jitter
@@ -259,7 +259,7 @@ def test_letters_are_read_although_one_of_them_is_bad(
     second.close()
     stop.go()
     other.join()
-    assert "was given back, but it is idle" in caplog.text
+    assert "was returned, but it was not checked out: it is idle" in caplog.text
     assert_whole(pool, eventually)
 
 
@@ -581,7 +581,7 @@ def test_what_would_wait_for_its_own_thread_raises(
     Ring(pool.connect())
     call_inside(monkeypatch, "take", gc.collect)
     Thread(lambda: pool.connect().close()).join()
-    assert "do not use an engine in a finalizer" in str(errors[0])
+    assert "Don't check out or dispose in a finalizer" in str(errors[0])
     gc.collect()
     assert_whole(pool, eventually)
 

@@ -125,7 +125,7 @@ def test_seconds_are_zero_or_more_or_none(value: object, meaning: float | None) 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, -1, -0.001, "-1", UNSTATED], ids=kind)
 def test_anything_else_is_no_seconds(value: object) -> None:
     """Negative durations are refused rather than read as zero or as for ever: libraries differ about them."""
-    with pytest.raises(ParameterError, match=r"zero or more, or None for no end"):
+    with pytest.raises(ParameterError, match=r"zero or more, or None for no limit"):
         parameters.seconds("idle_ttl", value)
 
 
@@ -236,7 +236,7 @@ def test_max_size_beside_queuepools_parameters_is_refused(
     max_size: Any, other: dict[str, Any], named: str
 ) -> None:
     """Which of the two would hold is nothing to guess, even where they happen to agree."""
-    message = rf"^max_size=.* and {named} can't both be stated: .* write it alone$"
+    message = rf"^max_size=.* and {named} can't both be set: .* Set max_size alone$"
     with pytest.raises(ParameterError, match=message):
         QueriesPool(FakeDriver().connect, max_size=max_size, **other)
 

@@ -300,7 +300,7 @@ def test_a_session_has_to_be_one_that_can_be_seen_dying(driver: FakeDriver, pid:
     handle = driver.connect()
     PoolManager.add(pid, handle)
     for call in (lambda: PoolManager.get(pid, session), lambda: PoolManager.lock(pid, handle, session)):
-        with pytest.raises(TypeError, match="pass an instance of a class of your own"):
+        with pytest.raises(TypeError, match="Pass an instance of a class of your own"):
             call()
     assert PoolManager.has_idle_connection(pid)
 

@@ -228,8 +228,8 @@ def test_the_timeout_names_the_pool_its_numbers_its_holders_and_what_to_do(
     for part, named in ((line.split("Most likely")[0], 3), (report, 10)):
         seconds = [float(s) for s in re.findall(r"\((\d+\.\d) s\)", part)]
         assert seconds == [18.0 - 1.5 * n for n in range(named)]
-    assert "which has ended (18.0 s) does not give it back" in line
-    assert "Close it" in line
+    assert "which has ended (18.0 s) did not return its connection" in line
+    assert "Close each connection" in line
     assert raised.value.snapshot.diagnosis.kind == "leak"
 
 
@@ -257,7 +257,7 @@ def test_the_timeout_says_when_the_thread_that_asks_holds_some_itself(driver: Fa
     """Checkouts inside checkouts are what an application needs more connections for than it has threads."""
     pool = QueriesPool(driver.connect, max_size=2, timeout=0)
     mine = [pool.connect(), pool.connect()]
-    with pytest.raises(CheckoutTimeout, match=r"this thread holds 2 of them: what is checked out inside"):
+    with pytest.raises(CheckoutTimeout, match=r"this thread already holds 2 of them, and each nested"):
         pool.connect()
     with pytest.raises(CheckoutTimeout) as raised:
         Task(pool.connect).result()

@@ -25,7 +25,8 @@ from ..budget.audit import Audit
 from ..budget.slots import HELD, LOCKED, OPENING, Attachment, Permit, Quota
 from ..budget.stats import Statistics
 from ..insight import stacks
-from ..insight.diagnostics import Snapshot, log_leak, snapshot
+from ..insight.report import log_leak
+from ..insight.snapshot import Snapshot, snapshot
 from ..labels import checkout_label
 from ..parameters import Unstated
 from ..pool import Pool

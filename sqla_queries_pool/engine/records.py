@@ -214,7 +214,7 @@ class LeftBehind:
     def cursor(self, *_: Any, **__: Any) -> Any:
         """Raise what the driver raises for a connection that is lost."""
         error = getattr(self._dbapi, "OperationalError", RuntimeError)
-        raise error("this connection belongs to the process that has forked this one")
+        raise error("this connection belongs to the parent process: check out a new one after the fork")
 
     def rollback(self) -> None:
         """Nothing is to be rolled back here."""

@@ -420,8 +420,8 @@ class Pool:
         except TypeError:
             kind = type(session).__name__
             raise TypeError(
-                f"session={kind!r} object can't be weakly referred to: pass an instance of a class "
-                "of your own, so that the pool can see when it is gone"
+                f"session={kind!r} object can't be weakly referenced. Pass an instance of a class of your "
+                "own, so that the pool sees when it no longer exists"
             ) from None
         return self.core.section.decide(locks.lock, self.core.ledger, slot, ref, self.core.now())
 

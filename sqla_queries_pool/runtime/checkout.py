@@ -235,7 +235,7 @@ class Checkouts:
     def _give_later(self, attachment: Attachment, entry: Any) -> None:
         # Its holder alone may give it back, so its state can be read without the lock.
         if entry.slot.state is not HELD:
-            raise NotHeld(f"{entry!r} was given back, but it is {entry.slot.state}")
+            raise NotHeld(f"{entry!r} was returned, but it was not checked out: it is {entry.slot.state}")
         self._section.post(self._ledger.give, attachment, entry)
 
     def reserve(self, attachment: Attachment) -> Permit | None:

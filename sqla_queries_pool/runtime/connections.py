@@ -17,7 +17,7 @@ from .critical_section import CriticalSection
 
 DEAD = "found dead before it was used"
 INVALIDATED = "invalidated by its holder"
-LIFETIME = "its lifetime (pool_recycle) is over"
+LIFETIME = "older than pool_recycle"
 
 
 class Connections:

@@ -13,6 +13,7 @@ from ..budget.ledger import Ledger
 from ..budget.slots import REJECTED, Attachment, EntryRef, Numbers, Slot
 from ..budget.work import Leaked, Returned, Work
 from ..concurrency.housekeeping import Housekeeper, Worker
+from ..concurrency.recent import Recent
 from ..logs import logger
 from ..sockets.lingering import Lingering
 from .admission import Admission
@@ -70,9 +71,6 @@ class Core:
         self.timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
         """Snapshots of the last checkouts that got nothing, the newest last."""
         self._warned_of_no_limit = False
-        self.looking = __import__("threading").RLock()
-        self.looked: Any = None
-        self.looked_for = 0.0, 0.0
         self._build(label, Ledger(self._entry_died, new_slot))
 
     def _build(self, label: str, ledger: Ledger) -> None:
@@ -82,6 +80,8 @@ class Core:
         """
         self.ledger = ledger
         self.section = section = CriticalSection(label, self._clock)
+        self.recent_snapshot: Recent[Any] = Recent()
+        """The last snapshot that was made for an error: see insight/report.py."""
         worker = Worker()
         self.connections = Connections(section, ledger, Lingering(self.housekeeper.schedule))
         self.admission = Admission(section, ledger, self.connections)
@@ -133,16 +133,16 @@ class Core:
     def log_limit(self, before: float) -> None:
         """Log the limit if it is another one than before."""
         if (limit := self.ledger.limit) != before:
-            logger.info("%s: limit %g instead of %g", self.section.label, limit, before)
+            logger.info("%s: the limit is now %g, was %g", self.section.label, limit, before)
 
     def warn_of_no_limit(self) -> None:
         """Say once what a limit is good for: an engine has lifted it."""
         if not self._warned_of_no_limit:
             self._warned_of_no_limit = True
             logger.warning(
-                "%s: an engine states no limit, which lifts it for all engines of this database. A peak "
-                "then opens as many connections as are asked for, until the server refuses everybody's "
-                "(max_connections); with max_size=… those above it wait their turn instead.",
+                "%s: an engine sets no limit, so all engines of this database have none. A peak of load then "
+                "opens a connection for each checkout, until the server refuses all clients "
+                "(max_connections). With max_size=… checkouts above it wait their turn instead.",
                 self.section.label,
             )
 

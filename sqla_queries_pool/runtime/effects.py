@@ -145,7 +145,7 @@ class Effects:
                 section.post(ledger.give_unused, attachment, opener(permit))
         except Exception as error:
             why = error.__cause__ or error
-            logger.warning("%s: could not open a spare connection: %r", section.label, why)
+            logger.warning("%s: could not open a connection for min_size: %r", section.label, why)
 
 
 def _in_transaction(handle: Any) -> bool | None:
