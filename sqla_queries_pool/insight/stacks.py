@@ -31,7 +31,7 @@ _PLACE = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 
 
 def calls(frame: FrameType | None) -> Calls:
-    """Return the calls of this thread's stack, innermost first, as they are: cheap; told() makes text of them."""
+    """Return the calls of this thread's stack, innermost first, as they are; told() makes text of them."""
     found: list[tuple[CodeType, int]] = []
     while frame is not None and len(found) < DEEPEST:
         file = frame.f_code.co_filename  # _is_applications() by hand: this is done at each checkout
