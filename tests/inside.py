@@ -31,7 +31,7 @@ def shared(pool: Any) -> Pool:
     """The pool of the database that an engine uses."""
     if isinstance(pool, Engine):
         pool = pool.pool
-    return pool._shared if isinstance(pool, QueriesPool) else pool  # type: ignore[no-any-return]
+    return pool._shared if isinstance(pool, QueriesPool) else pool
 
 
 def core(pool: Any) -> Any:
@@ -64,7 +64,7 @@ def ledger(pool: Any) -> Any:
     return core(pool).ledger
 
 
-def attachment(pool: QueriesPool) -> Any:
+def attachment(pool: Any) -> Any:
     """One engine's side of the ledger."""
     return pool._attachment
 

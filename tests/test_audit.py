@@ -112,7 +112,7 @@ STRAY = object()
 def a_record_that_died_unheard(scene: Scene) -> str:
     """A checkout was lost together with the callback of the record."""
     with scene.deaf():
-        slot = inside.do_get(scene.pool).slot  # type: ignore[attr-defined]
+        slot = inside.do_get(scene.pool).slot
     assert slot.state == HELD
     return "held, but its holder no longer exists"
 
@@ -231,7 +231,7 @@ def an_opening_too_few(scene: Scene) -> str:
 
 def a_closing_too_many(scene: Scene) -> str:
     """Of an idle connection it stands that it is being closed."""
-    scene.ledger.closing[scene.idle().slot] = weakref.ref(Session())  # type: ignore[assignment]
+    scene.ledger.closing[scene.idle().slot] = weakref.ref(Session())
     return "the connections being closed were miscounted"
 
 
@@ -538,7 +538,7 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
         assert scene.shared.audit() == Audit(before.total, 0, ())
     assert scene.shared.numbers == before
     assert handle is not None
-    assert not handle.closed  # type: ignore[attr-defined]
+    assert not handle.closed
     inside.post(scene.shared, scene.ledger.closed, work.slot, None)
     waiting.join()
     inside.checkouts(scene.shared).failed(permit)
@@ -746,7 +746,7 @@ def test_idle_connections_that_the_server_has_ended_are_closed_and_counted(
     eventually(lambda: shared.numbers.total == 1, "the dead are closed")
     assert shared.audit() == Audit(1, 0, ())
     out.invalidate()
-    with engines[1].connect() as connection:
+    with engines[1].connect() as connection:  # type: ignore[assignment]
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1
     assert PoolManager.audit(shared.id).mended == ()
 

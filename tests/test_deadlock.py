@@ -468,7 +468,7 @@ def test_of_two_nested_sessions_one_fails_at_once_and_names_both_and_the_other_g
     assert rest.count(f"in {checkout_inside_a_checkout.__name__}") >= 4
     numbers = engine.pool.statistics()  # type: ignore[attr-defined]
     assert (numbers.timeouts, numbers.deadlocks) == (1, 1)
-    assert inside.shared(engine.pool).last_timeouts[-1] is error.snapshot  # type: ignore[attr-defined]
+    assert inside.shared(engine.pool).last_timeouts[-1] is error.snapshot
 
 
 @pytest.mark.slow
@@ -503,7 +503,7 @@ def test_a_worker_that_was_handed_the_connection_and_executes_is_waited_for(
 
     def cancel() -> None:
         assert enough.wait(DEADLINE)
-        connection.connection.dbapi_connection.cancel()  # type: ignore[union-attr]
+        connection.connection.dbapi_connection.cancel()
 
     canceller = Thread(cancel)
     with engine.connect() as second:

@@ -614,7 +614,7 @@ def test_a_session_that_is_used_within_a_stream_is_returned_by_the_teardown_at_i
             for number in range(10):
                 yield f"{db.session.scalar(text('SELECT 1')) + number}\n"
 
-        return Response(lines())
+        return Response(lines())  # type: ignore[call-arg]
 
     with served(app) as site:
         assert site.ask("/stream") == (200, "".join(f"{number}\n" for number in range(1, 11)))

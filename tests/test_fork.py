@@ -631,7 +631,7 @@ def test_a_child_makes_snapshots_for_errors_of_its_own() -> None:
     recent, stop = inside.core(pool).recent_snapshot, Stop()
     with contextlib.closing(pool.connect()), pytest.raises(CheckoutTimeout):
         pool.connect()
-    maker = Thread(lambda: recent.get(stop.here, 0.0, inside.shared(pool).now))
+    maker = Thread(lambda: recent.get(stop.here, 0.0, inside.core(pool).now))
     stop.reached()
 
     def work() -> str:

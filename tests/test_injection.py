@@ -215,7 +215,10 @@ class Stage:
     def pool(self, creator: Callable[[], Any] = Handle, **kw: Any) -> QueriesPool:
         settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False}
         made = QueriesPool(
-            creator, pool_id=self.pid, dialect=FakeDialect(dbapi=FakeDriver()), **(settings | kw)
+            creator,
+            pool_id=self.pid,
+            dialect=FakeDialect(dbapi=FakeDriver()),  # type: ignore[arg-type]
+            **(settings | kw),
         )
         self.pools.append(made)
         return made
@@ -737,7 +740,7 @@ class Worker:
                 while not self._stop.is_set():
                     self._step()
                     self.done += 1
-            except (*KINDS, CheckoutTimeout):
+            except (*KINDS, CheckoutTimeout):  # type: ignore[misc]
                 self.hits += 1
 
     def _step(self) -> None:

@@ -138,7 +138,7 @@ def test_nothing_is_ever_closed(pid: str, clock: FakeClock, lines: Callable[[], 
         clock.now += 1000.0
         look(pool)
     assert connection.dbapi_connection is handle
-    assert not handle.closed  # type: ignore[union-attr]
+    assert not handle.closed
     assert connection.is_valid
     connection.close()
     assert pool.checkedin() == 1

@@ -196,7 +196,7 @@ def post(pool: QueriesPool, _: Any) -> Callable[[], object]:
 
 def give(_: QueriesPool, fairy: Any) -> Callable[[], object]:
     """A check-in."""
-    return fairy.close  # type: ignore[no-any-return]
+    return fairy.close
 
 
 def give_a_stranger(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
@@ -220,7 +220,7 @@ def give_and_close(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
         assert not inside.inbox(pool), "the letter has to wait until the connection is closed"
 
     fairy.dbapi_connection.close = close
-    return fairy.close  # type: ignore[no-any-return]
+    return fairy.close
 
 
 @pytest.mark.parametrize(
@@ -392,7 +392,7 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
     def fail(_: Any) -> None:
         raise Interrupt
 
-    invoke, pool._invoke_creator = pool._invoke_creator, fail
+    invoke, pool._invoke_creator = pool._invoke_creator, fail  # type: ignore[assignment]
     out = []
     with pytest.raises(Interrupt):  # noqa: PT012
         while True:  # some may be idle
@@ -419,7 +419,7 @@ def be_refused(pool: QueriesPool, step: Callable[[], None]) -> None:
         pool._invoke_creator = invoke
         raise ConnectionRefusedError("Connection refused")
 
-    pool._invoke_creator = refuse
+    pool._invoke_creator = refuse  # type: ignore[assignment]
     pool.connect().close()
     step()
     with contextlib.closing(pool.connect()) as fairy:
@@ -574,7 +574,7 @@ def test_what_would_wait_for_its_own_thread_raises(
     def ask_again(*_: Any) -> None:
         if not errors:
             try:
-                asks[ask]()
+                asks[ask]()  # type: ignore[no-untyped-call]
             except CheckoutReentered as error:
                 errors.append(error)
 

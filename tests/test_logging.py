@@ -179,7 +179,7 @@ def test_what_fails_in_closing_is_logged_as_an_error(kept: Kept, engine: Callabl
     def refuse() -> None:
         raise FakeDriver.OperationalError("no")
 
-    fairy.dbapi_connection.close = refuse
+    fairy.dbapi_connection.close = refuse  # type: ignore[method-assign]
     fairy.close()
     mine.dispose()
     ((name, level, message),) = kept.lines

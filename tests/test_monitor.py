@@ -79,7 +79,7 @@ def ask(application: Any, path: str = "/", method: str = "GET", query: str = "",
         said.append((status, headers))
         return lambda data: None
 
-    with closing(validator(application)(full, start_response)) as body:
+    with closing(validator(application)(full, start_response)) as body:  # type: ignore[type-var]
         text = b"".join(body).decode()
     [(status, headers)] = said
     assert len({name for name, _ in headers}) == len(headers)
@@ -88,7 +88,7 @@ def ask(application: Any, path: str = "/", method: str = "GET", query: str = "",
 
 def of_pool(pid: str, application: Any = None, path: str = "/data.json") -> Any:
     """What is told of one pool."""
-    answer = ask(application or Monitor(), path, query=f"pool={urllib.request.quote(pid, errors='replace')}")
+    answer = ask(application or Monitor(), path, query=f"pool={urllib.request.quote(pid, errors='replace')}")  # type: ignore[attr-defined]
     return answer.json()["pools"][0] if path == "/data.json" else answer.body
 
 
@@ -494,7 +494,7 @@ def test_neither_a_password_nor_a_query_is_shown(pg_url: str) -> None:
         connection.execute(text("SELECT 'a secret of the query'"))
         with pytest.raises(CheckoutTimeout):
             engine.connect()
-        pid = inside.shared(engine.pool).id  # type: ignore[attr-defined]
+        pid = inside.shared(engine.pool).id
         told = [of_pool(pid, monitor, "/"), json.dumps(of_pool(pid, monitor))]
     engine.dispose()
     for each in told:

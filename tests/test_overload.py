@@ -234,7 +234,7 @@ def test_both_may_be_text_come_with_the_url_and_stay_when_the_pool_is_recreated(
     url = f"fake://host/db?plugin=queries&max_waiting=3&queue_target=0.25&pool_id={secrets.token_hex(4)}"
     engine = create_engine(url, module=FakeDriver())
     for _ in range(2):
-        attachment = inside.attachment(engine.pool)  # type: ignore[attr-defined]
+        attachment = inside.attachment(engine.pool)
         assert (attachment.max_waiting, attachment.queue_target) == (3, 0.25)
         engine.dispose()
 

@@ -204,7 +204,7 @@ def test_a_pool_class_in_the_code_stays(
 
 def test_a_pool_in_the_code_stays(make: Any) -> None:
     """``pool=`` is more than a class."""
-    mine = pool.NullPool(lambda: None)
+    mine = pool.NullPool(lambda: None)  # type: ignore[arg-type]
     assert make(f"{URL}&max_size=3", pool=mine).pool is mine
 
 

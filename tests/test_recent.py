@@ -32,7 +32,7 @@ def test_a_result_is_shared_for_some_seconds_after_its_end(clock: FakeClock) -> 
 def test_who_asks_while_a_result_is_made_waits_for_it(clock: FakeClock, eventually: Eventually) -> None:
     """A second one would cost as much, and say the same."""
     recent: Recent[str] = Recent()
-    stop, arrived, lock = Stop(), [], recent._lock
+    stop, arrived, lock = Stop(), [], recent._lock  # type: ignore[var-annotated]
 
     class Door:
         """The lock, and how many have come to it."""

@@ -149,7 +149,7 @@ def test_the_search_looks_at_everything_of_the_package() -> None:
         "Housekeeper",
     }
     stray = type(inside.lingering(pool))(lambda *_: None)
-    stray.secret = "".join(["hidden ", MARK])  # type: ignore[attr-defined]
+    stray.secret = "".join(["hidden ", MARK])
     assert leaks() == ["hidden " + MARK]
     del stray
     assert leaks() == []
@@ -269,7 +269,7 @@ def test_what_an_error_refers_to_is_not_kept() -> None:
     def connect() -> Any:
         error = FakeDriver.OperationalError("the server is not there")
         error.options = {"password": PASSWORD}  # type: ignore[attr-defined]
-        error.anchor = anchor()  # type: ignore[attr-defined,misc]
+        error.anchor = anchor()  # type: ignore[attr-defined]
         raise error
 
     something = Anchor()
@@ -620,7 +620,7 @@ def test_thousands_of_parameters_in_a_url_end_soon() -> None:
 def test_a_huge_number_that_is_one_works(settings: dict[str, Any]) -> None:
     """Centuries are for ever; the thread that looks after all pools goes on."""
     driver = FakeDriver()
-    pool = new_pool(creator=driver.connect, dialect=FakeDialect(dbapi=driver), **settings)
+    pool = new_pool(creator=driver.connect, dialect=FakeDialect(dbapi=driver), **settings)  # type: ignore[arg-type]
     for _ in range(2):
         Thread(lambda: pool.connect().close()).join()
     swept = threading.Event()

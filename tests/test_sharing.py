@@ -196,7 +196,7 @@ def test_raised_under_load_waiters_are_served_at_once(
 
     tasks = []
     for number in range(4):
-        tasks.append(Task(lambda number=number: work(number)))
+        tasks.append(Task(lambda number=number: work(number)))  # type: ignore[misc]
         eventually(lambda n=number + 1: report(pid)["waiting"] == n)
     PoolManager.set_max_size(pid, 3)
     eventually(lambda: len(served) == 2)

@@ -244,7 +244,7 @@ def test_a_note_names_the_pool_and_is_printed(new_engine: NewEngine) -> None:
 def test_one_error_that_is_raised_again_has_one_note(new_engine: NewEngine) -> None:
     """The last; what others have noted stays, in its order."""
     error = ValueError("no such database")
-    error.__notes__ = ["the administrator's note"]  # type: ignore[attr-defined]
+    error.__notes__ = ["the administrator's note"]
 
     def creator() -> Any:
         raise error
@@ -389,7 +389,7 @@ def test_a_pre_ping_that_answers_leaves_nothing_that_could_hang_up(
     engine = new_engine(url, pool_pre_ping=True, ping_timeout=0.05)
     engine.connect().close()
     held = engine.raw_connection()
-    record: Any = inside.record(held)  # type: ignore[attr-defined]
+    record: Any = inside.record(held)
     backend = held.cursor()
     backend.execute("SELECT pg_backend_pid()")
     (first,) = backend.fetchone()  # type: ignore[misc]
@@ -508,9 +508,9 @@ def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
     del dialect.do_ping
     assert seen == [True]
     assert engine.pool.checkedout() == 0
-    (record,) = [*inside.attachment(engine.pool).idle, *inside.attachment(engine.pool).hollow]
+    (record,) = [*inside.attachment(engine.pool).idle, *inside.attachment(engine.pool).hollow]  # type: ignore[misc]
     engine.connect().close()
-    assert record.ping_timeout is None
+    assert record.ping_timeout is None  # type: ignore[has-type]
     assert driver.numbers() == [2]
 
 

@@ -459,7 +459,7 @@ def test_the_error_carries_the_same_as_data(pid: str, clock: FakeClock) -> None:
     assert told["statistics"]["held"] == 2
     assert datetime.datetime.fromisoformat(told["taken_at"]).tzinfo is not None
     with pytest.raises(dataclasses.FrozenInstanceError):
-        found.holders = ()
+        found.holders = ()  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("through", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy])
