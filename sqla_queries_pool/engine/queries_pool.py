@@ -241,7 +241,7 @@ class QueriesPool(SQLAlchemyPool):
         return self._shared.statistics()
 
     def snapshot(self) -> Snapshot:
-        """Return who has the connections of the whole pool, and who waits; takes no lock."""
+        """Return the holders and the waiting checkouts of the whole pool; takes no lock."""
         return snapshot(self._shared)
 
     # -- the life of the pool ----------------------------------------------------------------------
@@ -274,7 +274,7 @@ class QueriesPool(SQLAlchemyPool):
         """Replace this engine's connections without an error to anybody, as when credentials were rotated.
 
         :param rolling: renew them one after the other in the background; else what is idle is closed at once.
-            What is out is replaced when it comes home, either way.
+            What is checked out is replaced when it is returned, either way.
         """
         if rolling:
             self._core.expire_rolling(self._attachment)
@@ -290,7 +290,7 @@ class QueriesPool(SQLAlchemyPool):
         """Return a pool with the same parameters, listeners, limit and id.
 
         After :meth:`dispose`, as ``Engine.dispose()`` calls it, what this pool's connections were
-        out then close when they come home.
+        out then close when they are returned.
         """
         self.logger.info("Pool recreating")
         if self._disposed:

@@ -201,7 +201,7 @@ class Pool:
         """Replace all connections of the engines, as when credentials were rotated.
 
         :param rolling: renew them one after the other in the background; else what is idle is closed at once.
-            What is out is replaced when it comes home, either way.
+            What is checked out is replaced when it is returned, either way.
         """
         if rolling:
             for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
@@ -221,7 +221,7 @@ class Pool:
         record.invalidate(soft=True)
         liveness.hang_up(handle)  # whoever waits for an answer in there has the driver's own lock
         self.core.connections.close_handle(handle)
-        if slot.state is IDLE:  # it came home just then
+        if slot.state is IDLE:  # it was returned just then
             self.core.section.run(closing.close_one, self.core.ledger, slot)
 
     def set_idle_ttl(self, ttl: float | None) -> None:
@@ -235,7 +235,7 @@ class Pool:
         """Set the largest number of connections; None for no limit.
 
         Raised, waiters are served at once.  Lowered, idle connections above it close at once, and
-        others when they come home.
+        others when they are returned.
 
         :raises ParameterError: the number has no meaning.
         """

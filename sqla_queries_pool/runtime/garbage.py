@@ -18,7 +18,7 @@ def collect_garbage() -> None:
     """Collect, once per second and process at most, and less often where a collection takes long.
 
     While every thread waits nobody allocates, so the collector never runs by itself, and
-    connections that were abandoned in reference cycles would never come home.
+    connections that were abandoned in reference cycles would never be returned.
     """
     global _next_collection
     if time.monotonic() < _next_collection or not _collecting.acquire(False):
