@@ -20,9 +20,9 @@ from typing import Any
 from sqlalchemy.pool import Pool
 
 from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.gates import ThreadGate
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.slots import Attachment, Permit, Quota
+from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.budget.slots import Attachment, Permit, Quota
+from sqla_queries_pool.concurrency.threads import ThreadWaiter
 
 from .competitors import QUERIES, Backend, FakeConnection, fake
 from .effort import Effort
@@ -182,7 +182,7 @@ class Line:
     def _join(self) -> None:
         self.now += 0.001
         assert self.ledger.take(self.attachment, self, self.now) is None
-        self.ledger.line_up(ThreadGate(self.attachment, self), self.now)
+        self.ledger.enqueue(ThreadWaiter(self.attachment, self), self.now)
 
     def checkout(self) -> None:
         """The connection comes home, who is first in line gets it, and another one lines up."""
@@ -241,12 +241,12 @@ def _visit(connections: int) -> tuple[float, float, float]:
         clock.now += 0.001
         connection.close()
     clock.now = ttl
-    look_at_all = _seconds(pool.sweep)
+    look_at_all = _seconds(pool.core.upkeep.sweep)
     counts = []
     for _ in range(3):  # the fewest: this thread may have to hear, too, of what the worker has closed
         clock.now += DUE * 0.001
-        counts.append(instructions(pool.sweep))
+        counts.append(instructions(pool.core.upkeep.sweep))
     clock.now += DUE * 0.001
-    seconds = _seconds(pool.sweep)
+    seconds = _seconds(pool.core.upkeep.sweep)
     engines.dispose()
     return float(min(counts)), look_at_all, seconds

@@ -125,7 +125,7 @@ if __name__ == "__main__":
     with ExitStack() as stack:
         url = os.environ.get("DATABASE_URL")
         if url is None:
-            from sqla_queries_pool.embedded import EmbeddedPostgres
+            from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 
             url = stack.enter_context(EmbeddedPostgres()).url()
         app = create_app(url)

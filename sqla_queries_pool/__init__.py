@@ -4,8 +4,10 @@
 share one limit, and idle connections go away by themselves.
 """
 
-from .audit import Audit
-from .diagnostics import Diagnosis, Holder, Snapshot, Waiting, snapshot
+from .budget.audit import Audit
+from .budget.stats import BOUNDS, Histogram, ManagerStatistics, Statistics
+from .engine.queries_pool import QueriesPool
+from .engine.settings import QueriesPoolOptions
 from .errors import (
     ActivePoolError,
     CheckoutReentered,
@@ -22,10 +24,9 @@ from .errors import (
     QueriesException,
     TooManyRequests,
 )
+from .insight.snapshot import Diagnosis, Holder, Snapshot, Waiting, snapshot
 from .labels import checkout_label, labelled
 from .pool import Connection, Pool, PoolManager
-from .queries_pool import QueriesPool
-from .stats import BOUNDS, Histogram, ManagerStatistics, Statistics
 
 __all__ = [
     "BOUNDS",
@@ -51,6 +52,7 @@ __all__ = [
     "PoolManager",
     "QueriesException",
     "QueriesPool",
+    "QueriesPoolOptions",
     "Snapshot",
     "Statistics",
     "TooManyRequests",
@@ -59,4 +61,4 @@ __all__ = [
     "labelled",
     "snapshot",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

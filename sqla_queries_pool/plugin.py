@@ -8,42 +8,15 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, Final
+from typing import Any
 
 from sqlalchemy.engine import URL, CreateEnginePlugin
 
+from .engine.queries_pool import QueriesPool
+from .engine.settings import NAMES
 from .errors import ParameterError
 from .logs import logger
 from .parameters import shown
-from .queries_pool import QueriesPool
-
-PARAMETERS: Final = (
-    "max_size",
-    "idle_ttl",
-    "pool_id",
-    "gc_on_wait",
-    "ping_after",
-    "ping_timeout",
-    "close_timeout",
-    "track_stacks",
-    "leak_after",
-    "deadlock_grace",
-    "on_deadlock",
-    "min_size",
-    "max_waiting",
-    "queue_target",
-    "read_only_is_disconnect",
-    "pool_size",
-    "max_overflow",
-    "pool_timeout",
-    "pool_use_lifo",
-    "pool_recycle",
-    "pool_pre_ping",
-    "pool_reset_on_return",
-    "pool_logging_name",
-    "echo_pool",
-)
-"""What a URL may say of the pool, by the names that ``create_engine`` has for it."""
 
 LIKENESS = 0.8
 """From which likeness on (difflib's ratio) a name is taken for a misspelt one of ours.  The options of
@@ -53,10 +26,10 @@ libpq and of the drivers that SQLAlchemy knows are all below it."""
 class QueriesPlugin(CreateEnginePlugin):
     """Has ``create_engine`` use :class:`~sqla_queries_pool.QueriesPool` with what the URL says.
 
-    A ``poolclass`` or ``pool`` that the code states stays: then the URL's parameters of the pool mean
-    nothing, and are only taken off, so that the driver does not get them.
+    A ``poolclass`` or ``pool`` in the code wins.  The URL's pool parameters are then ignored, and removed so
+    that the driver does not get them.
 
-    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a parameter is misspelt, or stands
+    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a parameter is misspelt, or given
         twice: in the URL, or in the URL and in the code.
     """
 
@@ -64,25 +37,25 @@ class QueriesPlugin(CreateEnginePlugin):
         super().__init__(url, kwargs)
         said = {name: _values(url.query, name) for name in url.query}
         if [*said.get("plugin", ()), *kwargs.get("plugins", ())].count("queries") > 1:
-            raise ParameterError("plugin=queries stands twice: leave one of them out")
+            raise ParameterError("plugin=queries is given twice: remove one of them")
         # Flask-SQLAlchemy states echo_pool=False where its user states nothing.
         in_code = {name for name in kwargs if name != "echo_pool" or kwargs[name]}
         for name, values in said.items():
-            if name not in PARAMETERS:
+            if name not in NAMES:
                 _refuse_misspelt(name)
             elif len(values) > 1 or name in in_code:
                 where = "in the URL" if len(values) > 1 else "in the URL and in the code"
-                raise ParameterError(f"{name} stands twice, {where}: leave one of them out")
+                raise ParameterError(f"{name} is given twice, {where}: remove one of them")
         stated = kwargs.get("poolclass")
         if kwargs.get("pool") is not None or not issubclass(stated or QueriesPool, QueriesPool):
-            logger.info("plugin=queries: another pool class is stated in the code, and stays")
+            logger.info("plugin=queries: the code sets another pool class, which is used")
             return
         kwargs["poolclass"] = stated or QueriesPool
-        kwargs.update({name: said[name][0] for name in PARAMETERS if name in said})
+        kwargs.update({name: said[name][0] for name in NAMES if name in said})
 
     def update_url(self, url: URL) -> URL:
         """Return the URL without the parameters of the pool."""
-        return url.difference_update_query(PARAMETERS)
+        return url.difference_update_query(NAMES)
 
 
 def _values(query: Mapping[str, Any], name: str) -> list[str]:
@@ -91,19 +64,19 @@ def _values(query: Mapping[str, Any], name: str) -> list[str]:
 
 
 def _refuse_misspelt(name: str) -> None:
-    """One that is like none of ours is the driver's, or SQLAlchemy's."""
-    known = {_plain(parameter): parameter for parameter in PARAMETERS}
-    # `timeout` is an option of sqlite3's own, and `id` is too short to be like anything.
-    bare = {parameter.removeprefix("pool_"): parameter for parameter in PARAMETERS}
-    known |= {_plain(short): bare[short] for short in bare if short not in ("timeout", "id")}
-    spellings = dict.fromkeys([_plain(name).removeprefix("pool"), _plain(name)])
-    if close := [c for s in spellings for c in difflib.get_close_matches(s, known, 1, LIKENESS)]:
+    """A name that is like none of ours is the driver's, or SQLAlchemy's."""
+    if name == "timeout":  # sqlite3's own
+        return
+    known = {_plain(ours): ours for ours in NAMES}
+    if close := difflib.get_close_matches(_plain(name), known, 1, LIKENESS):
         raise ParameterError(
-            f"the URL's parameter {shown(name)} is not valid: write {known[close[0]]}, which is the nearest "
-            f"of what plugin=queries takes ({', '.join(PARAMETERS)})"
+            f"the URL parameter {shown(name)} is not known: did you mean {known[close[0]]}? plugin=queries "
+            f"takes {', '.join(NAMES)}"
         )
 
 
 def _plain(name: str) -> str:
-    """A name without what people get wrong first: case, hyphens and underscores."""
-    return name.lower().replace("-", "").replace("_", "")
+    """A name without what people get wrong first: case, hyphens, underscores and the prefix."""
+    plain = name.lower().replace("-", "").replace("_", "")
+    bare = plain.removeprefix("pool")
+    return bare if len(bare) > len("id") else plain  # `id` is like many names

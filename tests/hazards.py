@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import inside
 from sqlalchemy import Engine
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
-from sqla_queries_pool.audit import check
+from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.pool import Pool
 
 DEADLINE = 20.0
@@ -143,7 +144,7 @@ def pool_of(engine: Engine) -> QueriesPool:
 
 def report(pool: QueriesPool) -> dict[str, Any]:
     """What is reported about a pool, without the many that other tests have left."""
-    return pool._shared.report()
+    return inside.shared(pool).report()
 
 
 def free_port() -> int:
@@ -157,22 +158,23 @@ def free_port() -> int:
 def settled(shared: Pool) -> bool:
     """Nobody has a connection, opens or closes one, or waits for one; no letter is unread, no pause is on."""
     n = shared.numbers
-    pause = shared._ledger.refusals and shared.now() < shared._ledger.retry_at
-    return not (n.held or n.opening or n.closing or n.waiting or shared._inbox or pause)
+    pause = inside.ledger(shared).backoff.pausing(inside.now(shared))
+    return not (n.held or n.opening or n.closing or n.waiting or inside.inbox(shared) or pause)
 
 
 def assert_whole(pool: QueriesPool, eventually: Callable[..., None], size: int | None = None) -> None:
     """Everything was given back, and the whole budget can be had again."""
-    shared = pool._shared
+    shared = inside.shared(pool)
     eventually(lambda: settled(shared), f"everything given back: {shared!r}")
-    shared._decide(check, shared._ledger)
-    timeout, pool._timeout = pool._timeout, 0
+    inside.decide(shared, check, inside.ledger(shared))
+    timeout = pool.timeout()
+    inside.set_timeout(pool, 0)
     try:
         out = [pool.connect() for _ in range(size or pool.size())]
     except CheckoutTimeout as error:
         raise AssertionError(f"a slot was lost: {error}") from None
     finally:
-        pool._timeout = timeout
+        inside.set_timeout(pool, timeout)
     assert len({id(fairy.dbapi_connection) for fairy in out}) == len(out), "one was handed out twice"
     for fairy in out:
         fairy.close()

@@ -1,4 +1,4 @@
-"""Around a ledger, what ``Pool`` is in earnest: a clock, an inbox, hands; and fakes of what it books.
+"""What ``Pool`` is around a ledger: a clock, an inbox, the work that is done; and fakes of what it counts.
 
 Nothing happens by itself: the clock moves when it is moved, work is done when somebody does it.
 """
@@ -7,28 +7,29 @@ from __future__ import annotations
 
 import math
 import weakref
+from collections import Counter
 from collections.abc import Callable
 from itertools import count
 from typing import Any
 
-from sqla_queries_pool.audit import check
-from sqla_queries_pool.ledger import GRACE, LOWERED, PATIENCE, Ledger
-from sqla_queries_pool.patience import LONGEST, WORTH_IT
-from sqla_queries_pool.slots import (
+from sqla_queries_pool.budget import closing, locks
+from sqla_queries_pool.budget.audit import check
+from sqla_queries_pool.budget.choice import PATIENCE, may_wait
+from sqla_queries_pool.budget.ledger import LOWERED, Ledger
+from sqla_queries_pool.budget.locks import GRACE
+from sqla_queries_pool.budget.queue import LONGEST, WORTH_IT
+from sqla_queries_pool.budget.slots import (
     HELD,
-    LENT,
+    LOCKED,
+    TRANSITIONS,
     Attachment,
-    Close,
-    Due,
     EntryRef,
     Permit,
     Quota,
-    Reset,
-    Resetter,
+    Rejected,
     Slot,
-    TurnedAway,
-    Wake,
 )
+from sqla_queries_pool.budget.work import Close, Due, Reset, Resetter, Wake
 
 
 class Handle:
@@ -39,8 +40,14 @@ class Session:
     """Who locks connections through the queries API."""
 
 
+STATE: Any = vars(Slot)["state"]
+"""What the state of a slot is stored in."""
+SEEN: Counter[tuple[str, str]] = Counter()
+"""How often the state of a slot was changed from one to another, by anything."""
+
+
 class NumberedSlot(Slot):
-    """A slot that can be put in an order that is the same in every run."""
+    """A slot that can be put in an order that is the same in every run, and that knows its transitions."""
 
     __slots__ = ("number",)
     numbers = count()
@@ -48,6 +55,19 @@ class NumberedSlot(Slot):
     def __init__(self, handle: Handle | None = None) -> None:
         super().__init__(handle)
         self.number = next(self.numbers)
+
+    @property
+    def state(self) -> str:
+        """The slot's own, and what it changes from and to is written down in :data:`SEEN`."""
+        return STATE.__get__(self)
+
+    @state.setter
+    def state(self, state: str) -> None:
+        before = getattr(self, "state", None)
+        STATE.__set__(self, state)
+        if before is not None:
+            assert (before, state) in TRANSITIONS, f"{before} to {state} is in no table"
+            SEEN[before, state] += 1
 
 
 class Record:
@@ -59,16 +79,18 @@ class Record:
         """Weak: which engine's."""
 
 
-class Gate:
+class CheckedWaiter:
     """A waiter that notices when it is answered twice, after it left, or out of turn."""
 
-    def __init__(self, attachment: Attachment, line: list[Gate]) -> None:
+    def __init__(self, attachment: Attachment, queue: list[CheckedWaiter]) -> None:
         self.attachment = attachment
         self.holder = object()
-        """Everybody who waits is somebody else."""
+        """Each waiter is another holder."""
         self.since = 0.0
-        self.line = line
-        """Who waits for the same engine, in order of arrival, by the tests' own bookkeeping."""
+        self.before = 0
+        self.label: str | None = None
+        self.queue = queue
+        """The waiters of the same engine, in order of arrival, as the tests count them."""
         self.opened = False
         self._answer: Any = None
 
@@ -81,26 +103,30 @@ class Gate:
     def answer(self, entry: Any) -> None:
         assert entry is not None
         assert self._answer is None, "answered twice"
-        assert self in self.line, "answered, but it does not wait"
-        assert self.line[0] is self, "answered out of turn"
-        self.line.remove(self)
+        assert self in self.queue, "answered, but it does not wait"
+        assert self.queue[0] is self, "answered out of turn"
+        self.queue.remove(self)
         self._answer = entry
 
-    def open(self) -> None:
+    def wait(self, seconds: float) -> None:
+        """Nothing waits in virtual time."""
+        raise AssertionError("the ledger waits for nothing")
+
+    def wake(self) -> None:
         """Wake it."""
         assert self._answer is not None, "woken for nothing"
         assert not self.opened, "woken twice"
         self.opened = True
 
 
-class Books:
+class Simulator:
     """A ledger and what surrounds it; after each operation everything that must hold is checked."""
 
     def __init__(self) -> None:
         self.now = 0.0
         self.ledger = Ledger(self._entry_died, NumberedSlot)
         self.inbox: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
-        """What died, and has not been told to the ledger: each time the last argument is missing."""
+        """What died, and the ledger has not been told: each time the last argument is missing."""
         self.todo: list[Wake | Close | Reset] = []
         """Work that nobody has done yet."""
         self.unlocked: dict[Slot, Resetter] = {}
@@ -109,11 +135,11 @@ class Books:
         """When the housekeeper will come, by what it was told."""
         self.sockets: dict[Handle, Slot] = {}
         """What is open and neither detached nor lost sight of."""
-        self.lines: weakref.WeakKeyDictionary[Attachment, list[Gate]] = weakref.WeakKeyDictionary()
-        """Who waits for which engine, in order of arrival."""
-        self.moved: weakref.WeakKeyDictionary[Attachment, tuple[weakref.ref[Gate], float]]
+        self.queues: weakref.WeakKeyDictionary[Attachment, list[CheckedWaiter]] = weakref.WeakKeyDictionary()
+        """The waiters of each engine, in order of arrival."""
+        self.moved: weakref.WeakKeyDictionary[Attachment, tuple[weakref.ref[CheckedWaiter], float]]
         self.moved = weakref.WeakKeyDictionary()
-        """Who is the first in each line, and since when."""
+        """The first waiter of each queue, and since when it is the first."""
         self.refusals = 0
         """How many pauses there were, one after the other, since the server has refused a connection."""
         self.pause_length = 0.0
@@ -123,6 +149,8 @@ class Books:
         """How many were let connect while the server refused."""
         self.parents: list[Any] = []
         """What the process from which this one was forked had."""
+        self.kept: list[Any] = []
+        """What a test keeps alive."""
         self.sound = True
         """Did the last operation end, and was nothing found wrong after it?"""
         self.sweep()  # PoolManager.create does so, too
@@ -142,26 +170,26 @@ class Books:
             self._run(operation, (*args, self.now))
         self.check()
 
-    def insist(self, waiter: Gate, last: bool = False) -> None:
+    def insist(self, waiter: CheckedWaiter, last: bool = False) -> None:
         """A waiter asks again: at moments of its own, so that others are served or come before it does."""
         self.decide(self.ledger.insist, waiter, self.now, last)
 
     def all_insist(self) -> None:
-        """Everybody who waits asks again: then what time has made spare is waited for by nobody."""
+        """Each waiter asks again: then no waiter waits for what time has made spare."""
         self.settle()
-        for waiter in [waiter for line in self.lines.values() for waiter in line]:
+        for waiter in [waiter for queue in self.queues.values() for waiter in queue]:
             self.insist(waiter)
         check(self.ledger, self.now)
         if self.refusals:
             return  # it may wait for the server, whatever is idle
-        idle = any(a.idle for a in self.lines) or self.ledger.by_hand.idle
-        for attachment, line in self.lines.items():
+        idle = any(a.idle for a in self.queues) or self.ledger.by_hand.idle
+        for attachment, queue in self.queues.items():
             room = not attachment.quota.full and len(self.ledger.slots) < self.ledger.limit
-            stands = bool(line) and self.now - self.moved[attachment][1] >= LONGEST
+            stands = bool(queue) and self.now - self.moved[attachment][1] >= LONGEST
             assert not (room and stands), "waits for what is out, and could have connected meanwhile"
             longest = max(PATIENCE, self.ledger.mean_connect)
-            patient = bool(line) and self.now - line[0].since >= longest
-            patient = patient and not self.ledger.may_wait(attachment, line[0].holder, self.now)
+            patient = bool(queue) and self.now - queue[0].since >= longest
+            patient = patient and not may_wait(self.ledger, attachment, queue[0].holder, self.now)
             assert not (patient and idle and not attachment.quota.full), "waits beside what is idle"
 
     def _run(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -204,25 +232,25 @@ class Books:
         check(ledger)
         everyone = [a for ref in ledger.attachments if (a := ref())]
         for attachment in everyone:
-            line = self.lines[attachment]
-            assert list(attachment.line) == line, "the line is not the one that formed"
+            queue = self.queues[attachment]
+            assert list(attachment.queue) == queue, "the queue is not the one that formed"
             first = self.moved.get(attachment)
-            if line and (first is None or first[0]() is not line[0]):
-                self.moved[attachment] = weakref.ref(line[0]), self.now
+            if queue and (first is None or first[0]() is not queue[0]):
+                self.moved[attachment] = weakref.ref(queue[0]), self.now
             assert all(e.owner is attachment.ref for e in [*attachment.idle, *attachment.hollow])
             assert all(e.slot.home is attachment.ref for e in [*attachment.idle, *attachment.hollow])
         for attachment in [*everyone, ledger.by_hand]:
             for entry in [*attachment.idle, *attachment.hollow]:
                 assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
-            stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.lent)
+            stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.locked)
             assert not stale or self.told <= self.now + GRACE, "nobody was told of a stale lock"
-        assert ledger.refusals == self.refusals
-        assert not self.refusals or ledger.retry_at == self.pause_ends
+        assert ledger.backoff.refusals == self.refusals
+        assert not self.refusals or ledger.backoff.retry_at == self.pause_ends
         closes = [item.slot for item in self.todo if isinstance(item, Close)]
         assert len(closes) == len(set(closes)), "to be closed twice"
         numbers = ledger.numbers()
-        assert numbers.held == sum(slot.state in (HELD, LENT) for slot in ledger.slots)
-        assert numbers.waiting == sum(map(len, self.lines.values()))
+        assert numbers.held == sum(slot.state in (HELD, LOCKED) for slot in ledger.slots)
+        assert numbers.waiting == sum(map(len, self.queues.values()))
         # A socket whose slot gave way is counted by the permission to open that it gave way to.
         uncounted = sum(slot not in ledger.slots for slot in self.sockets.values())
         assert uncounted <= sum(slot.handle is None for slot in ledger.opening), "open, but not counted"
@@ -242,11 +270,17 @@ class Books:
         self.todo.clear()
         self.unlocked.clear()
         self.sockets.clear()
-        for line in self.lines.values():
-            line.clear()
+        for queue in self.queues.values():
+            queue.clear()
         self.refusals = 0
         self.told = math.inf
-        self.decide(self.ledger.start_anew, self.now)
+        parents = self.ledger
+
+        def in_child() -> Any:
+            self.ledger, work = parents.in_child(self.now)
+            return work
+
+        self.decide(in_child)
 
     # -- engines -----------------------------------------------------------------------------------
 
@@ -255,7 +289,7 @@ class Books:
     ) -> Attachment:
         """Attach an engine; with ``quota`` one that was made by ``recreate()``."""
         attachment = Attachment(quota or Quota(ceiling), ttl, lifo)
-        self.lines[attachment] = []
+        self.queues[attachment] = []
         self.decide(self.ledger.attach, attachment, self._engine_died, self.now)
         return attachment
 
@@ -267,57 +301,57 @@ class Books:
     def take(self, attachment: Attachment, holder: object = 0) -> Any:
         """A checkout that does not wait."""
         fresh = not self.inbox
-        line = list(self.lines[attachment])
+        queue = list(self.queues[attachment])
         others = [s for s in self.ledger.slots if s.state is HELD and s.home is attachment.ref]
         out = any(slot.holder is not holder for slot in others)
         waits = fresh and out and self.ledger.mean_connect >= WORTH_IT and not self.refusals
         entry = self.decide(self.ledger.take, attachment, holder, self.now)
-        assert entry is None or not (fresh and line), "a newcomer has overtaken who waits"
+        assert entry is None or not (fresh and queue), "a newcomer has overtaken a waiter"
         assert not (waits and isinstance(entry, Permit)), "opens another although one is out"
         return entry
 
     def wait(self, attachment: Attachment, since: float | None = None) -> Any:
         """A checkout that waits: what it gets at once, or the waiter.
 
-        :param since: it waited before, since then, and was refused: it goes before who came later.
+        :param since: it waited before, since then, and was refused: it goes before those that came later.
         """
-        line = self.lines[attachment]
-        waiter = Gate(attachment, line)
+        queue = self.queues[attachment]
+        waiter = CheckedWaiter(attachment, queue)
         came = self.now if since is None else since
-        line.insert(sum(other.since <= came for other in line), waiter)
+        queue.insert(sum(other.since <= came for other in queue), waiter)
 
         def join() -> Any:
             entry = self.ledger.take(attachment, waiter.holder, self.now)
             if entry is not None:
-                line.remove(waiter)
+                queue.remove(waiter)
             else:
-                self.ledger.line_up(waiter, self.now, since)
+                self.ledger.enqueue(waiter, self.now, since)
                 assert waiter.since == came
             return entry
 
         entry = self.decide(join)
         return waiter if entry is None else entry
 
-    def leave(self, waiter: Gate) -> Any:
+    def leave(self, waiter: CheckedWaiter) -> Any:
         """A waiter gives up; return what it was given meanwhile."""
 
         def leave() -> Any:
-            if waiter in waiter.line:
-                waiter.line.remove(waiter)
+            if waiter in waiter.queue:
+                waiter.queue.remove(waiter)
             return self.ledger.leave(waiter)
 
         return self.decide(leave)
 
-    def turn_away(self, waiter: Gate, new: bool = False) -> TurnedAway | None:
+    def reject(self, waiter: CheckedWaiter, new: bool = False) -> Rejected | None:
         """A waiter asks whether it may wait at all, or for longer."""
 
-        def turn_away() -> TurnedAway | None:
-            away = self.ledger.turn_away(waiter, self.now, new)
+        def reject() -> Rejected | None:
+            away = self.ledger.reject(waiter, self.now, new)
             if away is not None:
-                waiter.line.remove(waiter)
+                waiter.queue.remove(waiter)
             return away
 
-        away: TurnedAway | None = self.decide(turn_away)
+        away: Rejected | None = self.decide(reject)
         return away
 
     def give(self, attachment: Attachment, entry: Any) -> None:
@@ -371,7 +405,7 @@ class Books:
             self.pause_ends = self.now + length
             return length
 
-        self.decide(self.ledger.refused, pauses, self.now)
+        self.decide(self.ledger.backoff.refused, pauses, self.now)
         assert self.refusals, "a refusal that nobody takes notice of"
         return bool(began)
 
@@ -417,18 +451,18 @@ class Books:
 
         return None if self.decide(add) is None else slot
 
-    def lend(self, slot: Slot, session: Session) -> bool:
+    def lock(self, slot: Slot, session: Session) -> bool:
         """Lock a connection for a session."""
 
         def died(ref: weakref.ref[Session]) -> None:
-            self.inbox.append((self.ledger.session_died, (slot, ref)))
+            self.inbox.append((locks.session_died, (self.ledger, slot, ref)))
 
-        return bool(self.decide(self.ledger.lend, slot, weakref.ref(session, died), self.now))
+        return bool(self.decide(locks.lock, self.ledger, slot, weakref.ref(session, died), self.now))
 
     def unlock(self, slot: Slot, if_stale: bool = False) -> bool:
         """Take a session's lock off; its reset is work to be done."""
         resetter = Resetter()
-        unlocked: bool = self.decide(self.ledger.unlock, slot, weakref.ref(resetter), if_stale)
+        unlocked: bool = self.decide(locks.unlock, self.ledger, slot, weakref.ref(resetter), if_stale)
         if unlocked:
             self.unlocked[slot] = resetter
             self.todo.append(Reset(slot))
@@ -436,10 +470,10 @@ class Books:
 
     def unlock_stale(self, attachment: Attachment) -> None:
         """Take the locks off that dead sessions left; the resets are work to be done."""
-        for slot in self.decide(self.ledger.stale, attachment):
+        for slot in self.decide(locks.stale, self.ledger, attachment):
             self.unlock(slot, True)
 
-    # -- the hands ---------------------------------------------------------------------------------
+    # -- the work ----------------------------------------------------------------------------------
 
     def sweep(self) -> None:
         """The housekeeper comes."""
@@ -450,20 +484,20 @@ class Books:
         """Do one piece of work; a reset may fail."""
         self.todo.remove(item)
         if isinstance(item, Wake):
-            item.waiter.open()
+            item.waiter.wake()
         elif isinstance(item, Close):
             self.unplug(item.slot)
-            self.decide(self.ledger.closed, item.slot, self.now)
+            self.decide(self.ledger.closed, item.slot, None, self.now)
         else:
             resetter = self.unlocked.pop(item.slot, None)
             if resetter is None:
                 resetter = Resetter()
-                if not self.decide(self.ledger.unlock, item.slot, weakref.ref(resetter), True):
+                if not self.decide(locks.unlock, self.ledger, item.slot, weakref.ref(resetter), True):
                     return
             if succeeds:
-                self.decide(self.ledger.give_lent, item.slot, self.now)
+                self.decide(locks.give_back, self.ledger, item.slot, self.now)
             else:
-                self.decide(self.ledger.close_one, item.slot, True)
+                self.decide(closing.close_one, self.ledger, item.slot, True)
 
     def do_all(self) -> None:
         """Do all work, also what comes of it."""

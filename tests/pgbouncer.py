@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import psycopg2
 from sqlalchemy import URL
 
-from sqla_queries_pool.embedded import EmbeddedPostgres, _account, _free_port
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres, _account, _free_port
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from 3.11 on

@@ -45,7 +45,7 @@ import psycopg2
 from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 from sqla_queries_pool.errors import (
     ConnectionBusyError,
     ConnectionNotFoundError,
@@ -132,7 +132,7 @@ class Log(logging.Handler):
     EXPECTED = (
         "Exception during reset or similar",
         "%s: could not renew",
-        "%s: could not open a spare connection",
+        "%s: could not open a connection for min_size",
         "%s: closing %r: rollback failed",
     )
 

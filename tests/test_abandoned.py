@@ -9,6 +9,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import psycopg2
 import pytest
 from hazards import Ring, Thread, assert_whole, new_pid, new_pool, pool_of, settled
@@ -16,8 +17,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.housekeeping import Housekeeper
-from sqla_queries_pool.pool import garbage
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 
 Eventually = Callable[..., None]
 SEED = 20261122
@@ -41,7 +41,7 @@ def hungry_collector() -> Iterator[None]:
 @pytest.fixture
 def no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The collector does not run by itself; who waits may ask for it, however short ago another test did."""
-    monkeypatch.setattr(garbage, "_next_collection", 0.0)
+    inside.next_collection(monkeypatch, 0.0)
     gc.disable()
     yield
     gc.enable()
@@ -161,7 +161,7 @@ def test_abandoned_transactions_are_rolled_back_before_anyone_gets_the_connectio
 
     run(16, work)
     gc.collect()
-    shared = pool_of(engines[0])._shared
+    shared = inside.shared(pool_of(engines[0]))
     eventually(lambda: settled(shared), f"everything given back: {shared!r}")
     assert pg_observer.backends(database(pg_url), "idle in transaction") == 0
     for engine in engines:
@@ -236,8 +236,8 @@ def test_300_engines_that_were_dropped_leave_nothing(
         engine = create_engine(pg_url, poolclass=QueriesPool, max_size=4, idle_ttl=0.2)
         engines.add(engine)
         if number == 0:
-            shared = pool_of(engine)._shared
-            shared.housekeeper = Housekeeper()  # which knows of no other test's pools
+            shared = inside.shared(pool_of(engine))
+            inside.set_housekeeper(Housekeeper(), shared)  # which knows of no other test's pools
         with engine.connect() as connection:
             connection.execute(text("SELECT 1"))
         if number % 10 == 0:
@@ -245,15 +245,15 @@ def test_300_engines_that_were_dropped_leave_nothing(
     assert most <= 5
     pid = pool_of(engine).pid
     assert pid in PoolManager.instance()
-    assert pool_of(engine)._shared is shared
+    assert inside.shared(pool_of(engine)) is shared
     del engine, connection
     gc.collect()
     assert not list(engines)
     eventually(lambda: pg_observer.backends(name) == 0, "no backend is left")
     eventually(lambda: pid not in PoolManager.instance(), "no registry entry is left")
-    assert pid not in PoolManager._pools
-    threads = [shared.housekeeper._thread, shared._worker._thread]
-    eventually(lambda: not any(thread._running.locked() for thread in threads), "no thread is left")
+    assert pid not in inside.pools()
+    threads = [inside.housekeeper(shared), inside.worker(shared)]
+    eventually(lambda: not any(inside.thread_runs(thread) for thread in threads), "no thread is left")
 
 
 @pytest.mark.usefixtures("no_collector")
@@ -266,7 +266,7 @@ def test_what_a_dropped_engine_had_out_passes_on_to_who_waits(
     held = [dropped.connect(), dropped.connect()]
     for connection in held:
         connection.execute(text("SELECT 1"))
-    shared = pool_of(other)._shared
+    shared = inside.shared(pool_of(other))
     waiting = [Thread(other.connect), Thread(other.connect)]
     eventually(lambda: shared.numbers.waiting == 2, "both wait")
     died = weakref.ref(dropped)
@@ -317,7 +317,7 @@ def test_a_session_that_dies_with_a_lock_leaves_no_transaction_open(
     """It is rolled back or closed by `clean`, by the housekeeper, and before anyone else gets the slot."""
     name = database(pg_url)
     engine = new_engine(max_size=1, pool_timeout=10.0)
-    shared, pid = pool_of(engine)._shared, pool_of(engine).pid
+    shared, pid = inside.shared(pool_of(engine)), pool_of(engine).pid
     session: Any = Session()
     if owner == "by hand":
         handle = raw(pg_url)

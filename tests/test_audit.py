@@ -1,4 +1,4 @@
-"""The audit: the books are broken in every way that it looks for, and put right; and never without need."""
+"""The audit: the ledger is broken in every way that it looks for, and put right; and never without need."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from conftest import Observer
 from fakes import FakeConnection, FakeDriver
@@ -19,11 +20,13 @@ from sqlalchemy import Engine, create_engine, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
-from sqla_queries_pool.audit import COLLECTED, Audit, Finding, check
-from sqla_queries_pool.audit import mend as audit_mend
-from sqla_queries_pool.gates import ThreadGate
-from sqla_queries_pool.pool import Pool, core
-from sqla_queries_pool.slots import CLOSING, GONE, HELD, LENT, OPENING, Permit
+from sqla_queries_pool.budget import closing
+from sqla_queries_pool.budget.audit import COLLECTED, PROXY_GONE, Audit, Finding, check
+from sqla_queries_pool.budget.audit import mend as audit_mend
+from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LOCKED, OPENING, Permit
+from sqla_queries_pool.concurrency.threads import ThreadWaiter
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.runtime import checkout
 
 Eventually = Callable[..., None]
 PASSWORD = "Conspicuous/Pa55word"
@@ -41,8 +44,8 @@ class Scene:
         self.pid = new_pid()
         self.pool = self.engine()
         self.other = self.engine()
-        self.shared: Pool = self.pool._shared
-        self.ledger = self.shared._ledger
+        self.shared: Pool = inside.shared(self.pool)
+        self.ledger = inside.ledger(self.shared)
         self.kept: list[Any] = []
 
     def engine(self, **kw: Any) -> QueriesPool:
@@ -51,50 +54,52 @@ class Scene:
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
         """Nobody is told of the death of what is bound in here, as if its callback had been interrupted."""
-        told, self.ledger._on_lost = self.ledger._on_lost, lambda _: None
+        hear = inside.deafen(self.ledger)
         try:
             yield
         finally:
-            self.ledger._on_lost = told
+            hear()
 
     def idle(self) -> Any:
         """The record of an idle connection."""
         self.pool.connect().close()
-        return self.pool._attachment.idle[-1]
+        return inside.attachment(self.pool).idle[-1]
 
     def taken_away(self) -> Any:
         """The record of an idle connection that was taken out of the list behind the ledger's back."""
         self.idle()
-        self.kept.append(self.pool._attachment.idle.pop())
+        self.kept.append(inside.attachment(self.pool).idle.pop())
         return self.kept[-1]
 
     def out(self) -> Any:
         """The record of a connection that is out."""
         fairy: Any = self.pool.connect()
         self.kept.append(fairy)
-        return fairy._connection_record
+        return inside.record(fairy)
 
     def added(self) -> tuple[Any, Session]:
-        """A slot that was added by hand, and who has locked it."""
+        """A slot that was added by hand, and the session that has locked it."""
         handle, session = self.driver.connect(), Session()
         PoolManager.add(self.pid, handle)
         PoolManager.lock(self.pid, handle, session)
         self.kept.append(session)
-        return self.shared._by_handle[id(handle)], session
+        return inside.by_handle(self.shared)[id(handle)], session
 
     def assert_right(self, eventually: Eventually) -> None:
-        """The books agree with themselves, the whole budget can be had, and the sockets are those counted."""
+        """The ledger agrees with itself, the whole budget can be had, and the sockets are those counted."""
         for pool in (self.pool, self.other):
             assert_whole(pool, eventually)
         shared = self.shared
-        eventually(lambda: len(self.driver.live) == shared.numbers.open == len(shared._by_handle), "sockets")
+        eventually(
+            lambda: len(self.driver.live) == shared.numbers.open == len(inside.by_handle(shared)), "sockets"
+        )
         assert self.driver.peak <= 2 + len([one for one in self.kept if one is STRAY])
-        shared._decide(check, self.ledger)
+        inside.decide(shared, check, self.ledger)
 
 
 def mend(shared: Pool) -> None:
     """What looks wrong a moment later, too, is mended: it may have been under way at the first look."""
-    eventually(lambda: not shared.mend(), "nothing looks wrong for the first time")
+    eventually(lambda: not inside.upkeep(shared).mend(), "nothing looks wrong for the first time")
 
 
 STRAY = object()
@@ -107,54 +112,54 @@ STRAY = object()
 def a_record_that_died_unheard(scene: Scene) -> str:
     """A checkout was lost together with the callback of the record."""
     with scene.deaf():
-        slot = scene.pool._do_get().slot  # type: ignore[attr-defined]
+        slot = inside.do_get(scene.pool).slot
     assert slot.state == HELD
-    return "held, but its holder is gone"
+    return "held, but its holder no longer exists"
 
 
 def a_permit_that_died_unheard(scene: Scene) -> str:
     """The same before the connection was opened."""
     with scene.deaf():
-        slot = scene.shared.take(scene.pool._attachment).slot
+        slot = inside.checkouts(scene.shared).take(inside.attachment(scene.pool)).slot
     assert slot.state == OPENING
-    return "opening, but its holder is gone"
+    return "opening, but its holder no longer exists"
 
 
 def a_permit_without_an_entry(scene: Scene) -> str:
     """Interrupted before it was said what stands for the slot."""
-    permit = scene.shared.take(scene.pool._attachment)
+    permit = inside.checkouts(scene.shared).take(inside.attachment(scene.pool))
     permit.slot.entry = None
-    return "opening, but its holder is gone"
+    return "opening, but its holder no longer exists"
 
 
 def an_idle_connection_in_no_list(scene: Scene) -> str:
     """Interrupted on the way from one list to the other; the record lives."""
     scene.taken_away()
-    return "idle, but in no list"
+    return "idle, but not in the list of idle connections"
 
 
 def an_idle_connection_whose_record_died(scene: Scene) -> str:
     """The same, and the record has died unheard."""
     with scene.deaf():
         scene.idle()
-    scene.pool._attachment.idle.clear()
-    return "idle, but in no list"
+    inside.attachment(scene.pool).idle.clear()
+    return "idle, but not in the list of idle connections"
 
 
 def a_hollow_entry_in_no_list(scene: Scene) -> str:
     """The same without a connection."""
     fairy = scene.pool.connect()
     fairy.invalidate()
-    scene.kept.append(scene.pool._attachment.hollow.pop())
-    return "idle, but in no list"
+    scene.kept.append(inside.attachment(scene.pool).hollow.pop())
+    return "idle, but not in the list of idle connections"
 
 
 def a_stale_lock_in_no_list(scene: Scene) -> str:
     """A connection that was added by hand and locked by a session that is dead, and the list has lost it."""
     slot, session = scene.added()
     scene.kept.remove(session)
-    del scene.ledger.by_hand.lent[slot]
-    return "locked, but in no list"
+    del scene.ledger.by_hand.locked[slot]
+    return "locked, but not in the list of locked connections"
 
 
 def an_engines_stale_lock_in_no_list(scene: Scene) -> str:
@@ -162,35 +167,35 @@ def an_engines_stale_lock_in_no_list(scene: Scene) -> str:
     record = scene.idle()
     PoolManager.lock(scene.pid, record.dbapi_connection, Session())
     scene.kept.append(record)
-    scene.pool._attachment.lent.clear()
-    return "locked, but in no list"
+    inside.attachment(scene.pool).locked.clear()
+    return "locked, but not in the list of locked connections"
 
 
 def a_close_that_was_dropped(scene: Scene) -> str:
     """The work of closing has got lost; the record lives."""
     scene.kept.append(scene.idle())
-    scene.shared._decide(scene.ledger.close_idle, scene.pool._attachment, "test")
-    return "to be closed, but nobody does"
+    inside.decide(scene.shared, scene.ledger.close_idle, inside.attachment(scene.pool), "test")
+    return "due to be closed, but nobody closes it"
 
 
 def a_close_of_what_was_added_by_hand_that_was_dropped(scene: Scene) -> str:
     """The same where there is no record."""
     handle = scene.driver.connect()
     PoolManager.add(scene.pid, handle)
-    scene.shared._decide(scene.ledger.close_one, scene.shared._by_handle[id(handle)])
-    return "to be closed, but nobody does"
+    inside.decide(scene.shared, closing.close_one, scene.ledger, inside.by_handle(scene.shared)[id(handle)])
+    return "due to be closed, but nobody closes it"
 
 
 def a_close_that_nobody_knows(scene: Scene) -> str:
     """Interrupted before the work was noted."""
     scene.taken_away().slot.state = CLOSING
-    return "to be closed, but nobody does"
+    return "due to be closed, but nobody closes it"
 
 
 def a_slot_that_is_gone_and_counts(scene: Scene) -> str:
     """Interrupted while it was struck off."""
     scene.taken_away().slot.state = GONE
-    return "gone, but counted"
+    return "removed, but still counted"
 
 
 LOSSES = [
@@ -213,84 +218,84 @@ LOSSES = [
 def an_opening_too_many(scene: Scene) -> str:
     """Of an idle connection it stands that it is being opened."""
     scene.ledger.opening.add(scene.idle().slot)
-    return "what is being opened was miscounted"
+    return "the connections being opened were miscounted"
 
 
 def an_opening_too_few(scene: Scene) -> str:
     """Of one that is being opened it does not."""
-    permit = scene.shared.take(scene.pool._attachment)
+    permit = inside.checkouts(scene.shared).take(inside.attachment(scene.pool))
     scene.kept.append(permit)
     scene.ledger.opening.clear()
-    return "what is being opened was miscounted"
+    return "the connections being opened were miscounted"
 
 
 def a_closing_too_many(scene: Scene) -> str:
     """Of an idle connection it stands that it is being closed."""
-    scene.ledger.closing[scene.idle().slot] = weakref.ref(Session())  # type: ignore[assignment]
-    return "what is being closed was miscounted"
+    scene.ledger.closing[scene.idle().slot] = weakref.ref(Session())
+    return "the connections being closed were miscounted"
 
 
 def a_closing_of_what_is_gone(scene: Scene) -> str:
     """Interrupted in the middle of being struck off."""
     slot = scene.taken_away().slot
-    scene.kept.append(scene.shared._decide(scene.ledger._close, scene.kept[-1], "test"))
-    scene.shared._drop_handle(slot)
+    scene.kept.append(inside.decide(scene.shared, scene.ledger.close, scene.kept[-1], "test"))
+    inside.connections(scene.shared).drop(slot)
     slot.state = GONE
     scene.ledger.slots.discard(slot)
-    return "what is being closed was miscounted"
+    return "the connections being closed were miscounted"
 
 
 def an_idle_list_with_what_is_out(scene: Scene) -> str:
     """The next checkout would get what somebody has."""
-    scene.pool._attachment.idle.append(scene.out())
-    return "a list of idle connections had others in it"
+    inside.attachment(scene.pool).idle.append(scene.out())
+    return "a list of idle connections contained others"
 
 
 def an_idle_list_with_what_is_gone(scene: Scene) -> str:
     """The next checkout would get what counts nowhere."""
     record = scene.idle()
-    scene.shared._drop_handle(record.slot)
-    scene.ledger._strike(record.slot)
-    return "a list of idle connections had others in it"
+    inside.connections(scene.shared).drop(record.slot)
+    inside.step(scene.ledger, "remove")(record.slot)
+    return "a list of idle connections contained others"
 
 
 def a_hollow_list_with_what_is_out(scene: Scene) -> str:
     """The same without a connection."""
-    scene.pool._attachment.hollow.append(scene.out())
-    return "a list of idle connections had others in it"
+    inside.attachment(scene.pool).hollow.append(scene.out())
+    return "a list of idle connections contained others"
 
 
 def a_lock_of_what_is_idle(scene: Scene) -> str:
     """Interrupted while it was locked: it is in both lists."""
     record = scene.idle()
-    scene.pool._attachment.lent[record.slot] = record
-    return "a list of locked connections had others in it"
+    inside.attachment(scene.pool).locked[record.slot] = record
+    return "a list of locked connections contained others"
 
 
-def an_answered_one_in_line(scene: Scene) -> str:
-    """Who has its answer, and has left the line only in part."""
-    waiter = ThreadGate(scene.pool._attachment, threading.get_ident())
+def an_answered_one_in_a_queue(scene: Scene) -> str:
+    """A waiter that has its answer, and has left the queue only in part."""
+    waiter = ThreadWaiter(inside.attachment(scene.pool), threading.get_ident())
     waiter.answer = scene.idle()
-    scene.pool._attachment.line[waiter] = None
-    scene.ledger.lines[scene.pool._attachment] = None
-    return "one who had been answered was still in line"
+    inside.attachment(scene.pool).queue[waiter] = None
+    scene.ledger.queues[inside.attachment(scene.pool)] = None
+    return "a checkout that had its answer was still in the queue"
 
 
 def a_quota_with_what_is_gone(scene: Scene) -> str:
     """An engine counts a slot that is gone."""
-    scene.pool._attachment.quota.slots.add(scene.shared._new_connection())
+    inside.attachment(scene.pool).quota.slots.add(inside.new_slot(scene.shared))
     return "an engine's connections were miscounted"
 
 
 def a_quota_without_what_is_its(scene: Scene) -> str:
     """An engine does not count a slot that it has."""
-    scene.pool._attachment.quota.slots.discard(scene.idle().slot)
+    inside.attachment(scene.pool).quota.slots.discard(scene.idle().slot)
     return "an engine's connections were miscounted"
 
 
 def a_socket_that_counts_nowhere(scene: Scene) -> str:
     """Interrupted between striking off and closing."""
-    scene.ledger._strike(scene.taken_away().slot)
+    inside.step(scene.ledger, "remove")(scene.taken_away().slot)
     scene.kept.append(STRAY)
     return "open, but not counted"
 
@@ -304,18 +309,18 @@ OTHERS = [
     an_idle_list_with_what_is_gone,
     a_hollow_list_with_what_is_out,
     a_lock_of_what_is_idle,
-    an_answered_one_in_line,
+    an_answered_one_in_a_queue,
     a_quota_with_what_is_gone,
     a_quota_without_what_is_its,
     a_socket_that_counts_nowhere,
 ]
-"""What the books may have wrong besides."""
+"""What the ledger may have wrong besides."""
 Break = Callable[[Scene], str]
 
 
 @pytest.mark.parametrize("broken", LOSSES + OTHERS)
 def test_an_audit_names_what_is_wrong_and_puts_it_right(broken: Break, eventually: Eventually) -> None:
-    """All of it: the books agree, the whole budget can be had, and sockets that were lost are closed."""
+    """All of it: the ledger agrees with itself, the whole budget can be had, lost sockets are closed."""
     scene = Scene()
     what = broken(scene)
     audit = scene.shared.audit()
@@ -323,7 +328,7 @@ def test_an_audit_names_what_is_wrong_and_puts_it_right(broken: Break, eventuall
     assert scene.shared.audit().mended == ()
     for thing in scene.kept:
         if isinstance(thing, Permit):
-            scene.shared.failed(thing, None)
+            inside.checkouts(scene.shared).failed(thing)
         elif isinstance(thing, PoolProxiedConnection):
             thing.close()
     scene.assert_right(eventually)
@@ -338,11 +343,11 @@ def test_what_gave_way_to_a_checkout_that_died_unheard_is_closed_with_it(eventua
         for fairy in both:
             fairy.close()
         del both, fairy
-        permit = scene.shared.take(scene.other._attachment)
+        permit = inside.checkouts(scene.shared).take(inside.attachment(scene.other))
         assert permit.evicts is not None
         del permit
     audit = scene.shared.audit()
-    assert any("opening, but its holder is gone" in said for said in audit.mended)
+    assert any("opening, but its holder no longer exists" in said for said in audit.mended)
     eventually(lambda: len(scene.driver.live) == 1, "the socket of what gave way is closed")
     assert scene.shared.audit().mended == ()
     scene.assert_right(eventually)
@@ -354,16 +359,18 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
     scene = Scene()
     if of == "by hand":
         slot, session = scene.added()
-        scene.ledger.by_hand.lent.clear()
+        scene.ledger.by_hand.locked.clear()
     else:
         record, session = scene.idle(), Session()
         slot = record.slot
         PoolManager.lock(scene.pid, record.dbapi_connection, session)
-        scene.kept.append(scene.pool._attachment.lent.popitem())
+        scene.kept.append(inside.attachment(scene.pool).locked.popitem())
     handle: Any = slot.handle
-    assert any("locked, but in no list" in said for said in scene.shared.audit().mended)
+    assert any(
+        "locked, but not in the list of locked connections" in said for said in scene.shared.audit().mended
+    )
     assert not handle.closed
-    assert slot.state == LENT
+    assert slot.state == LOCKED
     assert slot.session is not None
     assert slot.session() is session
     assert scene.shared.audit().mended == ()
@@ -377,8 +384,8 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
 def test_who_waits_gets_what_was_lost_without_an_audit(
     broken: Break, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    """It is looked for after a moment, by whoever waits; what was found is told by the next audit."""
-    monkeypatch.setattr(core, "GC_AFTER", 0.11)
+    """It is looked for after a moment, by a waiter; what was found is told by the next audit."""
+    monkeypatch.setattr(checkout, "GC_AFTER", 0.11)
     scene = Scene()
     what = broken(scene)
     held = scene.other.connect()
@@ -395,7 +402,7 @@ def test_a_checkout_that_does_not_wait_gets_what_was_lost_at_once(
     """It is looked for before anybody gives up."""
     scene = Scene()
     broken(scene)
-    scene.other._timeout = 0
+    inside.set_timeout(scene.other, 0)
     held = [scene.other.connect(), scene.other.connect()]
     with pytest.raises(CheckoutTimeout):
         scene.other.connect()
@@ -411,7 +418,7 @@ def test_the_housekeeper_puts_it_right_when_nobody_waits(broken: Break, eventual
     what = broken(scene)
     PoolManager.set_idle_ttl(scene.pid, 0.01)
     scene.other.connect().close()
-    eventually(lambda: scene.shared._mended, f"the housekeeper has come by: {scene.shared!r}")
+    eventually(lambda: inside.mended(scene.shared), f"the housekeeper has come by: {scene.shared!r}")
     eventually(lambda: not scene.driver.live, "what was lost, and what was idle, is closed")
     assert any(what in said for said in scene.shared.audit().mended)
     PoolManager.set_idle_ttl(scene.pid, 60)
@@ -421,26 +428,26 @@ def test_the_housekeeper_puts_it_right_when_nobody_waits(broken: Break, eventual
 def test_the_housekeeper_looks_now_and_then_and_not_each_time(eventually: Eventually) -> None:
     """It looks at each connection, so not whenever one is due; by the pool's own clock."""
     scene = Scene()
-    scene.shared._clock = lambda: now[0]
+    inside.set_clock(scene.shared, lambda: now[0])
     now = [1000.0]
-    scene.shared.sweep()
+    inside.upkeep(scene.shared).sweep()
     a_record_that_died_unheard(scene)
-    scene.shared.sweep()
+    inside.upkeep(scene.shared).sweep()
     assert scene.shared.numbers.held == 1
     now[0] += 5.0
-    scene.shared.sweep()  # what looks wrong a moment later, too, is mended
+    inside.upkeep(scene.shared).sweep()  # what looks wrong a moment later, too, is mended
     eventually(lambda: scene.shared.numbers.held == 0)
-    assert len(scene.shared._mended) == 1
+    assert len(inside.mended(scene.shared)) == 1
 
 
-def test_a_line_that_was_not_known_is_known_again(eventually: Eventually) -> None:
-    """Else what comes home would go past those who wait: it is handed over, and never idle."""
+def test_a_queue_that_was_not_known_is_known_again(eventually: Eventually) -> None:
+    """Else what is returned would go past the waiters: it is handed over, and never idle."""
     scene = Scene()
     held = [scene.pool.connect(), scene.pool.connect()]
     waiting = Thread(lambda: scene.pool.connect())
-    eventually(lambda: scene.pool._attachment.line)
-    scene.ledger.lines.clear()
-    assert any("a line was not known" in said for said in scene.shared.audit().mended)
+    eventually(lambda: inside.attachment(scene.pool).queue)
+    scene.ledger.queues.clear()
+    assert any("a queue with waiting checkouts was not known" in said for said in scene.shared.audit().mended)
     handle = held[0].dbapi_connection
     held.pop(0).close()
     got = waiting.join()
@@ -451,11 +458,11 @@ def test_a_line_that_was_not_known_is_known_again(eventually: Eventually) -> Non
 
 
 def test_an_engine_that_died_unheard_has_no_say_in_the_limit_any_more(eventually: Eventually) -> None:
-    """Its letter may have been lost; nothing is wrong with the books until then, so nothing is told."""
+    """Its letter may have been lost; nothing is wrong with the ledger until then, so nothing is told."""
     scene = Scene()
     large = scene.engine(max_size=5)
     assert scene.shared.max_size == 5
-    attachment = large._attachment
+    attachment = inside.attachment(large)
     quota = scene.ledger.attachments.pop(attachment.ref)
     attachment.ref = weakref.ref(attachment)
     scene.ledger.attachments[attachment.ref] = quota
@@ -471,9 +478,9 @@ def test_a_key_of_what_is_closed_is_forgotten(eventually: Eventually) -> None:
     """The id of a handle that is gone may be that of another one soon."""
     scene = Scene()
     slot = scene.idle().slot
-    scene.shared._by_handle[1] = slot
+    inside.by_handle(scene.shared)[1] = slot
     assert scene.shared.audit().mended == ()
-    assert list(scene.shared._by_handle) == [id(slot.handle)]
+    assert list(inside.by_handle(scene.shared)) == [id(slot.handle)]
     scene.assert_right(eventually)
 
 
@@ -492,13 +499,13 @@ def test_several_wrongs_are_named_one_by_one(eventually: Eventually) -> None:
 def test_what_was_mended_is_told_once_and_logged(caplog: pytest.LogCaptureFixture) -> None:
     """With the pool's label, as a warning: it is a bug, or the work of an exception from outside."""
     scene = Scene()
-    scene.shared.label = "postgresql://me@host/shop"
+    inside.section(scene.shared).label = "postgresql://me@host/shop"
     a_record_that_died_unheard(scene)
     mend(scene.shared)
     (record,) = [r for r in caplog.records if "mended" in r.message]
     assert record.levelname == "WARNING"
     assert record.name == "sqlalchemy.pool.QueriesPool"
-    assert "postgresql://me@host/shop: mended: <Connection" in record.message
+    assert "postgresql://me@host/shop: mended the bookkeeping: <Connection" in record.message
     assert len(scene.shared.audit().mended) == 1
     assert scene.shared.audit().mended == ()
 
@@ -517,22 +524,24 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
     idle.close()
     hollow.invalidate()
     scene.added()
-    permit = scene.shared.take(scene.other._attachment)
-    closing = scene.shared._decide(scene.ledger._permit, scene.other._attachment, 0, 0.0, None)
-    work = scene.ledger._closing(closing.slot, closing, "test")
+    permit = inside.checkouts(scene.shared).take(inside.attachment(scene.other))
+    closing = inside.decide(
+        scene.shared, inside.step(scene.ledger, "permit"), inside.attachment(scene.other), 0, 0.0, None
+    )
+    work = inside.step(scene.ledger, "closing")(closing.slot, closing, "test")
     scene.ledger.opening.discard(closing.slot)
     PoolManager.set_max_size(scene.pid, 6)
     waiting = Thread(lambda: new_pool(scene.pid, scene.driver.connect, max_size=1).connect())
-    eventually(lambda: scene.ledger.lines or not waiting.alive)
+    eventually(lambda: scene.ledger.queues or not waiting.alive)
     before = scene.shared.numbers
     for _ in range(audits):
         assert scene.shared.audit() == Audit(before.total, 0, ())
     assert scene.shared.numbers == before
     assert handle is not None
-    assert not handle.closed  # type: ignore[attr-defined]
-    scene.shared._post(scene.ledger.closed, work.slot)
+    assert not handle.closed
+    inside.post(scene.shared, scene.ledger.closed, work.slot, None)
     waiting.join()
-    scene.shared.failed(permit, None)
+    inside.checkouts(scene.shared).failed(permit)
     out.close()
 
 
@@ -546,14 +555,14 @@ def test_what_is_under_way_is_given_time(eventually: Eventually) -> None:
         entered.set()
         gate.wait(DEADLINE)
 
-    scene.shared._worker.submit(busy)
+    inside.worker(scene.shared).submit(busy)
     assert entered.wait(DEADLINE)
-    work = scene.shared._decide(scene.ledger.close_idle, scene.pool._attachment, "test")
+    work = inside.decide(scene.shared, scene.ledger.close_idle, inside.attachment(scene.pool), "test")
     slot = work[0].slot
     del scene.ledger.closing[slot]  # it looks lost
-    scene.shared._do_soon(work)
+    inside.do_soon(scene.shared, work)
     auditing = Thread(scene.shared.audit)
-    eventually(lambda: scene.shared._worker._thread._mail.qsize() > 1, "the audit waits for the worker")
+    eventually(lambda: inside.mail(inside.worker(scene.shared)) > 1, "the audit waits for the worker")
     gate.set()
     assert auditing.join().mended == ()
     del record, work
@@ -580,7 +589,7 @@ class Load:
     def _step(self, chance: random.Random) -> None:
         engine, what = chance.choice(self._engines), chance.random()
         if what < 0.05:  # lost between the pool and SQLAlchemy's checkout
-            engine._do_get()
+            inside.do_get(engine)
             return
         fairy: Any = engine.connect()
         if what < 0.1:
@@ -617,12 +626,12 @@ def test_under_load_nothing_is_found(switches: float | None, eventually: Eventua
     sys.setswitchinterval(switches or before)
     try:
         load = Load(new_pid(), driver, seed, 150)
-        shared = load.pool._shared
+        shared = inside.shared(load.pool)
         audits: list[Audit] = []
         while any(thread.alive for thread in load.threads):
             audits.append(shared.audit())
-            shared._mend_at = 0.0
-            shared.housekeeper.schedule(shared, 0.0)
+            inside.mend_soon(shared)
+            inside.housekeeper(shared).schedule(inside.upkeep(shared), 0.0)
         for thread in load.threads:
             thread.join()
     finally:
@@ -643,7 +652,7 @@ def test_engines_that_come_and_go_are_no_finding(eventually: Eventually) -> None
     def audit() -> list[str]:
         said: list[str] = []
         while not stop.is_set():
-            scene.shared.mend()
+            inside.upkeep(scene.shared).mend()
             said += scene.shared.audit().mended
         return said
 
@@ -664,18 +673,13 @@ def test_engines_that_come_and_go_are_no_finding(eventually: Eventually) -> None
     scene.assert_right(eventually)
 
 
-@pytest.mark.parametrize("look", [Pool.mend, Pool.audit])
+@pytest.mark.parametrize("look", inside.LOOKS)
 def test_an_engine_that_is_just_dying_is_no_finding(
     look: Callable[[Pool], Any], monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     """Its lists go before anybody was told; what a session has locked of it stays the session's."""
-    stop, told = Stop(), Pool._engine_died
-
-    def later(shared: Pool, ref: Any) -> None:
-        stop.here()
-        told(shared, ref)
-
-    monkeypatch.setattr(Pool, "_engine_died", later)
+    stop = Stop()
+    inside.before_an_engines_death_is_told(monkeypatch, stop.here)
     scene = Scene()
     engines, session = [scene.engine()], Session()
     out: list[Any] = [engines[0].connect(), engines[0].connect()]
@@ -696,7 +700,7 @@ def test_an_engine_that_is_just_dying_is_no_finding(
     assert scene.shared.audit().mended == ()
     assert not closed
     assert not handle.closed
-    assert scene.shared._by_handle[id(handle)].state == LENT
+    assert inside.by_handle(scene.shared)[id(handle)].state == LOCKED
     del session
     scene.assert_right(eventually)
 
@@ -734,7 +738,7 @@ def test_idle_connections_that_the_server_has_ended_are_closed_and_counted(
     for engine in engines:
         for connection in [engine.raw_connection() for _ in range(2)]:
             connection.close()
-    shared = pool_of(engines[0])._shared
+    shared = inside.shared(pool_of(engines[0]))
     assert shared.audit() == Audit(5, 0, ())
     assert pg_observer.terminate(datname) == 5
     audit = pool_of(engines[1]).audit()
@@ -742,7 +746,7 @@ def test_idle_connections_that_the_server_has_ended_are_closed_and_counted(
     eventually(lambda: shared.numbers.total == 1, "the dead are closed")
     assert shared.audit() == Audit(1, 0, ())
     out.invalidate()
-    with engines[1].connect() as connection:
+    with engines[1].connect() as connection:  # type: ignore[assignment]
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1
     assert PoolManager.audit(shared.id).mended == ()
 
@@ -753,16 +757,16 @@ def test_a_lost_connection_is_closed_on_the_server(
     """What nobody can give back: held, idle in no list, open and not counted."""
     datname = str(make_url(pg_url).database)
     pool = pool_of(make(max_size=3))
-    shared = pool._shared
-    ledger = shared._ledger
-    told, ledger._on_lost = ledger._on_lost, lambda _: None
-    kept: list[Any] = [pool._do_get(), pool._do_get(), pool._do_get()]
-    ledger._on_lost = told
+    shared = inside.shared(pool)
+    ledger = inside.ledger(shared)
+    hear = inside.deafen(ledger)
+    kept: list[Any] = [inside.do_get(pool), inside.do_get(pool), inside.do_get(pool)]
+    hear()
     kept.pop()  # held by nobody
     for record in kept:
-        shared.give(pool._attachment, record)
-        pool._attachment.idle.clear()
-    ledger._strike(kept[0].slot)
+        inside.checkouts(shared).give(inside.attachment(pool), record)
+        inside.attachment(pool).idle.clear()
+    inside.step(ledger, "remove")(kept[0].slot)
     assert pg_observer.backends(datname) == 3
     audit = shared.audit()
     assert len(audit.mended) == 3
@@ -776,13 +780,13 @@ def test_nothing_secret_is_in_an_audit(caplog: pytest.LogCaptureFixture) -> None
     """Neither in what it found nor in its representation nor in the log: it knows handles, not URLs."""
     url = make_url("fake://me@host/audit").set(password=PASSWORD)
     pool = pool_of(create_engine(url, module=FakeDriver(), poolclass=QueriesPool, max_size=2))
-    ledger = pool._shared._ledger
-    told, ledger._on_lost = ledger._on_lost, lambda _: None
-    pool._do_get()
-    pool._do_get()
-    ledger._on_lost = told
-    mend(pool._shared)
-    record: Any = pool._do_get()
+    ledger = inside.ledger(pool)
+    hear = inside.deafen(ledger)
+    inside.do_get(pool)
+    inside.do_get(pool)
+    hear()
+    mend(inside.shared(pool))
+    record: Any = inside.do_get(pool)
     ledger.opening.add(record.slot)
     audit = pool.audit()
     assert len(audit.mended) == 3
@@ -795,9 +799,9 @@ def test_what_has_come_right_since_it_was_found_is_left_alone(eventually: Eventu
     """The collector may bring an entry home between the look and the mending, and somebody takes it."""
     scene = Scene()
     connection: Any = scene.pool.connect()
-    slot = connection._connection_record.slot
-    found = [Finding(slot, "held, but its proxy is gone", COLLECTED)]
-    wrong, work = scene.shared._decide(audit_mend, scene.ledger, found, 0.0)
+    slot = inside.record(connection).slot
+    found = [Finding(slot, PROXY_GONE, COLLECTED)]
+    wrong, work = inside.decide(scene.shared, audit_mend, scene.ledger, found, 0.0)
     assert (wrong, work) == ([], [])
     connection.close()
     scene.assert_right(eventually)
@@ -834,7 +838,7 @@ def test_an_audit_of_no_pool_is_a_key_error() -> None:
 
 
 def test_an_audit_collects_what_was_abandoned() -> None:
-    """A connection that is in a cycle comes home, which is no finding."""
+    """A connection that is in a cycle is returned, which is no finding."""
     scene = Scene()
     gc.disable()
     try:
@@ -847,7 +851,7 @@ def test_an_audit_collects_what_was_abandoned() -> None:
 
 
 def test_a_pool_that_was_made_by_hand_is_audited_too() -> None:
-    """Without an engine: what was added, and who has locked it."""
+    """Without an engine: what was added, and the session that has locked it."""
     pid, driver, session = new_pid(), FakeDriver(), Session()
     PoolManager.create(pid, max_size=3)
     handles = [driver.connect() for _ in range(3)]
@@ -855,13 +859,13 @@ def test_a_pool_that_was_made_by_hand_is_audited_too() -> None:
         PoolManager.add(pid, handle)
     PoolManager.lock(pid, handles[0], session)
     assert PoolManager.audit(pid) == Audit(3, 0, ())
-    ledger = PoolManager._pools[pid]._ledger
+    ledger = inside.ledger(inside.pools()[pid])
     ledger.by_hand.idle.clear()
     assert [said.rpartition(": ")[2] for said in PoolManager.audit(pid).mended] == [
-        "idle, but in no list"
+        "idle, but not in the list of idle connections"
     ] * 2
     assert driver.live == {handles[0]}
-    assert [slot.state for slot in ledger.slots] == [LENT]
+    assert [slot.state for slot in ledger.slots] == [LOCKED]
     assert isinstance(handles[0], FakeConnection)
     PoolManager.shutdown()
 
@@ -871,7 +875,7 @@ def test_an_audit_ends_in_time_where_the_worker_does_not(eventually: Eventually)
     """A close that never ends keeps the worker; the audit says what it sees after a moment."""
     scene = Scene()
     gate = threading.Event()
-    scene.shared._worker.submit(lambda: gate.wait(DEADLINE) and None)
+    inside.worker(scene.shared).submit(lambda: gate.wait(DEADLINE) and None)
     a_record_that_died_unheard(scene)
     audit = Thread(scene.shared.audit).join()
     assert not gate.is_set()

@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 from sqlalchemy import exc
 
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 from sqla_queries_pool.demo.server import Server, read_url
-from sqla_queries_pool.embedded import EmbeddedPostgres
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -259,12 +259,12 @@ def test_instructions_are_the_same_in_each_run_and_grow_with_the_work(program: A
 def test_a_checkout_of_the_line_keeps_it_as_long_as_it_is(program: Any) -> None:
     """The first gets the connection and the last is new, so that each checkout is like the one before."""
     line = program.scaling.Line(3)
-    waiting = list(line.attachment.line)
+    waiting = list(line.attachment.queue)
     for _ in range(3):
         line.checkout()
-    assert len(line.attachment.line) == 3
+    assert len(line.attachment.queue) == 3
     assert all(waiter.answer is not None for waiter in waiting)
-    assert not set(waiting) & set(line.attachment.line)
+    assert not set(waiting) & set(line.attachment.queue)
 
 
 @pytest.mark.parametrize(("patience", "served"), [(1.0, True), (0.0, False)])

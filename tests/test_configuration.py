@@ -6,6 +6,7 @@ import configparser
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeDriver
 from sqlalchemy import Engine, engine_from_config, exc
@@ -37,8 +38,13 @@ def configured() -> Iterator[Make]:
 def test_our_parameters_take_numbers_fractions_none_and_booleans(configured: Make) -> None:
     """As text, which is all that an ini file has."""
     pool = configured("max_size = 6", "idle_ttl = 2.5", "gc_on_wait = off", "pool_use_lifo = false")
-    assert (pool.size(), pool._idle_ttl, pool._gc_on_wait, pool._use_lifo) == (6, 2.5, False, False)
-    assert configured("idle_ttl = none")._idle_ttl is None
+    assert (
+        pool.size(),
+        inside.setting(pool, "idle_ttl"),
+        inside.setting(pool, "gc_on_wait"),
+        inside.setting(pool, "use_lifo"),
+    ) == (6, 2.5, False, False)
+    assert inside.setting(configured("idle_ttl = none"), "idle_ttl") is None
     assert configured("max_size = none").size() == 0
     assert configured("pool_id = till").pid == "till"
 
@@ -53,13 +59,13 @@ def test_queuepools_parameters_are_taken_too(configured: Make) -> None:
 @pytest.mark.parametrize("text", ["true", "yes", "on", "1", "True"])
 def test_booleans_that_are_true(configured: Make, text: str) -> None:
     """Every spelling that ini files know."""
-    assert configured(f"pool_pre_ping = {text}")._pre_ping is True
+    assert inside.setting(configured(f"pool_pre_ping = {text}"), "pre_ping") is True
 
 
 @pytest.mark.parametrize("text", ["false", "no", "off", "0", "False"])
 def test_booleans_that_are_false(configured: Make, text: str) -> None:
     """``pool_pre_ping = false`` is text to SQLAlchemy, and text is true."""
-    assert configured(f"pool_pre_ping = {text}")._pre_ping is False
+    assert inside.setting(configured(f"pool_pre_ping = {text}"), "pre_ping") is False
 
 
 def test_what_sqlalchemy_converts_is_whole_numbers(configured: Make) -> None:
@@ -68,7 +74,7 @@ def test_what_sqlalchemy_converts_is_whole_numbers(configured: Make) -> None:
     The documentation says so; if this fails, SQLAlchemy has become better, and the documentation is wrong.
     """
     pool = configured("pool_timeout = 2", "pool_recycle = 1800", "echo_pool = false")
-    assert (pool.timeout(), pool._recycle, pool.echo) == (2, 1800, False)
+    assert (pool.timeout(), inside.setting(pool, "recycle"), pool.echo) == (2, 1800, False)
     converted = set(DefaultDialect.engine_config_types)
     assert {"pool_timeout", "pool_recycle", "pool_size", "max_overflow", "echo_pool"} <= converted
     assert not {"pool_pre_ping", "pool_use_lifo", "max_size", "idle_ttl"} & converted
@@ -81,7 +87,10 @@ def test_what_sqlalchemy_converts_is_whole_numbers(configured: Make) -> None:
 )
 def test_reset_on_return_is_a_word(configured: Make, text: str, style: str) -> None:
     """SQLAlchemy's own words."""
-    assert configured(f"pool_reset_on_return = {text}")._reset_on_return.name == f"reset_{style}"
+    assert (
+        inside.setting(configured(f"pool_reset_on_return = {text}"), "reset_on_return").name
+        == f"reset_{style}"
+    )
 
 
 @pytest.mark.parametrize(

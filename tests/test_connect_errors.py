@@ -15,6 +15,7 @@ from contextlib import ExitStack, closing, contextmanager, suppress
 from types import ModuleType
 from typing import Any
 
+import inside
 import psutil
 import psycopg
 import psycopg2
@@ -25,9 +26,10 @@ from hazards import assert_whole, eventually, new_pid, pool_of
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
-from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool, retirement
-from sqla_queries_pool.connect_errors import passes
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
+from sqla_queries_pool.runtime import jitter as retirement
+from sqla_queries_pool.sockets.connect_errors import passes
 
 pytestmark = pytest.mark.slow
 Eventually = Callable[..., None]
@@ -377,7 +379,7 @@ def bouncer(small_server: EmbeddedPostgres, eventually: Eventually) -> Iterator[
     if PGBOUNCER is None:
         pytest.skip("there is no pgbouncer")
     running: list[subprocess.Popen[bytes]] = []
-    account = {"user": "nobody", "group": None, "extra_groups": []} if os.geteuid() == 0 else {}
+    account = {"user": "nobody", "group": None, "extra_groups": []} if os.geteuid() == 0 else {}  # type: ignore[var-annotated]
 
     def start(port: int, **settings: object) -> int:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -478,7 +480,7 @@ class Outside:
     @property
     def shared(self) -> Any:
         """The pool."""
-        return pool_of(self.engines[0])._shared
+        return inside.shared(pool_of(self.engines[0]))
 
     def outage(self) -> None:
         """The server goes: connections end, and no more are accepted."""
@@ -522,7 +524,7 @@ def long_pauses(monkeypatch: pytest.MonkeyPatch, outside: Outside) -> None:
     """Pauses are an hour, and the time stands still until the test says that one is over."""
     monkeypatch.setattr(retirement, "FIRST_PAUSE", HOUR)
     monkeypatch.setattr(retirement, "LONGEST_PAUSE", HOUR)
-    monkeypatch.setattr("sqla_queries_pool.pool.hands.REMEMBERED", 1000 * HOUR)
+    monkeypatch.setattr("sqla_queries_pool.runtime.admission.REMEMBERED", 1000 * HOUR)
     PoolManager.create(outside.pid, max_size=20, idle_ttl=None, time_method=outside.clock)
 
 
@@ -547,11 +549,11 @@ def test_a_permanent_error_comes_at_once_although_the_database_is_there(
         with pytest.raises(exc.OperationalError, match="failed: FATAL") as caught:
             Task(bad.connect).result()
         assert type(caught.value.orig) is {"psycopg2": psycopg2, "psycopg": psycopg}[driver].OperationalError
-        with pytest.raises(type(caught.value.orig)):
+        with pytest.raises(type(caught.value.orig)):  # type: ignore[type-var]
             Task(pool_of(bad).connect).result()
     # The first one of SQLAlchemy's engine reads the server's version and the like, by the same connection.
     assert outside.attempts[bad] == 2
-    assert outside.shared._ledger.refusals == 0
+    assert inside.ledger(outside.shared).backoff.refusals == 0
     assert outside.shared.numbers.total == 1
     for task in outside.connecting(good, 20):
         task.result()
@@ -572,7 +574,7 @@ def test_a_passing_error_is_tried_again_until_the_server_is_back(
         eventually(lambda: outside.attempts[engine] > 4, "it tries again")
         outside.proxy.pass_on()
         task.result()
-    assert outside.shared._ledger.refusals == 0
+    assert inside.ledger(outside.shared).backoff.refusals == 0
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -612,7 +614,7 @@ def test_a_database_that_was_never_there_is_not_tried_again(outside: Outside) ->
         with pytest.raises(exc.OperationalError, match="Connection refused"):
             task.result()
     assert outside.attempts[engine] == 20
-    assert outside.shared._ledger.refusals == 0
+    assert inside.ledger(outside.shared).backoff.refusals == 0
 
 
 @pytest.mark.usefixtures("short_pauses")
@@ -661,7 +663,7 @@ def test_an_outage_that_lasts_comes_to_everybody_at_once(
     outside: Outside, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """When it was half a minute ago that the database was there, nobody waits for his turn to be refused."""
-    monkeypatch.setattr("sqla_queries_pool.pool.hands.REMEMBERED", HOUR)
+    monkeypatch.setattr("sqla_queries_pool.runtime.admission.REMEMBERED", HOUR)
     engine = outside.engine()
     engine.connect().close()
     outside.outage()
@@ -745,7 +747,9 @@ def test_a_reopening_is_tried_again_as_well(outside: Outside, eventually: Eventu
         if how == "invalidated":
             connection.invalidate()
         elif how == "soft":
-            pool_of(engine)._invalidate(connection.connection)  # as an engine does after a disconnect
+            inside.invalidate_all(
+                pool_of(engine), connection.connection
+            )  # as an engine does after a disconnect
     if how == "found dead":
         outside.outage()
     else:
@@ -788,11 +792,11 @@ def test_a_wait_in_a_line_that_no_server_could_shorten_asks_as_seldom_as_ever(
             other.connect()
         outside.pause_is_over()
         slices: list[float] = []
-        wait = "sqla_queries_pool.gates.ThreadGate.wait"
+        wait = "sqla_queries_pool.concurrency.threads.ThreadWaiter.wait"
 
         def wait_less(gate: Any, seconds: float) -> None:
             slices.append(seconds)
-            gate._closed.acquire(timeout=0.001 if seconds > 0.5 else seconds)
+            inside.sleep_lightly(gate, seconds)
 
         monkeypatch.setattr(wait, wait_less)
         (task,) = outside.connecting(small)
@@ -906,7 +910,7 @@ def test_a_server_with_fewer_connections_than_the_pool_may_have_makes_no_errors(
             if len(served) == 40 and min(served.values()) >= 5:
                 stop.set()
 
-    tasks = [Task(lambda number=number: work(number)) for number in range(40)]
+    tasks = [Task(lambda number=number: work(number)) for number in range(40)]  # type: ignore[misc]
     for task in tasks:
         try:
             task.result()

@@ -18,6 +18,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import inside
 import psycopg
 import psycopg2
 import psycopg2.extensions
@@ -44,7 +45,7 @@ from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection, PoolRese
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 
 Eventually = Callable[..., None]
 Make = Callable[..., Any]
@@ -189,13 +190,13 @@ class Recorder:
 
 def report(pool: Any) -> dict[str, Any]:
     """What is reported about the connections of a pool."""
-    found: dict[str, Any] = pool._shared.report()["connections"]
+    found: dict[str, Any] = inside.shared(pool).report()["connections"]
     return found
 
 
 def record_of(fairy: Any) -> Any:
     """The record behind what was checked out."""
-    return fairy._connection_record
+    return inside.record(fairy)
 
 
 def age(fairy: Any, seconds: float = 3600.0) -> None:
@@ -735,7 +736,7 @@ def test_no_exception_in_an_event_loses_a_slot_or_strands_a_socket(
         timeout=0,
         recycle=60,
         pre_ping=path == "pre_ping",
-        dialect=FakeDialect(dbapi=driver),
+        dialect=FakeDialect(dbapi=driver),  # type: ignore[arg-type]
     )
     case = CASES[path]
     raised: list[type[BaseException]] = []
@@ -843,7 +844,7 @@ def test_what_is_replaced_at_its_checkout_is_closed_before_the_next_opens(
     fairy.close()
     assert (driver.numbers(), pool.checkedin()) == ([1], 1)
     if through == "pool-wide":
-        pool._invalidate(None)
+        inside.invalidate_all(pool, None)
     elif through == "pre_ping":
 
         def dead(connection: FakeConnection) -> None:
@@ -985,7 +986,7 @@ def test_every_way_through_sqlalchemy_is_counted_bounded_and_shown(driver: FakeD
             age(fairy, 61)
         fairy.close()
         if through == "pool-wide":
-            pool._invalidate(None)
+            inside.invalidate_all(pool, None)
         elif through == "pre_ping":
             last = len(driver.connections)
 
@@ -1315,7 +1316,7 @@ def test_a_pool_can_be_given_as_an_instance(pool_class: Any, driver: FakeDriver)
     engine = create_engine("fake://", module=driver, pool=pool)
     assert engine.pool is pool
     with engine.connect():
-        assert pool.checkedout() == 1
+        assert pool.checkedout() == 1  # type: ignore[attr-defined]
         with pytest.raises(exc.TimeoutError):
             engine.connect()
     assert "<checkin> 1" in heard.news()
@@ -1473,7 +1474,7 @@ class Hostile:
         raise AssertionError("nobody may ask for that")
 
     __eq__ = __ne__ = __lt__ = __bool__ = __len__ = __iter__ = __contains__ = __copy__ = _refuse
-    __hash__ = _refuse  # type: ignore[assignment]
+    __hash__ = _refuse
 
     def rollback(self) -> None: ...
 
@@ -1546,8 +1547,8 @@ def test_nothing_is_assumed_where_engines_share(eventually: Eventually) -> None:
     assert report(two)["locked"] == 1
     PoolManager.free(pid, raw)
     clock.now += 11
-    two._shared.sweep()
-    eventually(lambda: sockets == 0 and settled(two._shared), "the idle ones are closed")
+    inside.upkeep(two).sweep()
+    eventually(lambda: sockets == 0 and settled(inside.shared(two)), "the idle ones are closed")
     assert_whole(one, eventually)
 
     @event.listens_for(one, "close")
@@ -1591,7 +1592,7 @@ def test_a_creator_of_any_shape(make_pool: Make, driver: FakeDriver, what: str) 
 def test_a_creator_that_returns_the_same_connection_again(make_pool: Make) -> None:
     """Nothing is gained by it, but no slot is lost either."""
     raw = FakeDriver().connect()
-    raw.close = lambda: None  # type: ignore[method-assign]
+    raw.close = lambda: None
     pool = make_pool(2, lambda: raw)
     for _ in range(3):
         both = [pool.connect(), pool.connect()]

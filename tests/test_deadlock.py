@@ -13,17 +13,21 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import inside
 import pytest
 from hazards import Handle, Ring, Stop, Thread, assert_whole, new_pid, new_pool, sleeping_collector
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
-from sqla_queries_pool import CheckoutTimeout, PoolDeadlock, PoolManager, QueriesPool, deadlock, labelled
+from sqla_queries_pool import CheckoutTimeout, PoolDeadlock, QueriesPool, labelled
+from sqla_queries_pool.insight import deadlock
 from sqla_queries_pool.logs import NAME
-from sqla_queries_pool.pool import Pool, core, garbage
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.pool.manager import everywhere
+from sqla_queries_pool.runtime import checkout
 
 Eventually = Callable[..., None]
-SEEDS = (20261123, 7, 4711)
+SEEDS = [20261123, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (7, 4711))]
 DEADLINE = 120.0
 """Seconds after which a thread of the stress run counts as one that nobody told of its deadlock."""
 
@@ -71,7 +75,7 @@ class Side:
 
     def waiter(self, pool: QueriesPool) -> Any:
         """It, in the line of a pool; None where it does not wait."""
-        found = [w for w in pool._shared.waiters if w.holder.ident == self.ident]
+        found = [w for w in inside.waiters(pool) if w.holder.ident == self.ident]
         return found[0] if found else None
 
     @property
@@ -99,11 +103,11 @@ def sides() -> Iterator[Callable[..., Side]]:
 
     yield new
     for side in made:
-        pools |= {pool._shared for pool in (*side.pools, *side._then)}
+        pools |= {inside.shared(pool) for pool in (*side.pools, *side._then)}
         for pool in (*side.pools, *side._then):
-            pool._attachment.quota.stated = None
+            inside.attachment(pool).quota.stated = None
     for shared in pools:
-        shared._decide(shared._ledger.let_in, 0.0)
+        inside.decide(shared, inside.ledger(shared).let_in, 0.0)
         shared.set_max_size(100)
     for side in made:
         side.end()
@@ -121,7 +125,7 @@ def still_pool(pid: str | None = None, **kw: Any) -> QueriesPool:
 
 def watch(*pools: QueriesPool, grace: float = 1.0) -> deadlock.Watch:
     """What one checkout sees, of these pools."""
-    return deadlock.Watch(lambda: [pool._shared for pool in pools], grace)
+    return deadlock.Watch(lambda: [inside.shared(pool) for pool in pools], grace)
 
 
 def told(waiter: Any, *pools: QueriesPool) -> Any:
@@ -146,7 +150,7 @@ def test_who_waits_for_itself_is_told_when_nothing_has_moved_for_the_grace(
     found = look.hopeless(waiter, 15.0)
     assert found is not None
     assert found.kind == "deadlock"
-    assert "nested holds 1 and waits for one of" in found.details
+    assert "nested holds 1 and waits for a connection of" in found.details
 
 
 def test_of_those_who_wait_for_each_other_the_newest_is_told(
@@ -199,7 +203,7 @@ def test_who_holds_nothing_looks_once(sides: Callable[..., Side], eventually: Ev
 
     def everywhere() -> list[Pool]:
         looked.append(1)
-        return [pool._shared]
+        return [inside.shared(pool)]
 
     look = deadlock.Watch(everywhere, 0.0)
     assert [look.hopeless(waiter, now) for now in (0.0, 1.0, 2.0)] == [None] * 3
@@ -252,7 +256,7 @@ def test_what_comes_home_to_the_ceiling_is_hope_even_if_the_rest_of_the_pool_is_
     waiter = sides("nested", large).waits_for(small, eventually)
     assert told(waiter, large) is None
     assert worker.end() is None
-    eventually(lambda: not large._shared.waiters, "who hoped was served")
+    eventually(lambda: not inside.waiters(large), "who hoped was served")
 
 
 def test_one_that_executes_is_no_deadlock_and_starts_the_grace_anew(
@@ -284,7 +288,7 @@ def test_what_moves_between_two_looks_starts_the_grace_anew(
     if what == "transaction":
         side.held[0].dbapi_connection.info.transaction_status = 0
     else:
-        side.held[0]._connection_record.slot.uses += 1
+        inside.record(side.held[0]).slot.uses += 1
     assert [look.hopeless(waiter, now) for now in (1.0, 1.9)] == [None, None]
     assert look.hopeless(waiter, 2.0) is not None
 
@@ -299,7 +303,7 @@ def test_who_joins_the_circle_starts_the_grace_anew(
     waiter = second.waits_for(pool, eventually)
     look = watch(pool)
     assert look.hopeless(waiter, 0.0) is None
-    pool._shared.waiters[0].since -= 1.0  # the first one has joined again
+    inside.waiters(pool)[0].since -= 1.0  # the first one has joined again
     assert look.hopeless(waiter, 1.0) is None
     assert look.hopeless(waiter, 2.0) is not None
 
@@ -324,22 +328,22 @@ def test_one_whose_checkin_has_begun_is_no_deadlock(
 def test_an_unread_letter_is_hope(sides: Callable[..., Side], eventually: Eventually) -> None:
     """A connection came home while another thread was inside the pool; the letter says so, once read."""
     pool = still_pool()
-    shared, stop = pool._shared, Stop()
+    shared, stop = inside.shared(pool), Stop()
     side = sides("nested", pool)
     waiter = side.waits_for(pool, eventually)
 
     def keep_the_lock() -> None:
-        with shared._lock:
+        with inside.lock(shared):
             stop.here()
 
     keeper = Thread(keep_the_lock)
     stop.reached()
-    shared.count("bypasses")  # whatever it is about
-    assert shared._inbox
+    inside.count(shared, "bypasses")  # whatever it is about
+    assert inside.inbox(shared)
     assert told(waiter, pool) is None
     stop.go()
     keeper.join()
-    shared._settle()
+    inside.settle(shared)
     assert told(waiter, pool) is not None
 
 
@@ -348,9 +352,9 @@ def test_while_the_server_refuses_it_is_no_deadlock(
 ) -> None:
     """A slot is free, and who waits for it waits for the server, whatever it holds."""
     pool = still_pool(max_size=2)
-    shared = pool._shared
+    shared = inside.shared(pool)
     side = sides("nested", pool)
-    shared._decide(shared._ledger.refused, lambda _: 1e9, shared.now())
+    inside.decide(shared, inside.ledger(shared).backoff.refused, lambda _: 1e9, inside.now(shared))
     waiter = side.waits_for(pool, eventually)
     assert told(waiter, pool) is None
 
@@ -361,8 +365,8 @@ def test_a_session_that_has_locked_a_connection_is_hope(
     """Sessions of the queries API belong to no thread: they may free it at any time."""
     pool = still_pool(max_size=2)
     session = type("Session", (), {})()
-    pool._shared.add(handle := Server())
-    pool._shared.lock(handle, session)
+    inside.shared(pool).add(handle := Server())
+    inside.shared(pool).lock(handle, session)
     waiter = sides("nested", pool).waits_for(pool, eventually)
     assert told(waiter, pool) is None
 
@@ -464,7 +468,7 @@ def test_of_two_nested_sessions_one_fails_at_once_and_names_both_and_the_other_g
     assert rest.count(f"in {checkout_inside_a_checkout.__name__}") >= 4
     numbers = engine.pool.statistics()  # type: ignore[attr-defined]
     assert (numbers.timeouts, numbers.deadlocks) == (1, 1)
-    assert engine.pool._shared.last_timeouts[-1] is error.snapshot  # type: ignore[attr-defined]
+    assert inside.shared(engine.pool).last_timeouts[-1] is error.snapshot
 
 
 @pytest.mark.slow
@@ -499,7 +503,7 @@ def test_a_worker_that_was_handed_the_connection_and_executes_is_waited_for(
 
     def cancel() -> None:
         assert enough.wait(DEADLINE)
-        connection.connection.dbapi_connection.cancel()  # type: ignore[union-attr]
+        connection.connection.dbapi_connection.cancel()
 
     canceller = Thread(cancel)
     with engine.connect() as second:
@@ -546,16 +550,16 @@ def test_with_warn_it_is_logged_once_and_waited_on(
     warned: list[int] = []
 
     def close_later() -> None:
-        eventually(lambda: [r for r in caplog.records if "wait for each other" in r.message], "the warning")
+        eventually(lambda: [r for r in caplog.records if "that it holds itself" in r.message], "the warning")
         warned.append(next(looks))
-        waiter = pool._shared.waiters[0]
+        waiter = inside.waiters(pool)[0]
         eventually(lambda: time.monotonic() - waiter.since > 2.5, "two more looks")
         first.pop().close()
 
     closer = Thread(close_later)
     pool.connect().close()
     closer.join()
-    assert sum("wait for each other" in record.message for record in caplog.records) == 1
+    assert sum("that it holds itself" in record.message for record in caplog.records) == 1
     assert warned == [0]
     assert pool.statistics().deadlocks == 0
 
@@ -580,7 +584,7 @@ def test_garbage_is_collected_before_anybody_is_told(
     pool = new_pool(max_size=1, timeout=20.0, gc_on_wait=gc_on_wait, deadlock_grace=0.0)
     with sleeping_collector():
         Ring(pool.connect())
-        monkeypatch.setattr(garbage, "_next_collection", time.monotonic() + 1000.0)
+        inside.next_collection(monkeypatch, time.monotonic() + 1000.0)
         pool.connect().close()
     gc.collect()
 
@@ -592,13 +596,7 @@ def test_what_was_given_while_the_error_was_made_is_not_lost(
     """The connection comes home between the last look and the error: it goes to the next one, or to this."""
     pool = new_pool(max_size=1, timeout=20.0, deadlock_grace=0.0)
     first = [pool.connect()]
-    make = deadlock._told
-
-    def close_meanwhile(*args: Any) -> Any:
-        Thread(first.pop().close).join()
-        return make(*args)
-
-    monkeypatch.setattr(deadlock, "_told", close_meanwhile)
+    inside.before_a_deadlock_is_told(monkeypatch, lambda: Thread(first.pop().close).join())
     with contextlib.suppress(PoolDeadlock):
         pool.connect().close()
     assert not first
@@ -682,8 +680,8 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
     PoolDeadlock was one by what was recorded, and none is missing, since nothing else ends the run."""
     print("seed", seed)
     # Looks every 10 ms, so that the run does not take minutes.
-    monkeypatch.setattr(core, "looks", lambda *_: itertools.count(0.01, 0.01))
-    monkeypatch.setattr(core, "GC_AFTER", 0.11)
+    monkeypatch.setattr(checkout, "looks", lambda *_: itertools.count(0.01, 0.01))
+    monkeypatch.setattr(checkout, "GC_AFTER", 0.11)
     pids = {"north": new_pid(), "south": new_pid()}
     limits = {"north": 5, "south": 3, "north/all": 5, "north/few": 2, "south/all": 3}
     pools = {
@@ -744,4 +742,4 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
     numbers = [pools[name].statistics() for name in ("north/all", "south/all")]
     assert sum(n.deadlocks for n in numbers) == sum(n.timeouts for n in numbers) == len(told)
     assert sum(n.checkouts for n in numbers) == sum(what == "take" for what, _, _ in history.events)
-    assert PoolManager.everywhere()
+    assert everywhere()

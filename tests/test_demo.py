@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import pytest
 from sqlalchemy import make_url
 
+from sqla_queries_pool.demo.embedded import ENV, EmbeddedPostgres
 from sqla_queries_pool.demo.run import KINDS, QUERIES, QUEUE, Parameters
 from sqla_queries_pool.demo.server import DemoError, read_url
-from sqla_queries_pool.embedded import ENV, EmbeddedPostgres
 
 pytestmark = pytest.mark.slow  # they start programs
 
@@ -96,6 +96,15 @@ def test_every_load_says_what_the_threads_got(facts: Any) -> None:
 
 
 @pytest.mark.slow
+def test_every_load_says_how_many_checkouts_each_server_connection_served(facts: Any) -> None:
+    """It is the throughput, divided by the most connections that the server saw."""
+    for demonstration in ("three_engines", "fairness"):
+        for load in facts[demonstration].values():
+            expected = load["checkouts_per_second"] / load["most_connections"]
+            assert load["checkouts_per_second_per_connection"] == pytest.approx(expected, abs=0.1)
+
+
+@pytest.mark.slow
 def test_after_a_burst_only_the_busy_connection_is_left_though_nobody_used_the_pool(facts: Any) -> None:
     """All were open at its height, one is after the idle TTL, without a checkout in between."""
     burst = facts["burst"][QUERIES]
@@ -139,6 +148,9 @@ def test_the_demo_prints_a_table_of_the_database_that_the_environment_names(
     assert QUEUE in ran.out
     assert QUERIES in ran.out
     assert re.findall(r"│ \((\w)\)", ran.out) == list("abcd")
+    part_a = ran.out[ran.out.index("│ (a)") : ran.out.index("│ (b)")]
+    assert re.search(r"checkouts per second and server connection +│ +[\d,]+ │ +[\d,]+ │", part_a)
+    assert ran.out.count("per second and server connection") == 1
     assert pg_server.password not in ran.out + ran.err
 
 

@@ -27,9 +27,6 @@ NOT_RUN = {
 }
 """Pages with Python that is not run as it stands, and why."""
 
-PREPARED = {"README": "from flask import Flask\napp = Flask('shop')\n"}
-"""What a page takes for granted."""
-
 # What runs the examples of an interpreter session (`pycon`), in the names of the page's other blocks, and
 # SQL on the page's `engine`.
 CHECK = """
@@ -87,7 +84,7 @@ def program(page: str) -> str:
             steps.append(f"check({block.text!r}, {block.line})\n")
         elif block.language == "sql":
             steps.append(f"query({block.text!r})\n")
-    return "\n".join([CHECK, PREPARED.get(page, ""), *steps]) if steps else ""
+    return "\n".join([CHECK, *steps]) if steps else ""
 
 
 RUN = [page for page in pages() if page not in NOT_RUN and program(page)]
@@ -97,8 +94,6 @@ RUN = [page for page in pages() if page not in NOT_RUN and program(page)]
 @pytest.mark.parametrize("page", RUN)
 def test_what_a_page_shows_happens(page: str, pg_url: str, tmp_path: Path) -> None:
     """The page's Python runs in order, without a warning, and its sessions print what they show."""
-    if page == "README":
-        pytest.importorskip("flask")
     url = make_url(pg_url)
     text = program(page).replace(URL, pg_url.split("://")[1])
     script = tmp_path / "page.py"
@@ -126,6 +121,18 @@ def test_a_block_of_a_page_is_found_with_its_language_and_line() -> None:
     """Options and indentation are not part of it, what follows neither."""
     text = "x\n\n.. code-block:: python\n   :caption: c\n\n    a = 1\n\n    b = 2\n\nText\n"
     assert blocks(text) == [Block("python", 6, "a = 1\n\nb = 2\n")]
+
+
+def test_the_readme_is_well_formed_and_its_links_lead_somewhere() -> None:
+    """docutils has no warning for it, and each link and picture is a file of the checkout."""
+    core = pytest.importorskip("docutils.core")
+    text = source("README")
+    # A warning is raised.
+    core.publish_doctree(text, settings_overrides={"report_level": 2, "halt_level": 2, "traceback": True})
+    named = re.findall(r"<([^<>]+)>`__|image:: (.+)", text)
+    assert named
+    for link, image in named:
+        assert (ROOT / (link or image)).is_file(), link or image
 
 
 @pytest.mark.slow

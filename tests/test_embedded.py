@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import psutil
 import psycopg2
 import pytest
@@ -22,8 +23,8 @@ from psycopg2.extensions import connection as Connection
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
 
-from sqla_queries_pool import embedded
-from sqla_queries_pool.embedded import ENV, EmbeddedPostgres, EmbeddedPostgresError
+from sqla_queries_pool.demo import embedded
+from sqla_queries_pool.demo.embedded import ENV, EmbeddedPostgres, EmbeddedPostgresError
 
 pytestmark = pytest.mark.slow  # they start servers
 
@@ -257,7 +258,7 @@ def test_one_object_can_serve_again_after_stop(below: Path) -> None:
         query(server, "CREATE TABLE gone ()")
     with server:
         assert query(server, "SELECT to_regclass('gone')") is None
-        with pytest.raises(EmbeddedPostgresError, match="running already"):
+        with pytest.raises(EmbeddedPostgresError, match="already running"):
             server.start()
         assert query(server, "SELECT 1") == 1
     assert list(below.iterdir()) == []
@@ -365,9 +366,8 @@ def test_a_taken_port_is_not_waited_for_but_another_one_taken(
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        free = embedded._free_port
         offers = iter([taken.getsockname()[1], taken.getsockname()[1]])
-        monkeypatch.setattr(embedded, "_free_port", lambda: next(offers, None) or free())
+        inside.patch_free_port(monkeypatch, offers)
         with EmbeddedPostgres(folder=below) as server:
             assert server.port != taken.getsockname()[1]
             assert query(server, "SELECT 1") == 1
@@ -395,7 +395,7 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, be
     def interrupted(server: EmbeddedPostgres, pid: int) -> bool:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(EmbeddedPostgres, "_ready", interrupted)
+    inside.patch_ready(monkeypatch, interrupted)
     with pytest.raises(KeyboardInterrupt):
         EmbeddedPostgres(folder=below).start()
     assert left(below) == []
@@ -403,9 +403,9 @@ def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, be
 
 def test_a_server_that_never_gets_ready_is_ended(monkeypatch: pytest.MonkeyPatch, below: Path) -> None:
     """The wait for it has an end, too."""
-    monkeypatch.setattr(EmbeddedPostgres, "_ready", lambda server, pid: False)
+    inside.patch_ready(monkeypatch, lambda server, pid: False)
     server = EmbeddedPostgres(folder=below)
-    server._prepare()
+    inside.prepare(server)
     monkeypatch.setattr(embedded, "READY_SECONDS", 0.2)
     with pytest.raises(EmbeddedPostgresError, match="not ready after"):
         server.start()
@@ -414,7 +414,7 @@ def test_a_server_that_never_gets_ready_is_ended(monkeypatch: pytest.MonkeyPatch
 
 def test_an_unknown_mode_is_refused(pg_server: EmbeddedPostgres) -> None:
     """A typing error does not stop the server in some other way."""
-    with pytest.raises(EmbeddedPostgresError, match="'quick' is no way to stop; take one of smart, fast"):
+    with pytest.raises(EmbeddedPostgresError, match="'quick' is not a mode of stopping: use one of smart"):
         pg_server.stop("quick")
     assert pg_server.running
 
@@ -424,7 +424,7 @@ def test_an_unknown_mode_is_refused(pg_server: EmbeddedPostgres) -> None:
 CHILD = """
 import os, signal, sys
 from pathlib import Path
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 import psycopg2
 import psycopg2.extensions
 

@@ -211,7 +211,8 @@ print(json.dumps([result.get(timeout=60) for result in results]))
 
 BRIEF = """
 from celery_app import app, engine, take_order
-engine.pool._shared.set_idle_ttl(1)
+from sqla_queries_pool import PoolManager
+PoolManager.set_idle_ttl(engine.pool.pid, 1)
 """
 
 

@@ -17,6 +17,7 @@ import weakref
 from types import FrameType
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeDriver
 from hazards import new_pid, new_pool, sleeping_collector
@@ -25,19 +26,19 @@ from sqlalchemy.pool import Pool, QueuePool
 
 import sqla_queries_pool
 from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.engine.records import Proxy
 from sqla_queries_pool.logs import NAME
-from sqla_queries_pool.records import Proxy
 
 PACKAGE = os.path.dirname(sqla_queries_pool.__file__) + os.sep
 FRAMES = [
-    "queries_pool.py:connect",
-    "queries_pool.py:_do_get",
-    "pool/core.py:take",
-    "ledger.py:take",
-    "records.py:__init__",
-    "records.py:close",
-    "pool/core.py:give",
-    "ledger.py:give",
+    "engine/queries_pool.py:connect",
+    "engine/queries_pool.py:_do_get",
+    "runtime/checkout.py:take",
+    "budget/ledger.py:take",
+    "engine/records.py:__init__",
+    "engine/records.py:close",
+    "runtime/checkout.py:give",
+    "budget/ledger.py:give",
 ]
 """The functions of this package that a checkout and its return run."""
 EVENTS = ("connect", "first_connect", "checkout", "checkin", "reset", "close", "invalidate", "detach")
@@ -131,7 +132,7 @@ class CountingLock:
 def test_a_checkout_runs_eight_functions_of_this_package_and_none_that_diagnoses() -> None:
     """Statistics are counted in place, the label is one call of C; nothing of leaks, deadlocks, snapshots or
     stacks is on it.  A frame costs 15 to 30 ns: one more is a decision, and it is taken here."""
-    assert [call for call in frames(new_pool()) if call != "liveness.py:<lambda>"] == FRAMES
+    assert [call for call in frames(new_pool()) if call != "sockets/liveness.py:<lambda>"] == FRAMES
 
 
 def test_a_checkout_runs_fewer_functions_than_queuepools() -> None:
@@ -144,9 +145,8 @@ def test_a_checkout_takes_one_lock_and_its_return_another() -> None:
     """The pool's, once each; a ``with Lock`` costs as much as five frames."""
     pool = new_pool()
     pool.connect().close()
-    shared: Any = pool._shared
-    shared._lock = lock = CountingLock(shared._lock)
-    shared._try_lock = lambda: lock.acquire(False)
+    lock = CountingLock(inside.lock(pool))
+    inside.replace_lock(pool, lock, lambda: lock.acquire(False))
     for _ in range(10):
         pool.connect().close()
     assert lock.taken == 20
@@ -168,8 +168,8 @@ def test_a_connection_that_is_out_is_made_of_few_objects_and_none_is_left() -> N
 @pytest.mark.parametrize("feature", FEATURES, ids=str)
 def test_what_can_be_switched_on_beside_stacks_costs_a_checkout_nothing(feature: dict[str, Any]) -> None:
     """The same frames as without, and no more memory."""
-    assert frames(new_pool(**feature)) == frames(new_pool(**BARE))
-    bare = allocated(new_pool(**BARE))  # first: caches fill
+    assert frames(new_pool(**feature)) == frames(new_pool(**BARE))  # type: ignore[arg-type]
+    bare = allocated(new_pool(**BARE))  # type: ignore[arg-type]  # first: caches fill
     assert allocated(new_pool(**feature)) <= bare + 512
 
 
@@ -181,7 +181,7 @@ def test_where_another_engine_has_idle_connections_a_checkout_costs_the_same() -
     for connection in out:
         connection.close()
     assert frames(few) == frames(new_pool())
-    few._shared._ledger.peak_held = 1
+    inside.ledger(few).peak_held = 1
     assert frames(few) == frames(new_pool())
 
 
@@ -190,8 +190,8 @@ def test_tracked_stacks_cost_a_frame_more_and_only_where_they_are_on() -> None:
     pid = new_pid()
     with_it, without = new_pool(pid, track_stacks=True), new_pool(pid)
     assert frames(without) == frames(new_pool())
-    extra = [call for call in frames(with_it) if call.startswith("stacks.py")]
-    assert extra == ["stacks.py:calls"]
+    extra = [call for call in frames(with_it) if call.startswith("insight/stacks.py")]
+    assert extra == ["insight/stacks.py:calls"]
 
 
 def test_nothing_accumulates_from_checkout_to_checkout() -> None:
@@ -242,7 +242,7 @@ def test_a_return_resets_as_told(style: Any) -> None:
     pool = QueriesPool(driver.connect, reset_on_return=style)
     pool.connect().close()
     connection: Any = pool.connect()
-    connection._close_special(transaction_reset=True)
+    inside.close_special(connection)
     calls = driver.connections[0].calls
     assert (calls["rollback"], calls["commit"]) == (style == "rollback", 2 * (style == "commit"))
     assert pool.checkedout() == 0
@@ -300,7 +300,7 @@ def test_a_connection_whose_invalidation_was_cut_short_is_not_used_again() -> No
 
         event.listen(pool, "invalidate", refuse)
         connection = pool.connect()
-        connection._connection_record.starttime -= 1  # the times of day that are compared may be coarse
+        inside.record(connection).starttime -= 1  # the times of day that are compared may be coarse
         with pytest.raises(RuntimeError):
             connection.invalidate()
         connection.close()
@@ -349,7 +349,7 @@ def test_an_interrupted_rollback_leaves_no_cycle_behind(monkeypatch: pytest.Monk
     """Error, traceback, frame, error: it would keep the record, and its death would not be noticed."""
     pool = new_pool(max_size=1)
     connection: Any = pool.connect()
-    record = weakref.ref(connection._connection_record)
+    record = weakref.ref(inside.record(connection))
 
     def fail() -> None:
         raise KeyboardInterrupt
@@ -371,7 +371,7 @@ from sqlalchemy.pool import base
 base._ConnectionFairy.__slots__ += ("of_tomorrow",)
 import sqla_queries_pool, gc
 from sqla_queries_pool.logs import NAME
-from sqla_queries_pool.records import Proxy
+from sqla_queries_pool.engine.records import Proxy
 from fakes import FakeDriver
 driver = FakeDriver()
 pool = sqla_queries_pool.QueriesPool(driver.connect, max_size=1, timeout=1.0)

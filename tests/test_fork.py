@@ -18,16 +18,19 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import inside
 import psycopg2
 import pytest
 from conftest import Observer
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, pool_of
+from fakes import FakeDriver
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, pool_of
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.audit import check
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.pool import Pool, garbage
+from sqla_queries_pool.budget.audit import check
+from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.runtime import garbage
 
 pytestmark = [
     pytest.mark.slow,
@@ -103,7 +106,7 @@ def in_children(work: Callable[[], Any]) -> list[Any]:
 
 def shared(engine: Engine) -> Pool:
     """The pool of an engine's database."""
-    return pool_of(engine)._shared
+    return inside.shared(pool_of(engine))
 
 
 def use_all(engine: Engine) -> list[int]:
@@ -112,10 +115,11 @@ def use_all(engine: Engine) -> list[int]:
     with ExitStack() as stack:
         connections = [stack.enter_context(engine.connect()) for _ in range(pool.size())]
         found = [connection.scalar(BACKEND) for connection in connections]
-        timeout, pool._timeout = pool._timeout, 0
+        timeout = pool.timeout()
+        inside.set_timeout(pool, 0)
         with pytest.raises(CheckoutTimeout):
             engine.connect()
-        pool._timeout = timeout
+        inside.set_timeout(pool, timeout)
     return found
 
 
@@ -124,7 +128,7 @@ def see_idle_connections_close(engine: Engine) -> None:
     shared(engine).set_idle_ttl(0.05)
     engine.connect().close()
     eventually(lambda: len(shared(engine)) == 0, f"idle_ttl does nothing: {shared(engine)!r}")
-    assert not shared(engine)._by_handle
+    assert not inside.by_handle(shared(engine))
 
 
 def live(engine: Engine) -> list[int]:
@@ -135,7 +139,7 @@ def live(engine: Engine) -> list[int]:
     assert shared(other) is shared(engine)
     with other.connect() as connection:
         found.append(connection.scalar(BACKEND))
-    shared(engine)._decide(check, shared(engine)._ledger)
+    inside.decide(shared(engine), check, inside.ledger(shared(engine)))
     return found
 
 
@@ -241,7 +245,7 @@ def inside_the_lock(
     call_once(parent, Ledger, method, stop.here)
     other = Thread(act, parent.engine)
     stop.reached()
-    assert shared(parent.engine)._inside
+    assert inside.is_inside(shared(parent.engine))
     yield
     stop.go()
     parent.own |= other.join()
@@ -257,7 +261,7 @@ def beginning_a_checkout(parent: Parent) -> Iterator[None]:
 @contextmanager
 def in_the_middle_of_a_permit(parent: Parent) -> Iterator[None]:
     """A thread is inside the ledger, with a slot that is in no set yet."""
-    with inside_the_lock(parent, "_enter"):
+    with inside_the_lock(parent, inside.method_of_step("add")):
         yield
 
 
@@ -621,13 +625,33 @@ def test_disposing_in_the_child_stays_harmless(close: bool, parent: Parent, even
     parent.assert_unharmed(eventually)
 
 
+def test_a_child_makes_snapshots_for_errors_of_its_own() -> None:
+    """A thread of the parent makes one during the fork: the child neither waits for it nor has it."""
+    pool = QueriesPool(FakeDriver().connect, max_size=1, timeout=0, pool_id=new_pid())
+    recent, stop = inside.core(pool).recent_snapshot, Stop()
+    with contextlib.closing(pool.connect()), pytest.raises(CheckoutTimeout):
+        pool.connect()
+    maker = Thread(lambda: recent.get(stop.here, 0.0, inside.core(pool).now))
+    stop.reached()
+
+    def work() -> str:
+        with contextlib.closing(pool.connect()), pytest.raises(CheckoutTimeout) as caught:
+            pool.connect()
+        return str(caught.value)
+
+    said = in_a_child(work)
+    stop.go()
+    maker.join()
+    assert "this thread already holds 1 of them" in said
+
+
 def test_who_waits_in_the_child_asks_the_collector(
     new_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Although a thread of the parent was just doing so, which keeps others from it."""
     engine = new_engine(max_size=1)
     collect, stop = gc.collect, Stop()
-    monkeypatch.setattr(garbage, "_next_collection", 0.0)
+    inside.next_collection(monkeypatch, 0.0)
     monkeypatch.setattr(gc, "collect", stop.here)
     other = Thread(garbage.collect_garbage)
     stop.reached()
@@ -708,7 +732,7 @@ def test_descriptors_do_not_pile_up_in_the_children_of_one_parent(parent: Parent
     assert descriptors() <= before  # less, where what other tests have closed was waited for
 
 
-# -- what the books are made of -----------------------------------------------------------------------
+# -- what the ledger is made of ----------------------------------------------------------------------
 
 
 def test_an_engine_that_died_just_then_does_not_count_in_the_child(parent: Parent) -> None:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 import sqlalchemy
 from conftest import Observer
@@ -128,7 +129,7 @@ def test_what_a_session_of_queries_has_locked_is_the_sessions(pid: str) -> None:
     class Report:
         pass
 
-    pool = new_pool(pid)._shared
+    pool = inside.shared(new_pool(pid))
     driver = FakeDriver()
     pool.add(handle := driver.connect())
     session = Report()
@@ -146,7 +147,7 @@ def test_a_snapshot_can_be_taken_while_another_thread_is_inside_the_pool(pid: st
     connection = pool.connect()
 
     def keep_the_lock() -> None:
-        with pool._shared._lock:
+        with inside.lock(pool):
             stop.here()
 
     keeper = Thread(keep_the_lock)
@@ -168,7 +169,7 @@ def test_pid_and_state_of_the_transaction_are_known_without_asking_the_server(
     """Idle, in transaction, in error, as the server says too; and however often one looks, the server sees
     no statement: the last one stays the last, and it began when it began."""
     with engine.connect() as connection:
-        backend = connection.connection.dbapi_connection.info.backend_pid  # type: ignore[union-attr]
+        backend = connection.connection.dbapi_connection.info.backend_pid
 
         def server_says() -> tuple[Any, ...]:
             sql = "SELECT state, query, query_start, state_change FROM pg_stat_activity WHERE pid = %s"
@@ -424,7 +425,7 @@ def test_a_deep_stack_keeps_its_innermost_calls(pid: str) -> None:
         return dive(depth - 1) if depth else pool.connect()
 
     connection = dive(200)
-    stack = connection._connection_record.slot.stack
+    stack = inside.record(connection).slot.stack
     assert len(stack) == 20
     assert {code.co_name for code, _ in stack} == {"dive"}
     connection.close()

@@ -10,13 +10,14 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock
 from hazards import Handle, Thread, assert_whole, new_pid, new_pool, pool_of
 from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.housekeeping import Housekeeper
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 
 Eventually = Callable[..., None]
 NEVER = None
@@ -134,7 +135,7 @@ def pool_with_clock(clock: FakeClock, **kw: Any) -> QueriesPool:
     """A pool whose time is the test's."""
     pid = new_pid()
     PoolManager.create(pid, idle_ttl=kw.get("idle_ttl", 60), max_size=8, time_method=clock)
-    PoolManager._pools[pid]._ledger.set_ttl(None, clock())  # each engine has its own
+    inside.ledger(inside.pools()[pid]).set_ttl(None, clock())  # each engine has its own
     return new_pool(pid, max_size=4, **kw)
 
 
@@ -142,12 +143,12 @@ def test_without_an_idle_ttl_nothing_ever_closes(eventually: Eventually) -> None
     """`idle_ttl=None` is for ever, and asks nobody to look."""
     clock = FakeClock()
     pool = pool_with_clock(clock, idle_ttl=NEVER)
-    shared = pool._shared
-    assert shared._ledger.due == math.inf
+    shared = inside.shared(pool)
+    assert inside.ledger(shared).due == math.inf
     pool.connect().close()
-    assert shared._ledger.due == math.inf
+    assert inside.ledger(shared).due == math.inf
     clock.now = 1e9
-    shared.sweep()
+    inside.upkeep(shared).sweep()
     shared.clean()
     assert pool.checkedin() == 1
     assert_whole(pool, eventually)
@@ -163,7 +164,7 @@ def test_an_idle_connection_is_closed_at_its_idle_ttl_and_not_before(eventually:
     second.close()
     for now, left in [(59.0, 2), (60.0, 1), (60.5, 1), (61.0, 0)]:
         clock.now = now
-        pool._shared.sweep()
+        inside.upkeep(pool).sweep()
         assert pool.checkedin() == left
     assert_whole(pool, eventually)
 
@@ -172,7 +173,7 @@ def test_an_idle_ttl_can_be_set_at_run_time(eventually: Eventually) -> None:
     """What is over the new one closes at once; `None` keeps the rest; then each engine has its own."""
     clock = FakeClock()
     pool = pool_with_clock(clock, idle_ttl=60.0)
-    shared = pool._shared
+    shared = inside.shared(pool)
     first, second = pool.connect(), pool.connect()
     first.close()
     clock.now = 30.0
@@ -181,9 +182,9 @@ def test_an_idle_ttl_can_be_set_at_run_time(eventually: Eventually) -> None:
     assert pool.checkedin() == 1
     PoolManager.set_idle_ttl(pool.pid, None)
     clock.now = 1e6
-    shared.sweep()
+    inside.upkeep(shared).sweep()
     assert pool.checkedin() == 1
-    shared.unset()
+    inside.unset(shared)
     assert pool.checkedin() == 0
     assert_whole(pool, eventually)
 
@@ -213,9 +214,12 @@ def kill(housekeeper: Housekeeper, eventually: Eventually) -> object:
             self.swept = True
             raise SystemExit
 
+        def neglected(self) -> None:
+            pass
+
     deadly = Deadly()
     housekeeper.schedule(deadly, 0.0)
-    eventually(lambda: deadly.swept and not housekeeper._thread._running.locked(), "it died")
+    eventually(lambda: deadly.swept and not inside.thread_runs(housekeeper), "it died")
     return deadly
 
 
@@ -226,12 +230,13 @@ def test_a_housekeeper_that_died_is_started_again_by_the_next_checkout(
 ) -> None:
     """Whether the checkout comes before or after something was due: idle connections close in the end."""
     pool = new_pool(idle_ttl=0.5)
-    housekeeper = pool._shared.housekeeper = Housekeeper()  # which knows of no other test's pools
+    housekeeper = Housekeeper()  # which knows of no other test's pools
+    inside.set_housekeeper(housekeeper, pool)
     for fairy in [pool.connect(), pool.connect()]:
         fairy.close()
     deadly = kill(housekeeper, eventually)
     if when == "after":
-        eventually(lambda: pool._shared._clock() > pool._shared._ledger.due, "something is overdue")
+        eventually(lambda: inside.now(pool) > inside.ledger(pool).due, "something is overdue")
     pool.connect().close()
     eventually(lambda: pool.checkedin() == 0, "all are closed", 3.0)
     del deadly
@@ -300,7 +305,7 @@ for _ in range(2):
         pytest.param(
             "connection.close(); other.close(); one.dispose(); one.connect().close()", id="disposed"
         ),
-        pytest.param("connection.close(); one.pool._shared.set_idle_ttl(0.001)", id="expiring"),
+        pytest.param("connection.close(); PoolManager.set_idle_ttl(one.pool.pid, 0.001)", id="expiring"),
         pytest.param(
             "for _ in range(3): one.connect().detach()\n"
             "threading.Thread(target=one.connect, daemon=True).start()\n"

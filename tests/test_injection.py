@@ -29,6 +29,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any, ClassVar
 
+import inside
 import pytest
 from conftest import Observer
 from fakes import FakeDialect, FakeDriver
@@ -36,9 +37,9 @@ from hazards import DEADLINE, Probe, Ring, Stop, Thread, assert_whole, eventuall
 from sqlalchemy import create_engine, event, make_url, text
 
 import sqla_queries_pool
-from sqla_queries_pool import CheckoutTimeout, ConnectionNotFoundError, PoolManager, QueriesPool, retirement
-from sqla_queries_pool.housekeeping import Housekeeper
-from sqla_queries_pool.pool import Pool, garbage
+from sqla_queries_pool import CheckoutTimeout, ConnectionNotFoundError, PoolManager, QueriesPool
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.runtime import jitter as retirement
 
 pytestmark = pytest.mark.slow
 Eventually = Callable[..., None]
@@ -65,21 +66,18 @@ injected: Counter[str] = Counter()
 
 
 FEWEST = 10_000
-ran: set[str] = set()
+"""Injections of all sweeps that leave out no point."""
+swept: set[tuple[str, str]] = set()
+"""Which scenes were interrupted at every point, by what."""
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _count(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Enough was injected, if the whole module ran in this process."""
+def _count() -> Iterator[None]:
+    """Enough was injected, if all sweeps that leave out no point ran in this process."""
     yield
     print(f"\ninjected: {sum(injected.values())} {dict(injected)}, seed {SEED}")
-    if ran >= {item.nodeid for item in request.node.collect()}:
+    if len(swept) == len(SCENES) * len(KINDS):
         assert sum(injected.values()) > FEWEST
-
-
-@pytest.fixture(autouse=True)
-def _ran(request: pytest.FixtureRequest) -> None:
-    ran.add(request.node.nodeid)
 
 
 def look_for_signals() -> None:
@@ -213,7 +211,10 @@ class Stage:
     def pool(self, creator: Callable[[], Any] = Handle, **kw: Any) -> QueriesPool:
         settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False}
         made = QueriesPool(
-            creator, pool_id=self.pid, dialect=FakeDialect(dbapi=FakeDriver()), **(settings | kw)
+            creator,
+            pool_id=self.pid,
+            dialect=FakeDialect(dbapi=FakeDriver()),  # type: ignore[arg-type]
+            **(settings | kw),
         )
         self.pools.append(made)
         return made
@@ -234,10 +235,10 @@ class Stage:
 
     def when_waiting(self, do: Act) -> None:
         """Another thread does something as soon as somebody waits, or when it is over."""
-        shared = self.pools[0]._shared
+        shared = inside.shared(self.pools[0])
 
         def work() -> None:
-            eventually(lambda: shared._ledger.lines or self.ended, "somebody waits")
+            eventually(lambda: inside.ledger(shared).lines or self.ended, "somebody waits")
             do()
 
         self.threads.append(Thread(work))
@@ -245,7 +246,7 @@ class Stage:
     def waiting(self, pool: QueriesPool) -> None:
         """Another thread waits for a connection, and uses it."""
         self.threads.append(Thread(lambda: pool.connect().close()))
-        eventually(lambda: pool._attachment.line, "it waits")
+        eventually(lambda: inside.attachment(pool).queue, "it waits")
 
 
 def use(pool: QueriesPool) -> None:
@@ -317,7 +318,7 @@ def collects(stage: Stage) -> Act:
     """A thread waits, and the collector finds a connection for it."""
     pool = stage.pool(max_size=1, gc_on_wait=True, timeout=0.01)
     Ring(pool.connect())
-    garbage._next_collection = 0.0
+    inside.next_collection(None, 0.0)
 
     def act() -> None:
         with contextlib.suppress(CheckoutTimeout):
@@ -348,7 +349,7 @@ def lingers(stage: Stage) -> Act:
 def lets_go(stage: Stage) -> Act:
     """An opening waits for the server to let go of the connection that was closed, and it does."""
     pool = stage.idle(1, stage.lingering, max_size=1, close_timeout=0.2)
-    lingering = pool._shared.lingering
+    lingering = inside.lingering(pool)
 
     def let_go() -> None:
         eventually(lambda: lingering or stage.ended, "one is waited for")
@@ -365,14 +366,14 @@ def lets_go(stage: Stage) -> Act:
 def recycled(stage: Stage) -> Act:
     """A connection is too old and is reopened."""
     pool = stage.idle(recycle=100)
-    pool._attachment.idle[0].starttime = 0
+    inside.attachment(pool).idle[0].starttime = 0
     return partial(use, pool)
 
 
 def dead(stage: Stage) -> Act:
     """The server has hung up on an idle connection."""
     pool = stage.idle(2, Wired)
-    for entry in pool._attachment.idle:
+    for entry in inside.attachment(pool).idle:
         entry.dbapi_connection.theirs.close()
     return partial(use, pool)
 
@@ -380,7 +381,7 @@ def dead(stage: Stage) -> Act:
 def unasked(stage: Stage) -> Act:
     """The server has said something unasked: a ping tells."""
     pool = stage.idle(1, Wired)
-    pool._attachment.idle[0].dbapi_connection.theirs.send(b"S\0\0\0\4")
+    inside.attachment(pool).idle[0].dbapi_connection.theirs.send(b"S\0\0\0\4")
     return partial(use, pool)
 
 
@@ -484,7 +485,7 @@ def lost(stage: Stage) -> Act:
     pool = stage.idle()
 
     def act() -> None:
-        pool._do_get()
+        inside.do_get(pool)
 
     return act
 
@@ -565,7 +566,7 @@ def shut_down(stage: Stage) -> Act:
 
     def act() -> None:
         fairy = pool.connect()
-        PoolManager._pools[stage.pid].shutdown()
+        inside.pools()[stage.pid].shutdown()
         fairy.close()
         use(pool)
 
@@ -577,34 +578,34 @@ SCENES = [
     opened,
     listened,
     waits,
-    pytest.param(waits_for_room, marks=pytest.mark.slow),
+    waits_for_room,
     hands_over,
     makes_room,
     times_out,
-    pytest.param(collects, marks=pytest.mark.slow),
+    collects,
     reopened,
     evicts,
-    pytest.param(lingers, marks=pytest.mark.slow),
-    pytest.param(lets_go, marks=pytest.mark.slow),
+    lingers,
+    lets_go,
     recycled,
     dead,
     unasked,
     pinged,
     mute,
     pre_pinged,
-    pytest.param(refused, marks=pytest.mark.slow),
+    refused,
     fails,
     invalidated,
     detached,
     abandoned,
     collected,
     lost,
-    pytest.param(disposed, marks=pytest.mark.slow),
-    pytest.param(lowered, marks=pytest.mark.slow),
-    pytest.param(expired, marks=pytest.mark.slow),
-    pytest.param(attached, marks=pytest.mark.slow),
-    pytest.param(by_hand, marks=pytest.mark.slow),
-    pytest.param(shut_down, marks=pytest.mark.slow),
+    disposed,
+    lowered,
+    expired,
+    attached,
+    by_hand,
+    shut_down,
 ]
 
 
@@ -617,7 +618,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
     monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)
-    monkeypatch.setattr(Pool, "housekeeper", Housekeeper())
+    inside.patch_housekeeper(monkeypatch, Housekeeper())
     logging.disable(logging.CRITICAL)
     try:
         with sleeping_collector():
@@ -628,17 +629,17 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def assert_nothing_lost(pools: list[QueriesPool], eventually: Eventually, live: Callable[[], int]) -> None:
     """Books, lock, threads and sockets are as if nothing had happened, and the budget can be had again."""
-    shared = pools[0]._shared
-    assert not shared._lock._is_owned(), "the lock is taken"  # type: ignore[attr-defined]
-    assert not shared._inside, "inside for ever"
+    shared = inside.shared(pools[0])
+    assert not inside.lock(shared)._is_owned(), "the lock is taken"
+    assert not inside.is_inside(shared), "inside for ever"
     probe, worked = Probe(), threading.Event()
-    Pool.housekeeper.schedule(probe, 0.0)
-    shared._worker.submit(worked.set)
+    inside.housekeeper().schedule(probe, 0.0)
+    inside.worker(shared).submit(worked.set)
     assert probe.swept.wait(2.0), "the housekeeper has stopped"
     assert worked.wait(2.0), "the worker has stopped"
     for pool in pools:
         assert_whole(pool, eventually)
-    assert live() == shared.numbers.open == len(shared._by_handle), f"sockets: {live()}, {shared!r}"
+    assert live() == shared.numbers.open == len(inside.by_handle(shared)), f"sockets: {live()}, {shared!r}"
 
 
 def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseException]) -> Stage:
@@ -646,8 +647,8 @@ def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseExcep
     Handle.live = weakref.WeakSet()
     stage = Stage()
     act = scene(stage)
-    sweeper = Pool.housekeeper._thread
-    eventually(lambda: not sweeper._running.locked() or sweeper._mail.empty(), "it has read its mail")
+    sweeper = inside.housekeeper()
+    eventually(lambda: not inside.thread_runs(sweeper) or not inside.mail(sweeper), "it has read its mail")
     try:
         injector.run(act)
         look_for_signals()  # it may be under way
@@ -656,19 +657,24 @@ def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseExcep
     stage.ended = True
     stage.kept.clear()
     del act
-    shared = stage.pools[0]._shared
-    shared.unset()  # whoever comes next reads the letters, too
+    shared = inside.shared(stage.pools[0])
+    inside.unset(shared)  # whoever comes next reads the letters, too
     gc.collect()
     for thread in stage.threads:
         thread.join(3.0)
     # What whoever waits does: what looks wrong is mended at the second look.
-    eventually(lambda: not shared.mend(), "nothing looks wrong for the first time")
-    shared._ledger.let_in(shared._clock())  # a pause after a refusal is soon over
+    eventually(lambda: not inside.upkeep(shared).mend(), "nothing looks wrong for the first time")
+    inside.ledger(shared).let_in(inside.now(shared))  # a pause after a refusal is soon over
     return stage
 
 
-def sweep(scene: Callable[[Stage], Act], kind: type[BaseException]) -> tuple[int, dict[str, str]]:
-    """Interrupt a scene at every point in turn; how many there were, and what was lost where."""
+def sweep(
+    scene: Callable[[Stage], Act], kind: type[BaseException], stride: int
+) -> tuple[int, dict[str, str]]:
+    """Interrupt a scene at points in turn; how many there were, and what was lost where.
+
+    :param stride: 1 for every point; of each so many, one is taken, and which one is left to chance.
+    """
 
     def handler(*_: object) -> None:
         raise kind
@@ -676,43 +682,48 @@ def sweep(scene: Callable[[Stage], Act], kind: type[BaseException]) -> tuple[int
     soon = partial(eventually, seconds=1.0)
     lost: dict[str, str] = {}
     old = signal.signal(signal.SIGUSR1, handler)
-    n = 0
+    n = random.randrange(1 - stride, 1)
+    points = 0
     try:
         while len(lost) < 12:
-            n += 1
-            Pool.housekeeper = Housekeeper()
+            n += stride
+            inside.set_housekeeper(Housekeeper())
             injector = Injector(n)
             stage: Any = None
             try:
                 stage = play(scene, injector, kind)
                 if not injector.where:
                     break
+                points += 1
                 assert_nothing_lost(stage.pools, soon, lambda: len(Handle.live))
             except Exception as error:
                 lost[f"{n}: {injector.where}"] = f"{type(error).__name__}: {str(error)[:150]}"
             finally:
                 if stage is not None:
                     with contextlib.suppress(Exception):
-                        stage.pools[0]._shared.shutdown()
-                    PoolManager._pools.pop(stage.pid, None)
+                        inside.shared(stage.pools[0]).shutdown()
+                    inside.pools().pop(stage.pid, None)
     finally:
         signal.signal(signal.SIGUSR1, old)
-    injected[kind.__name__] += n - 1
-    return n - 1, lost
+    injected[kind.__name__] += points
+    return points, lost
 
 
 # -- (a) every point, in turn -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", [KeyboardInterrupt, Failure, Timeout])
+@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "all"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.usefixtures("quiet")
 def test_an_interrupt_at_any_point_loses_nothing(
-    scene: Callable[[Stage], Act], kind: type[BaseException]
+    scene: Callable[[Stage], Act], kind: type[BaseException], stride: int
 ) -> None:
     """Wherever in the package it comes: no slot, socket, lock or thread is lost, and nobody waits in vain."""
-    points, losses = sweep(scene, kind)
-    assert points > 5, "hardly anything was interrupted"
+    points, losses = sweep(scene, kind, stride)
+    assert points * stride > 5, "hardly anything was interrupted"
+    if stride == 1:
+        swept.add((scene.__name__, kind.__name__))
     assert not losses, f"{len(losses)} of {points}:\n" + "\n".join(f"{k} -> {v}" for k, v in losses.items())
 
 
@@ -735,7 +746,7 @@ class Worker:
                 while not self._stop.is_set():
                     self._step()
                     self.done += 1
-            except (*KINDS, CheckoutTimeout):
+            except (*KINDS, CheckoutTimeout):  # type: ignore[misc]
                 self.hits += 1
 
     def _step(self) -> None:
@@ -752,7 +763,7 @@ class Worker:
             fairy.close()
 
 
-@pytest.mark.parametrize("rounds", [300, pytest.param(3000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("rounds", [300, pytest.param(3000, marks=pytest.mark.exhaustive)])
 @pytest.mark.usefixtures("quiet")
 def test_exceptions_set_in_other_threads_at_random_lose_nothing(rounds: int, eventually: Eventually) -> None:
     """Four threads on three connections of two engines, exceptions at random moments, also in SQLAlchemy."""
@@ -901,7 +912,7 @@ def test_a_step_that_never_ends_costs_its_own_slot_and_nothing_else(
     stuck = Thread(work)
     stop.reached()
     for pool in (a, b):
-        pool._timeout = 0.02
+        inside.set_timeout(pool, 0.02)
     for _ in range(3):
         for pool in (a, b):
             Thread(use, pool).join()
@@ -910,7 +921,7 @@ def test_a_step_that_never_ends_costs_its_own_slot_and_nothing_else(
         with pytest.raises(CheckoutTimeout):
             Thread(pool.connect).join()
     assert stuck.alive
-    assert a._shared.numbers.total == size
+    assert inside.shared(a).numbers.total == size
     while out:
         out.pop().close()
     Thread(use, a).join()
@@ -919,7 +930,7 @@ def test_a_step_that_never_ends_costs_its_own_slot_and_nothing_else(
     injected["never"] += 1
     del stuck
     for pool in (a, b):
-        pool._timeout = DEADLINE
+        inside.set_timeout(pool, DEADLINE)
     gc.collect()
     assert_nothing_lost([a, b], eventually, lambda: len(Handle.live))
 
@@ -987,9 +998,11 @@ def test_a_close_in_the_background_that_never_ends_stops_no_checkout(
     stage = Stage()
     a, b = (stage.pool(creator, timeout=0.02) for _ in range(2))
     use(a)
-    shared = a._shared
+    shared = inside.shared(a)
     PoolManager.set_idle_ttl(stage.pid, 60)
-    shared._do_soon(shared._decide(shared._ledger.close_idle, a._attachment, "test"))
+    inside.do_soon(
+        shared, inside.decide(shared, inside.ledger(shared).close_idle, inside.attachment(a), "test")
+    )
     stop.reached()
     for pool in (a, b, a, b):
         Thread(use, pool).join()
@@ -1009,12 +1022,12 @@ def test_a_close_in_the_background_that_never_ends_stops_no_checkout(
 # -- (d) PostgreSQL ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("stride", [4, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "all"])
 @pytest.mark.parametrize("driver", ["psycopg2", "psycopg"])
 @pytest.mark.filterwarnings("ignore::ResourceWarning")
 @pytest.mark.usefixtures("quiet")
 def test_on_postgresql_the_server_agrees(
-    driver: str, pg_url: str, pg_observer: Observer, eventually: Eventually
+    stride: int, driver: str, pg_url: str, pg_observer: Observer, eventually: Eventually
 ) -> None:
     """After interrupts at every point of a checkout with a query, the server has what the pool says."""
     url = make_url(pg_url)
@@ -1032,7 +1045,7 @@ def test_on_postgresql_the_server_agrees(
 
     old = signal.signal(signal.SIGUSR1, handler)
     try:
-        for n in range(1, 1000):
+        for n in range(random.randrange(1, stride + 1), 1000, stride):
             injector = Injector(n)
             with contextlib.suppress(Timeout):
                 injector.run(act)
@@ -1043,11 +1056,11 @@ def test_on_postgresql_the_server_agrees(
             injected[driver] += 1
     finally:
         signal.signal(signal.SIGUSR1, old)
-    assert injected[driver] > 50
+    assert injected[driver] * stride > 50
     assert_whole(pool, eventually)
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT 2")) == 2
-    opened = pool._shared.numbers.open
+    opened = inside.shared(pool).numbers.open
     eventually(lambda: pg_observer.backends(str(url.database)) == opened, "the server agrees")
     engine.dispose()
     eventually(lambda: pg_observer.backends(str(url.database)) == 0, "all closed")

@@ -12,13 +12,15 @@ from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock
 from hazards import Handle, Stop, Thread, new_pool
 
-from sqla_queries_pool import PoolManager, QueriesPool, labelled
-from sqla_queries_pool.leaks import Leaks
+from sqla_queries_pool import QueriesPool, labelled
+from sqla_queries_pool.budget.leaks import Leaks
 from sqla_queries_pool.logs import NAME
+from sqla_queries_pool.pool.manager import everywhere
 
 Eventually = Callable[..., None]
 
@@ -33,13 +35,13 @@ def lines(caplog: pytest.LogCaptureFixture) -> Iterator[Callable[[], list[str]]]
         return [line.partition(": a connection ")[2] for line in found]
 
     yield told
-    for pool in PoolManager.everywhere():  # the housekeeper looks after what a test has left
-        pool._ledger.leaks.clear()
+    for pool in everywhere():  # the housekeeper looks after what a test has left
+        inside.ledger(pool).leaks = Leaks()
 
 
 def look(pool: QueriesPool) -> None:
     """What the housekeeper does when something is due."""
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
 
 
 def test_one_that_is_out_for_longer_is_told_of_once_with_who_has_it(
@@ -54,7 +56,7 @@ def test_one_that_is_out_for_longer_is_told_of_once_with_who_has_it(
     assert lines() == []
     clock.now += 0.1
     look(pool)
-    assert lines() == ["is out for long: MainThread [GET /orders] (30.0 s)"]
+    assert lines() == ["has been checked out for a long time: MainThread [GET /orders] (30.0 s)"]
     for _ in range(5):
         clock.now += 100.0
         look(pool)
@@ -75,7 +77,7 @@ def test_it_says_when_one_comes_home_after_all(
     clock.now += 0.7
     for _ in range(3):
         look(pool)
-    assert lines()[1:] == ["came home after all, after 40.0 s"]
+    assert lines()[1:] == ["was returned after all, after 40.0 s"]
 
 
 def test_each_use_is_told_of_anew(pid: str, clock: FakeClock, lines: Callable[[], list[str]]) -> None:
@@ -87,7 +89,7 @@ def test_each_use_is_told_of_anew(pid: str, clock: FakeClock, lines: Callable[[]
         look(pool)
         connection.close()
         look(pool)
-    assert [line.split()[0] for line in lines()] == ["is", "came"] * 3
+    assert [line.split()[0] for line in lines()] == ["has", "was"] * 3
 
 
 def test_one_that_was_used_again_between_two_looks_counts_from_its_second_use(
@@ -102,10 +104,10 @@ def test_one_that_was_used_again_between_two_looks_counts_from_its_second_use(
     second = pool.connect()
     clock.now += 1.0
     look(pool)
-    assert [line.split()[0] for line in lines()] == ["is", "came"]
+    assert [line.split()[0] for line in lines()] == ["has", "was"]
     clock.now += 29.0
     look(pool)
-    assert lines()[2:] == ["is out for long: MainThread (30.0 s)"]
+    assert lines()[2:] == ["has been checked out for a long time: MainThread (30.0 s)"]
     second.close()
 
 
@@ -136,7 +138,7 @@ def test_nothing_is_ever_closed(pid: str, clock: FakeClock, lines: Callable[[], 
         clock.now += 1000.0
         look(pool)
     assert connection.dbapi_connection is handle
-    assert not handle.closed  # type: ignore[union-attr]
+    assert not handle.closed
     assert connection.is_valid
     connection.close()
     assert pool.checkedin() == 1
@@ -174,7 +176,7 @@ def test_who_has_it_is_told_as_it_was_when_it_was_found(
 
     culprit = Thread(forget, name="culprit")
     has.reached()
-    pool._shared._worker.submit(stop.here)
+    inside.worker(pool).submit(stop.here)
     stop.reached()
     clock.now += 31.0
     look(pool)
@@ -183,7 +185,7 @@ def test_who_has_it_is_told_as_it_was_when_it_was_found(
     connection = pool.connect()
     stop.go()
     eventually(lines, "a line")
-    assert lines() == ["is out for long: culprit (31.0 s)"]
+    assert lines() == ["has been checked out for a long time: culprit (31.0 s)"]
     go.go()
     culprit.join()
     connection.close()
@@ -204,7 +206,7 @@ def test_a_detached_connection_has_not_come_home(
     other = pool.connect()
     look(pool)
     assert not [line for line in lines() if "after 0.0 s" in line]
-    assert not pool._shared._ledger.leaks._told
+    assert not inside.told_of_leaks(inside.ledger(pool))
     other.close()
     connection.close()
 
@@ -215,14 +217,14 @@ def test_it_goes_on_across_a_dispose(pid: str, clock: FakeClock, lines: Callable
     connection = old.connect()
     old.dispose()
     new = old.recreate()
-    assert new._attachment.leak_after == 30.0
+    assert inside.attachment(new).leak_after == 30.0
     clock.now += 30.0
     look(new)
     clock.now += 5.0
     connection.close()
     clock.now += 1.0
     look(new)
-    assert [line.split()[0] for line in lines()] == ["is", "came"]
+    assert [line.split()[0] for line in lines()] == ["has", "was"]
     again = new.connect()
     clock.now += 30.0
     look(new)
@@ -247,8 +249,8 @@ def test_what_an_engine_that_is_gone_was_told_of_is_forgotten(
     for _ in range(2):
         clock.now += 1.5
         look(other)
-    ledger = other._shared._ledger
-    assert not ledger.leaks._told
+    ledger = inside.ledger(other)
+    assert not inside.told_of_leaks(ledger)
     assert ledger.due - clock.now > 100.0
     kept.close()
 
@@ -257,7 +259,7 @@ def test_it_is_looked_for_when_it_is_due_and_no_more_often(pid: str, clock: Fake
     """After the first opening, ``leak_after`` later; then when the next may be due; every second only while
     one is out that was told of."""
     pool = new_pool(pid, leak_after=30.0)
-    ledger = pool._shared._ledger
+    ledger = inside.ledger(pool)
     connection = pool.connect()
     assert ledger.due == clock.now + 30.0
     clock.now += 20.0
@@ -279,12 +281,12 @@ def test_without_it_nothing_is_due_and_nobody_looks(pid: str, clock: FakeClock) 
     """Off, by default: no look is due, no slot is looked at, nothing is kept."""
     pool = new_pool(pid)
     connection = pool.connect()
-    ledger = pool._shared._ledger
+    ledger = inside.ledger(pool)
     assert ledger.due == float("inf")
     clock.now += 1e6
     look(pool)
     assert ledger.due == float("inf")
-    assert not ledger.leaks._told
+    assert not inside.told_of_leaks(ledger)
     connection.close()
 
 
@@ -349,7 +351,7 @@ def test_the_housekeeper_looks_by_itself(lines: Callable[[], list[str]], eventua
     eventually(lines, "the warning")
     connection.close()
     eventually(lambda: len(lines()) == 2, "that it came home")
-    assert lines()[1].startswith("came home after all")
+    assert lines()[1].startswith("was returned after all")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork")
@@ -364,7 +366,7 @@ def test_a_forked_child_tells_of_its_own_alone(pid: str, clock: FakeClock) -> No
     if child == 0:
         code = 1
         try:
-            kept = len(pool._shared._ledger.leaks._told)
+            kept = len(inside.told_of_leaks(inside.ledger(pool)))
             told: list[str] = []
             handler = logging.Handler()
             handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
@@ -375,7 +377,7 @@ def test_a_forked_child_tells_of_its_own_alone(pid: str, clock: FakeClock) -> No
             own = pool.connect()
             clock.now += 31.0
             look(pool)
-            os.write(write, json.dumps([kept, before, len(told), "out for long" in "".join(told)]).encode())
+            os.write(write, json.dumps([kept, before, len(told), "long time" in "".join(told)]).encode())
             del own
             code = 0
         finally:

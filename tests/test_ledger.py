@@ -1,77 +1,79 @@
-"""The rules of the bookkeeping, one by one.  ``Books`` checks all invariants after every operation."""
+"""The rules of the ledger, one by one.  ``Simulator`` checks all invariants after every operation."""
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import pytest
-from ledger_fakes import Books, Gate, Record, Session
+from ledger_fakes import CheckedWaiter, Record, Session, Simulator
 
-from sqla_queries_pool import ledger as reasons
-from sqla_queries_pool.slots import (
+from sqla_queries_pool.budget import closing, locks
+from sqla_queries_pool.budget import ledger as reasons
+from sqla_queries_pool.budget.slots import (
     CLOSING,
     HELD,
     IDLE,
-    LENT,
+    LOCKED,
     OPENING,
     Attachment,
-    Close,
     NotHeld,
     Permit,
     Quota,
-    Reset,
     Slot,
 )
+from sqla_queries_pool.budget.work import Close, Renew, Reset
 
 
 @pytest.fixture
-def books() -> Books:
+def simulator() -> Simulator:
     """An empty pool, at time 0."""
-    return Books()
+    return Simulator()
 
 
-def limited(books: Books, limit: float | None) -> None:
+def limited(simulator: Simulator, limit: float | None) -> None:
     """Set the limit."""
-    books.decide(books.ledger.set_limit, limit, books.now)
+    simulator.decide(simulator.ledger.set_limit, limit, simulator.now)
 
 
-def held(books: Books, engine: Attachment, number: int) -> list[Record]:
+def held(simulator: Simulator, engine: Attachment, number: int) -> list[Record]:
     """So many connections, out."""
-    return [books.connected(engine) for _ in range(number)]
+    return [simulator.connected(engine) for _ in range(number)]
 
 
-def idle(books: Books, engine: Attachment, number: int = 1, hollows: int = 0) -> list[Record]:
-    """So many connections, come home one second after the other, in this order; so many more of the
-    records at the end of the list have lost theirs before."""
-    records = held(books, engine, number + hollows)
+def idle(simulator: Simulator, engine: Attachment, number: int = 1, hollows: int = 0) -> list[Record]:
+    """So many connections, returned one second after the other, in this order; so many more records at the
+    end of the list have lost theirs before."""
+    records = held(simulator, engine, number + hollows)
     for record in records[number:]:
-        books.unplug(record.slot)
+        simulator.unplug(record.slot)
     for record in records:
-        books.now += 1
-        books.give(engine, record)
+        simulator.now += 1
+        simulator.give(engine, record)
     return records
 
 
-def locked(books: Books, slot: Slot) -> Session:
+def locked(simulator: Simulator, slot: Slot) -> Session:
     """The session that has locked the slot."""
     session = Session()
-    assert books.lend(slot, session)
+    assert simulator.lock(slot, session)
     return session
 
 
-def waiting(books: Books, *engines: Attachment) -> list[Gate]:
+def waiting(simulator: Simulator, *engines: Attachment) -> list[CheckedWaiter]:
     """One waiter for each of the engines, come one millisecond after the other."""
     waiters = []
     for engine in engines:
-        books.now += 0.001
-        waiters.append(books.wait(engine))
-    assert all(isinstance(waiter, Gate) for waiter in waiters)
+        simulator.now += 0.001
+        waiters.append(simulator.wait(engine))
+    assert all(isinstance(waiter, CheckedWaiter) for waiter in waiters)
     return waiters
 
 
-def answers(*waiters: Gate) -> list[bool]:
+def answers(*waiters: CheckedWaiter) -> list[bool]:
     """Which of the waiters have their answer."""
     return [waiter.answer is not None for waiter in waiters]
 
@@ -80,112 +82,116 @@ def answers(*waiters: Gate) -> list[bool]:
 
 
 @pytest.mark.parametrize("lifo", [True, False])
-def test_the_last_that_came_home_is_used_first_or_the_first_if_wished(books: Books, lifo: bool) -> None:
+def test_the_last_that_was_returned_is_used_first_or_the_first_if_wished(
+    simulator: Simulator, lifo: bool
+) -> None:
     """lifo: the connection that is idle for the shortest time is taken; else the one idle for longest."""
-    engine = books.engine(lifo=lifo)
-    records = idle(books, engine, 3)
-    assert held(books, engine, 3) == (records[::-1] if lifo else records)
+    engine = simulator.engine(lifo=lifo)
+    records = idle(simulator, engine, 3)
+    assert held(simulator, engine, 3) == (records[::-1] if lifo else records)
 
 
-def test_an_idle_connection_goes_before_a_hollow_record_and_that_before_a_new_one(books: Books) -> None:
+def test_an_idle_connection_goes_before_a_hollow_record_and_that_before_a_new_one(
+    simulator: Simulator,
+) -> None:
     """Nothing is opened while a connection is idle, and no slot is made while there is a hollow record."""
-    engine = books.engine()
-    connection, record = idle(books, engine, 1, hollows=1)
-    assert books.take(engine) is connection
-    assert books.take(engine) is record
-    assert isinstance(books.take(engine), Permit)
+    engine = simulator.engine()
+    connection, record = idle(simulator, engine, 1, hollows=1)
+    assert simulator.take(engine) is connection
+    assert simulator.take(engine) is record
+    assert isinstance(simulator.take(engine), Permit)
 
 
-def test_who_takes_a_connection_is_written_down(books: Books) -> None:
+def test_a_caller_that_takes_a_connection_is_written_down(simulator: Simulator) -> None:
     """Holder, time and number of uses are those of the last take, whether direct or by hand-over."""
-    engine = books.engine(1)
-    (record,) = idle(books, engine)
-    books.now = 7.0
-    assert books.ledger.take(engine, 41, books.now) is record
+    engine = simulator.engine(1)
+    (record,) = idle(simulator, engine)
+    simulator.now = 7.0
+    assert simulator.ledger.take(engine, 41, simulator.now) is record
     assert (record.slot.holder, record.slot.since, record.slot.uses) == (41, 7.0, 2)
-    (waiter,) = waiting(books, engine)
+    (waiter,) = waiting(simulator, engine)
     waiter.holder = 42
-    books.now = 8.0
-    books.give(engine, record)
+    simulator.now = 8.0
+    simulator.give(engine, record)
     assert (record.slot.holder, record.slot.since, record.slot.uses) == (42, 8.0, 3)
-    books.now = 9.0
-    books.give(engine, record)
+    simulator.now = 9.0
+    simulator.give(engine, record)
     assert (record.slot.holder, record.slot.since, record.slot.uses) == (None, 9.0, 3)
 
 
 # -- waiting for one's own engine ------------------------------------------------------------------
 
 
-def test_within_one_engine_who_came_first_is_served_first(books: Books) -> None:
-    """Connections that come home go to the line in its order, the same records, one each."""
-    engine = books.engine(2)
-    records = held(books, engine, 2)
-    waiters = waiting(books, engine, engine, engine)
-    books.give(engine, records[1])
+def test_within_one_engine_the_first_that_came_is_served_first(simulator: Simulator) -> None:
+    """Connections that are returned go to the waiters in order, the same records, one each."""
+    engine = simulator.engine(2)
+    records = held(simulator, engine, 2)
+    waiters = waiting(simulator, engine, engine, engine)
+    simulator.give(engine, records[1])
     assert answers(*waiters) == [True, False, False]
-    books.give(engine, records[0])
+    simulator.give(engine, records[0])
     assert [waiter.answer for waiter in waiters] == [records[1], records[0], None]
 
 
-def test_a_newcomer_does_not_overtake_who_was_handed_a_connection(books: Books) -> None:
+def test_a_newcomer_does_not_overtake_one_that_was_handed_a_connection(simulator: Simulator) -> None:
     """A connection that is handed over is never idle: a checkout at that moment gets nothing."""
-    engine = books.engine(1)
-    (record,) = held(books, engine, 1)
-    (waiter,) = waiting(books, engine)
-    books.give(engine, record)
-    assert books.take(engine) is None
+    engine = simulator.engine(1)
+    (record,) = held(simulator, engine, 1)
+    (waiter,) = waiting(simulator, engine)
+    simulator.give(engine, record)
+    assert simulator.take(engine) is None
     assert waiter.answer is record
 
 
-def test_who_timed_out_is_not_served(books: Books) -> None:
-    """One that leaves the line takes nothing along and keeps nobody's place."""
-    engine = books.engine(1)
-    (record,) = held(books, engine, 1)
-    first, second = waiting(books, engine, engine)
-    assert books.leave(first) is None
-    books.give(engine, record)
+def test_a_caller_that_timed_out_is_not_served(simulator: Simulator) -> None:
+    """One that leaves the queue takes nothing along and keeps no other's place."""
+    engine = simulator.engine(1)
+    (record,) = held(simulator, engine, 1)
+    first, second = waiting(simulator, engine, engine)
+    assert simulator.leave(first) is None
+    simulator.give(engine, record)
     assert answers(first, second) == [False, True]
 
 
-def test_who_was_answered_while_timing_out_gets_the_answer(books: Books) -> None:
+def test_a_caller_that_was_answered_while_timing_out_gets_the_answer(simulator: Simulator) -> None:
     """Leaving returns what was given in the same moment, so that it can be passed on."""
-    engine = books.engine(1)
-    (record,) = held(books, engine, 1)
-    first, second = waiting(books, engine, engine)
-    books.give(engine, record)
-    assert books.leave(first) is record
-    books.give(engine, record)
+    engine = simulator.engine(1)
+    (record,) = held(simulator, engine, 1)
+    first, second = waiting(simulator, engine, engine)
+    simulator.give(engine, record)
+    assert simulator.leave(first) is record
+    simulator.give(engine, record)
     assert second.answer is record
 
 
-def test_a_hollow_record_is_handed_over_too(books: Books) -> None:
-    """A record whose connection was invalidated is a slot: who waits may have it, and opens."""
-    engine = books.engine(1)
-    (record,) = held(books, engine, 1)
-    (waiter,) = waiting(books, engine)
-    books.unplug(record.slot)
-    books.give(engine, record)
+def test_a_hollow_record_is_handed_over_too(simulator: Simulator) -> None:
+    """A record whose connection was invalidated is a slot: a waiter may have it, and opens."""
+    engine = simulator.engine(1)
+    (record,) = held(simulator, engine, 1)
+    (waiter,) = waiting(simulator, engine)
+    simulator.unplug(record.slot)
+    simulator.give(engine, record)
     assert waiter.answer is record
 
 
-def test_a_slot_that_came_free_meanwhile_needs_no_waiting(books: Books) -> None:
-    """Between the first try and the joining of the line the lock is free: joining tries again."""
-    engine = books.engine(1)
-    (record,) = held(books, engine, 1)
-    assert books.take(engine) is None
-    books.give(engine, record)
-    assert books.wait(engine) is record
+def test_a_slot_that_came_free_meanwhile_needs_no_waiting(simulator: Simulator) -> None:
+    """Between the first try and the joining of the queue the lock is free: joining tries again."""
+    engine = simulator.engine(1)
+    (record,) = held(simulator, engine, 1)
+    assert simulator.take(engine) is None
+    simulator.give(engine, record)
+    assert simulator.wait(engine) is record
 
 
-def test_the_mean_wait_follows_what_the_served_waited(books: Books) -> None:
+def test_the_mean_wait_follows_what_the_served_waited(simulator: Simulator) -> None:
     """One sixteenth of each new wait; checkouts that do not wait do not count."""
-    engine = books.engine(1)
-    (record,) = held(books, engine, 1)
+    engine = simulator.engine(1)
+    (record,) = held(simulator, engine, 1)
     for _ in range(2):
-        (waiter,) = waiting(books, engine)
-        books.now = waiter.since + 1.6
-        books.give(engine, record)
-    assert books.ledger.mean_wait == pytest.approx(0.1 + 1.5 / 16)
+        (waiter,) = waiting(simulator, engine)
+        simulator.now = waiter.since + 1.6
+        simulator.give(engine, record)
+    assert simulator.ledger.mean_wait == pytest.approx(0.1 + 1.5 / 16)
 
 
 # -- waiting beside other engines ------------------------------------------------------------------
@@ -196,369 +202,377 @@ def test_the_mean_wait_follows_what_the_served_waited(books: Books) -> None:
     [(0.0, 0.09, False), (0.0, 0.11, True), (0.02, 0.11, True), (0.5, 1.9, False), (0.5, 2.1, True)],
 )
 def test_another_engines_waiter_goes_first_when_it_waited_for_too_long(
-    books: Books, mean_wait: float, waited: float, goes_over: bool
+    simulator: Simulator, mean_wait: float, waited: float, goes_over: bool
 ) -> None:
-    """An engine's own line has what comes home, unless the oldest of all has waited for more than
+    """An engine's own queue has what is returned, unless the oldest of all has waited for more than
     100 ms and more than four times the mean wait."""
-    own, other = books.engine(1), books.engine(1)
-    limited(books, 1)
-    (record,) = held(books, own, 1)
-    (older,) = waiting(books, other)
-    books.now = older.since + waited
-    (younger,) = waiting(books, own)
-    books.now = older.since + waited
-    books.ledger.mean_wait = mean_wait
-    books.give(own, record)
+    own, other = simulator.engine(1), simulator.engine(1)
+    limited(simulator, 1)
+    (record,) = held(simulator, own, 1)
+    (older,) = waiting(simulator, other)
+    simulator.now = older.since + waited
+    (younger,) = waiting(simulator, own)
+    simulator.now = older.since + waited
+    simulator.ledger.mean_wait = mean_wait
+    simulator.give(own, record)
     assert answers(older, younger) == [goes_over, not goes_over]
     assert (younger.answer or older.answer.evicts) is record
 
 
-def test_the_oldest_waiter_of_all_never_loses_its_turn_to_another_engine(books: Books) -> None:
+def test_the_oldest_waiter_of_all_never_loses_its_turn_to_another_engine(simulator: Simulator) -> None:
     """Patience is about older waiters of others: one's own oldest is served, however long all wait."""
-    own, other = books.engine(1), books.engine(1)
-    limited(books, 1)
-    (record,) = held(books, own, 1)
-    older, younger = waiting(books, own, other)
-    books.now += 100
-    books.give(own, record)
+    own, other = simulator.engine(1), simulator.engine(1)
+    limited(simulator, 1)
+    (record,) = held(simulator, own, 1)
+    older, younger = waiting(simulator, own, other)
+    simulator.now += 100
+    simulator.give(own, record)
     assert answers(older, younger) == [True, False]
 
 
-def test_where_the_own_line_is_empty_the_oldest_of_those_without_a_slot_gets_it(books: Books) -> None:
-    """What comes home and nobody of its engine waits for goes at once to the oldest of the others, if
+def test_where_the_own_queue_is_empty_the_oldest_of_those_without_a_slot_gets_it(
+    simulator: Simulator,
+) -> None:
+    """What is returned and no waiter of its engine waits for goes at once to the oldest of the others, if
     that one's engine has nothing at all."""
-    own, second, third = books.engine(), books.engine(), books.engine()
-    limited(books, 1)
-    (record,) = held(books, own, 1)
-    older, younger = waiting(books, third, second)
-    books.give(own, record)
+    own, second, third = simulator.engine(), simulator.engine(), simulator.engine()
+    limited(simulator, 1)
+    (record,) = held(simulator, own, 1)
+    older, younger = waiting(simulator, third, second)
+    simulator.give(own, record)
     assert answers(older, younger) == [True, False]
     assert isinstance(older.answer, Permit)
     assert older.answer.evicts is record
 
 
-def served_after(books: Books, waiter: Gate) -> float:
+def served_after(simulator: Simulator, waiter: CheckedWaiter) -> float:
     """Let time pass until the waiter has its answer; how many seconds it took."""
-    begin = books.now
+    begin = simulator.now
     while waiter.answer is None:
-        assert books.now < begin + 10
-        books.now += 0.01
-        books.insist(waiter)
-    return books.now - begin
+        assert simulator.now < begin + 10
+        simulator.now += 0.01
+        simulator.insist(waiter)
+    return simulator.now - begin
 
 
-def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at_once(books: Books) -> None:
+def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at_once(
+    simulator: Simulator,
+) -> None:
     """An engine that has slots of its own gets another one's idle connection when that was idle for
-    50 ms, or when its waiter has waited for 100 ms and the connection came home later than that."""
-    own, other = books.engine(), books.engine()
-    limited(books, 3)
-    held(books, other, 1)
-    spare, busy = held(books, own, 2)
-    (waiter,) = waiting(books, other)
-    books.give(own, spare)
+    50 ms, or when its waiter has waited for 100 ms and the connection was returned later than that."""
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 3)
+    held(simulator, other, 1)
+    spare, busy = held(simulator, own, 2)
+    (waiter,) = waiting(simulator, other)
+    simulator.give(own, spare)
     assert waiter.answer is None
-    assert served_after(books, waiter) == pytest.approx(0.05, abs=0.011)
-    assert waiter.answer.evicts is spare
-    books.use_permit(other, waiter.answer)
+    assert served_after(simulator, waiter) == pytest.approx(0.05, abs=0.011)
+    assert waiter.answer.evicts is spare  # type: ignore[attr-defined]
+    simulator.use_permit(other, waiter.answer)  # type: ignore[arg-type]
 
-    (waiter,) = waiting(books, other)
+    (waiter,) = waiting(simulator, other)
     for _ in range(9):  # it is out and in all the time
-        books.now += 0.01
-        books.give(own, busy)
-        assert books.take(own) is busy
+        simulator.now += 0.01
+        simulator.give(own, busy)
+        assert simulator.take(own) is busy
     assert waiter.answer is None
-    books.now += 0.011
-    books.give(own, busy)
-    assert waiter.answer.evicts is busy
+    simulator.now += 0.011
+    simulator.give(own, busy)
+    assert waiter.answer.evicts is busy  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
-def test_a_hollow_record_goes_to_the_oldest_of_all_at_once(books: Books, wanted: bool) -> None:
+def test_a_hollow_record_goes_to_the_oldest_of_all_at_once(simulator: Simulator, wanted: bool) -> None:
     """Whoever gets it has to open a connection: nothing is lost by moving the slot."""
-    own, other = books.engine(), books.engine()
-    limited(books, 2)
-    keeps, (record,) = held(books, other, 1), held(books, own, 1)
-    waiters = waiting(books, other, own) if wanted else waiting(books, other)
-    books.unplug(record.slot)
-    books.give(own, record)
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 2)
+    keeps, (record,) = held(simulator, other, 1), held(simulator, own, 1)
+    waiters = waiting(simulator, other, own) if wanted else waiting(simulator, other)
+    simulator.unplug(record.slot)
+    simulator.give(own, record)
     assert waiters[0].answer.evicts is record
     del keeps
 
 
-def test_who_can_not_wait_may_have_any_idle_connection(books: Books) -> None:
+def test_a_caller_that_can_not_wait_may_have_any_idle_connection(simulator: Simulator) -> None:
     """The last word of a waiter that is about to give up."""
-    own, other = books.engine(), books.engine()
-    limited(books, 2)
-    held(books, other, 1)
-    (record,) = idle(books, own)
-    (waiter,) = waiting(books, other)
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 2)
+    held(simulator, other, 1)
+    (record,) = idle(simulator, own)
+    (waiter,) = waiting(simulator, other)
     assert waiter.answer is None
-    books.insist(waiter, last=True)
-    assert waiter.answer.evicts is record
+    simulator.insist(waiter, last=True)
+    assert waiter.answer.evicts is record  # type: ignore[attr-defined]
 
 
-def test_nobody_overtakes_by_insisting(books: Books) -> None:
-    """What a waiter gets by insisting goes to the first of its line."""
-    own, other = books.engine(), books.engine()
-    limited(books, 2)
-    held(books, other, 1)
-    idle(books, own)
-    older, younger = waiting(books, other, other)
-    books.insist(younger, last=True)
+def test_nobody_overtakes_by_insisting(simulator: Simulator) -> None:
+    """What a waiter gets by insisting goes to the first of its queue."""
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 2)
+    held(simulator, other, 1)
+    idle(simulator, own)
+    older, younger = waiting(simulator, other, other)
+    simulator.insist(younger, last=True)
     assert answers(older, younger) == [True, False]
 
 
-def test_a_newcomer_does_not_overtake_by_coming_when_something_is_spare_by_now(books: Books) -> None:
-    """What time alone has made available is for who waits already, also before that one asks again."""
-    own, other = books.engine(), books.engine()
-    limited(books, 2)
-    held(books, other, 1)
-    out = held(books, own, 1)
-    (waiter,) = waiting(books, other)
-    books.give(own, out[0])
-    books.now += 0.06
-    assert books.take(other) is None
-    assert isinstance(books.wait(other), Gate)
-    books.insist(waiter)
+def test_a_newcomer_does_not_overtake_by_coming_when_something_is_spare_by_now(simulator: Simulator) -> None:
+    """What time alone has made available is for a waiter that waits already, also before that asks again."""
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 2)
+    held(simulator, other, 1)
+    out = held(simulator, own, 1)
+    (waiter,) = waiting(simulator, other)
+    simulator.give(own, out[0])
+    simulator.now += 0.06
+    assert simulator.take(other) is None
+    assert isinstance(simulator.wait(other), CheckedWaiter)
+    simulator.insist(waiter)
     assert waiter.answer.evicts is out[0]
 
 
-def test_an_engine_that_has_nothing_gets_what_an_older_waiter_may_not_have_yet(books: Books) -> None:
-    """A waiter who has to wait until a connection is spare keeps it from nobody who has not."""
-    own, modest, poor = books.engine(), books.engine(), books.engine()
-    limited(books, 2)
-    held(books, modest, 1)
-    (record,) = held(books, own, 1)
-    older, younger = waiting(books, modest, poor)
-    books.give(own, record)
+def test_an_engine_that_has_nothing_gets_what_an_older_waiter_may_not_have_yet(simulator: Simulator) -> None:
+    """A waiter that has to wait until a connection is spare keeps it from no other that has not."""
+    own, modest, poor = simulator.engine(), simulator.engine(), simulator.engine()
+    limited(simulator, 2)
+    held(simulator, modest, 1)
+    (record,) = held(simulator, own, 1)
+    older, younger = waiting(simulator, modest, poor)
+    simulator.give(own, record)
     assert answers(older, younger) == [False, True]
     assert younger.answer.evicts is record
 
 
-def test_slots_spread_over_the_engines_in_proportion_to_what_they_want(books: Books) -> None:
+def test_slots_spread_over_the_engines_in_proportion_to_what_they_want(simulator: Simulator) -> None:
     """However they were shared at first: 30 threads of three engines on 9 slots end with 3 each, with few
     transfers, and then no more."""
-    engines = [books.engine() for _ in range(3)]
-    limited(books, 9)
-    out = [(engines[0], record) for record in held(books, engines[0], 9)]
-    # After a check-in its thread is back at the end of its line, so that demand stays what it is.
-    lines = {engine: [*waiting(books, *[engine] * n)] for engine, n in zip(engines, (1, 10, 10), strict=True)}
+    engines = [simulator.engine() for _ in range(3)]
+    limited(simulator, 9)
+    out = [(engines[0], record) for record in held(simulator, engines[0], 9)]
+    # After a check-in its thread is back at the end of its queue, so that demand stays what it is.
+    queues = {
+        engine: [*waiting(simulator, *[engine] * n)] for engine, n in zip(engines, (1, 10, 10), strict=True)
+    }
     transfers = []
     for turn in range(200):
-        books.now += 0.001
+        simulator.now += 0.001
         engine, record = out.pop(0)
-        books.give(engine, record)
-        lines[engine] += waiting(books, engine)
-        for other, line in lines.items():
-            while line and line[0].answer is not None:
-                entry = line.pop(0).answer
+        simulator.give(engine, record)
+        queues[engine] += waiting(simulator, engine)
+        for other, queue in queues.items():
+            while queue and queue[0].answer is not None:
+                entry = queue.pop(0).answer
                 if isinstance(entry, Permit):
                     transfers.append(turn)
-                    entry = books.use_permit(other, entry)
+                    entry = simulator.use_permit(other, entry)
                 out.append((other, entry))
-        books.do_all()
+        simulator.do_all()
     assert [len(engine.quota.slots) for engine in engines] == [3, 3, 3]
     assert len(transfers) < 10
     assert max(transfers) < 100
 
 
-def test_an_engine_keeps_slots_in_proportion_to_its_line(books: Books) -> None:
+def test_an_engine_keeps_slots_in_proportion_to_its_queue(simulator: Simulator) -> None:
     """One that has more of them than another gives none away when it wants that many more, too."""
-    busy, calm = books.engine(), books.engine()
-    limited(books, 5)
-    out, keeps = held(books, busy, 4), held(books, calm, 1)
-    own, *_ = waiting(books, *[busy] * 12)
-    (other,) = waiting(books, calm)
-    books.give(busy, out.pop())  # 4 of 16 against 1 of 2
+    busy, calm = simulator.engine(), simulator.engine()
+    limited(simulator, 5)
+    out, keeps = held(simulator, busy, 4), held(simulator, calm, 1)
+    own, *_ = waiting(simulator, *[busy] * 12)
+    (other,) = waiting(simulator, calm)
+    simulator.give(busy, out.pop())  # 4 of 16 against 1 of 2
     assert answers(own, other) == [True, False]
     del keeps
 
 
-def test_an_engine_at_its_own_ceiling_is_passed_over(books: Books) -> None:
+def test_an_engine_at_its_own_ceiling_is_passed_over(simulator: Simulator) -> None:
     """A waiter whose engine has all that it may have keeps nobody else from the slot."""
-    full, own, other = books.engine(1), books.engine(), books.engine()
-    limited(books, 2)
-    (keeps,) = held(books, full, 1)
-    (record,) = held(books, own, 1)
-    older, younger = waiting(books, full, other)
-    books.now += 1  # both may have any idle connection by now
-    books.give(own, record)
+    full, own, other = simulator.engine(1), simulator.engine(), simulator.engine()
+    limited(simulator, 2)
+    (keeps,) = held(simulator, full, 1)
+    (record,) = held(simulator, own, 1)
+    older, younger = waiting(simulator, full, other)
+    simulator.now += 1  # both may have any idle connection by now
+    simulator.give(own, record)
     assert answers(older, younger) == [False, True]
-    books.give(full, keeps)
+    simulator.give(full, keeps)
     assert older.answer is keeps
 
 
-def test_an_engine_at_its_own_ceiling_waits_while_others_open(books: Books) -> None:
+def test_an_engine_at_its_own_ceiling_waits_while_others_open(simulator: Simulator) -> None:
     """No engine exceeds its own max_size, whatever room there is, and that stops nobody else."""
-    small, large = books.engine(1), books.engine(5)
-    held(books, small, 1)
-    (waiter,) = waiting(books, small)
-    assert len(held(books, large, 3)) == 3
+    small, large = simulator.engine(1), simulator.engine(5)
+    held(simulator, small, 1)
+    (waiter,) = waiting(simulator, small)
+    assert len(held(simulator, large, 3)) == 3
     assert answers(waiter) == [False]
 
 
-def test_a_recreated_engine_has_its_predecessors_ceiling_and_slots(books: Books) -> None:
-    """Engines of one quota share the ceiling; what comes home to one can go to the other's waiter."""
+def test_a_recreated_engine_has_its_predecessors_ceiling_and_slots(simulator: Simulator) -> None:
+    """Engines of one quota share the ceiling; what is returned to one can go to the other's waiter."""
     quota = Quota(1)
-    old, new = books.engine(quota=quota), books.engine(quota=quota)
-    books.engine(5)
-    (record,) = held(books, old, 1)
-    (waiter,) = waiting(books, new)
-    books.give(old, record)
+    old, new = simulator.engine(quota=quota), simulator.engine(quota=quota)
+    simulator.engine(5)
+    (record,) = held(simulator, old, 1)
+    (waiter,) = waiting(simulator, new)
+    simulator.give(old, record)
     assert waiter.answer.evicts is record
     assert len(quota.slots) == 1
 
 
-def test_a_slot_that_is_transferred_counts_once_all_the_time(books: Books) -> None:
+def test_a_slot_that_is_transferred_counts_once_all_the_time(simulator: Simulator) -> None:
     """From the check-in of the one to the opening of the other there is one slot and one socket."""
-    own, other = books.engine(), books.engine()
-    limited(books, 1)
-    (record,) = held(books, own, 1)
-    (waiter,) = waiting(books, other)
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 1)
+    (record,) = held(simulator, own, 1)
+    (waiter,) = waiting(simulator, other)
 
     def count() -> tuple[int, int, int, int]:
-        ledger = books.ledger
-        return len(ledger.slots), len(books.sockets), len(own.quota.slots), len(other.quota.slots)
+        ledger = simulator.ledger
+        return len(ledger.slots), len(simulator.sockets), len(own.quota.slots), len(other.quota.slots)
 
     assert count() == (1, 1, 1, 0)
-    books.give(own, record)
+    simulator.give(own, record)
     assert count() == (1, 1, 0, 1)
-    assert (books.ledger.numbers().opening, books.ledger.numbers().held) == (1, 0)
-    opened = books.bind(other, waiter.answer)
+    assert (simulator.ledger.numbers().opening, simulator.ledger.numbers().held) == (1, 0)
+    opened = simulator.bind(other, waiter.answer)
     assert count() == (1, 0, 0, 1)
-    books.plug(other, opened)
-    books.opened(opened.slot)
+    simulator.plug(other, opened)
+    simulator.opened(opened.slot)
     assert opened.slot.instead_of is None  # else a slot would keep all its predecessors
     assert count() == (1, 1, 0, 1)
-    assert (books.ledger.numbers().opening, books.ledger.numbers().held) == (0, 1)
+    assert (simulator.ledger.numbers().opening, simulator.ledger.numbers().held) == (0, 1)
 
 
 # -- who gives way ---------------------------------------------------------------------------------
 
 
-def test_what_can_best_be_spared_gives_way_first(books: Books) -> None:
+def test_what_can_best_be_spared_gives_way_first(simulator: Simulator) -> None:
     """Hollow records, the engines' least recently used, what was added by hand, stale locks: in this
     order, whatever their age.  What a living session has locked never does."""
-    stale, kept, by_hand = books.add(), books.add(), books.add()
+    stale, kept, by_hand = simulator.add(), simulator.add(), simulator.add()
     assert stale is not None
     assert kept is not None
-    first, second, hungry = books.engine(), books.engine(lifo=False), books.engine()
-    limited(books, 8)
-    session = locked(books, kept)
-    locked(books, stale)
-    books.settle()
-    (a1, a2), (b1, b2, void) = held(books, first, 2), held(books, second, 3)
-    books.unplug(void.slot)
+    first, second, hungry = simulator.engine(), simulator.engine(lifo=False), simulator.engine()
+    limited(simulator, 8)
+    session = locked(simulator, kept)
+    locked(simulator, stale)
+    simulator.settle()
+    (a1, a2), (b1, b2, void) = held(simulator, first, 2), held(simulator, second, 3)
+    simulator.unplug(void.slot)
     for engine, record in ((second, b1), (first, a1), (second, b2), (first, a2), (second, void)):
-        books.now += 1
-        books.give(engine, record)
-    evicted = [books.use_permit(hungry, permit) and entry for permit, entry in evictions(books, hungry)]
+        simulator.now += 1
+        simulator.give(engine, record)
+    evicted = [
+        simulator.use_permit(hungry, permit) and entry for permit, entry in evictions(simulator, hungry)
+    ]
     assert evicted == [void, b1, a1, b2, a2, by_hand, stale]
     assert kept.session is not None
     assert kept.session() is session
 
 
-def evictions(books: Books, engine: Attachment) -> Any:
+def evictions(simulator: Simulator, engine: Attachment) -> Any:
     """Check out until nobody gives way: the permits and what each of them evicts."""
-    while (permit := books.take(engine)) is not None:
+    while (permit := simulator.take(engine)) is not None:
         yield permit, permit.evicts
 
 
-def test_an_engine_at_its_ceiling_evicts_its_own_alone(books: Books) -> None:
+def test_an_engine_at_its_ceiling_evicts_its_own_alone(simulator: Simulator) -> None:
     """Where an engine's own ceiling is what stops it, others' idle connections are no help."""
     quota = Quota(1)
-    old, new, other = books.engine(quota=quota), books.engine(quota=quota), books.engine(5)
-    books.add()
-    idle(books, other)
-    (record,) = idle(books, old)
-    permit = books.take(new)
+    old, new, other = simulator.engine(quota=quota), simulator.engine(quota=quota), simulator.engine(5)
+    simulator.add()
+    idle(simulator, other)
+    (record,) = idle(simulator, old)
+    permit = simulator.take(new)
     assert permit.evicts is record
-    assert books.take(new) is None
+    assert simulator.take(new) is None
 
 
-def test_nothing_gives_way_while_there_is_room(books: Books) -> None:
+def test_nothing_gives_way_while_there_is_room(simulator: Simulator) -> None:
     """Idle connections of others are closed for nobody who can have a free slot."""
-    own, other = books.engine(2), books.engine()
-    limited(books, 2)
-    idle(books, other)
-    assert books.take(own).evicts is None
-    books.now += 1
-    assert books.take(own).evicts is not None
+    own, other = simulator.engine(2), simulator.engine()
+    limited(simulator, 2)
+    idle(simulator, other)
+    assert simulator.take(own).evicts is None
+    simulator.now += 1
+    assert simulator.take(own).evicts is not None
 
 
 # -- opening ---------------------------------------------------------------------------------------
 
 
-def test_a_failure_to_open_lets_the_next_waiter_try(books: Books) -> None:
+def test_a_failure_to_open_lets_the_next_waiter_try(simulator: Simulator) -> None:
     """The slot of an opening that failed goes to the oldest waiter at once, who opens for itself."""
-    engine, other = books.engine(), books.engine()
-    limited(books, 1)
-    permit = books.take(engine)
-    older, younger = waiting(books, other, engine)
-    books.fail(permit)
+    engine, other = simulator.engine(), simulator.engine()
+    limited(simulator, 1)
+    permit = simulator.take(engine)
+    older, younger = waiting(simulator, other, engine)
+    simulator.fail(permit)
     assert answers(older, younger) == [True, False]
-    books.fail(older.answer)
+    simulator.fail(older.answer)
     assert answers(older, younger) == [True, True]
     assert younger.answer.evicts is None
 
 
-def test_what_is_being_opened_counts(books: Books) -> None:
+def test_what_is_being_opened_counts(simulator: Simulator) -> None:
     """A permission to open is a slot from the start; who opened holds it since then."""
-    engine = books.engine()
-    limited(books, 1)
-    permit = books.take(engine)
+    engine = simulator.engine()
+    limited(simulator, 1)
+    permit = simulator.take(engine)
     assert permit.slot.state is OPENING
-    assert books.take(engine) is None
-    books.now = 3.0
-    record = books.use_permit(engine, permit)
+    assert simulator.take(engine) is None
+    simulator.now = 3.0
+    record = simulator.use_permit(engine, permit)
     assert (record.slot.state, record.slot.since) == (HELD, 3.0)
 
 
 # -- refusals --------------------------------------------------------------------------------------
 
 
-def refused(books: Books, engine: Attachment, length: float = 1.0) -> None:
+def refused(simulator: Simulator, engine: Attachment, length: float = 1.0) -> None:
     """Somebody connects, is refused and gives up; so a pause begins."""
-    permit = books.take(engine)
-    assert books.refuse(length)
-    books.fail(permit)
+    permit = simulator.take(engine)
+    assert simulator.refuse(length)
+    simulator.fail(permit)
 
 
-def test_nobody_connects_during_a_pause(books: Books) -> None:
-    """Neither who comes then nor who waits and insists, whatever room there is; when it is over, he does."""
-    engine, other = books.engine(), books.engine()
-    refused(books, engine)
-    assert books.take(other) is None
-    (waiter,) = waiting(books, engine)
-    books.now = 0.99
-    books.insist(waiter, last=True)
+def test_nobody_connects_during_a_pause(simulator: Simulator) -> None:
+    """Neither a newcomer nor a waiter that insists, whatever room there is; afterwards the waiter does."""
+    engine, other = simulator.engine(), simulator.engine()
+    refused(simulator, engine)
+    assert simulator.take(other) is None
+    (waiter,) = waiting(simulator, engine)
+    simulator.now = 0.99
+    simulator.insist(waiter, last=True)
     assert answers(waiter) == [False]
-    books.now = 1.0
-    books.insist(waiter)
+    simulator.now = 1.0
+    simulator.insist(waiter)
     assert isinstance(waiter.answer, Permit)
 
 
-def test_after_a_pause_one_connects_and_the_next_after_another_pause(books: Books) -> None:
+def test_after_a_pause_one_connects_and_the_next_after_another_pause(simulator: Simulator) -> None:
     """Also where the first one has not come back by then: a connect that hangs holds up nobody for good."""
-    engine, other = books.engine(), books.engine()
-    refused(books, engine)
-    first, second, third = waiting(books, engine, engine, other)
-    books.now = 1.0
-    books.all_insist()
+    engine, other = simulator.engine(), simulator.engine()
+    refused(simulator, engine)
+    first, second, third = waiting(simulator, engine, engine, other)
+    simulator.now = 1.0
+    simulator.all_insist()
     assert answers(first, second, third) == [True, False, False]
-    assert books.take(books.engine()) is None
-    books.now = 2.0
-    books.insist(second)
-    books.insist(third)
+    assert simulator.take(simulator.engine()) is None
+    simulator.now = 2.0
+    simulator.insist(second)
+    simulator.insist(third)
     assert answers(second, third) == [True, False]
-    books.now = 3.0
-    books.insist(third)
+    simulator.now = 3.0
+    simulator.insist(third)
     assert answers(third) == [True]
 
 
-def test_pauses_follow_one_another_until_somebody_is_let_in(books: Books) -> None:
+def test_pauses_follow_one_another_until_somebody_is_let_in(simulator: Simulator) -> None:
     """How long a pause is depends on how many there were before; after a success it begins with one."""
-    engine = books.engine()
+    engine = simulator.engine()
     asked: list[int] = []
 
     def pauses(refusals: int) -> float:
@@ -566,238 +580,297 @@ def test_pauses_follow_one_another_until_somebody_is_let_in(books: Books) -> Non
         return 10.0 * refusals
 
     def is_refused() -> float:
-        permit = books.ledger.take(engine, 0, books.now)
+        permit = simulator.ledger.take(engine, 0, simulator.now)
         assert isinstance(permit, Permit)
-        books.ledger.refused(pauses, books.now)
-        books.ledger.failed(permit.slot, books.now)
-        books.now = books.ledger.retry_at
-        return books.now
+        simulator.ledger.backoff.refused(pauses, simulator.now)
+        simulator.ledger.failed(permit.slot, simulator.now)
+        simulator.now = simulator.ledger.backoff.retry_at
+        return simulator.now
 
     assert [is_refused(), is_refused(), is_refused()] == [10.0, 30.0, 60.0]
-    permit = books.ledger.take(engine, 0, books.now)
-    record = books.bind(engine, permit)
-    books.plug(engine, record)
-    books.ledger.opened(record.slot, books.now)
+    permit = simulator.ledger.take(engine, 0, simulator.now)
+    record = simulator.bind(engine, permit)
+    simulator.plug(engine, record)
+    simulator.ledger.opened(record.slot, simulator.now)
     assert is_refused() == 70.0
     assert asked == [1, 2, 3, 1]
 
 
-def test_those_who_were_connecting_already_begin_no_pause_of_their_own(books: Books) -> None:
+def test_those_that_were_connecting_already_begin_no_pause_of_their_own(simulator: Simulator) -> None:
     """Ten that are refused together are one refusal: the pause does not grow with the number of threads."""
-    engine = books.engine()
-    permits = [books.take(engine) for _ in range(10)]
+    engine = simulator.engine()
+    permits = [simulator.take(engine) for _ in range(10)]
     began = []
     for permit in permits:
-        books.now += 0.01
-        began.append(books.refuse())
-        books.fail(permit)
+        simulator.now += 0.01
+        began.append(simulator.refuse())
+        simulator.fail(permit)
     assert began == [True] + [False] * 9
-    assert (books.refusals, books.pause_ends) == (1, 1.01)
+    assert (simulator.refusals, simulator.pause_ends) == (1, 1.01)
 
 
-def test_who_was_connecting_when_the_pause_began_may_end_it(books: Books) -> None:
+def test_a_caller_that_was_connecting_when_the_pause_began_may_end_it(simulator: Simulator) -> None:
     """The server lets one in: then it lets in others, and nobody waits for the end of the pause."""
-    engine, other = books.engine(), books.engine()
-    limited(books, 4)
-    late = books.take(engine)
-    refused(books, engine)
-    waiters = waiting(books, engine, other, engine, engine)
-    record = books.use_permit(engine, late)
+    engine, other = simulator.engine(), simulator.engine()
+    limited(simulator, 4)
+    late = simulator.take(engine)
+    refused(simulator, engine)
+    waiters = waiting(simulator, engine, other, engine, engine)
+    record = simulator.use_permit(engine, late)
     assert answers(*waiters) == [True, True, True, False]
-    assert books.refusals == 0
+    assert simulator.refusals == 0
     del record
 
 
-def test_a_success_lets_everybody_in(books: Books) -> None:
+def test_a_success_lets_everybody_in(simulator: Simulator) -> None:
     """As many as there are slots for, the oldest first, also those that come then."""
-    engine, other = books.engine(), books.engine()
-    limited(books, 4)
-    refused(books, engine)
-    waiters = waiting(books, engine, other, engine)
-    books.now = 2.0
-    books.insist(waiters[0])
+    engine, other = simulator.engine(), simulator.engine()
+    limited(simulator, 4)
+    refused(simulator, engine)
+    waiters = waiting(simulator, engine, other, engine)
+    simulator.now = 2.0
+    simulator.insist(waiters[0])
     assert answers(*waiters) == [True, False, False]
-    record = books.use_permit(engine, waiters[0].answer)
+    record = simulator.use_permit(engine, waiters[0].answer)
     assert answers(*waiters) == [True, True, True]
-    assert isinstance(books.take(other), Permit)
+    assert isinstance(simulator.take(other), Permit)
     del record
 
 
-def test_a_reopening_that_succeeds_lets_everybody_in_too(books: Books) -> None:
+def test_a_reopening_that_succeeds_lets_everybody_in_too(simulator: Simulator) -> None:
     """A record that had lost its connection proves it as well as a new one does."""
-    engine, other = books.engine(), books.engine()
-    (record,) = held(books, engine, 1)
-    refused(books, engine)
-    (waiter,) = waiting(books, other)
-    books.unplug(record.slot)
-    books.plug(engine, record)
-    books.opened(record.slot)
+    engine, other = simulator.engine(), simulator.engine()
+    (record,) = held(simulator, engine, 1)
+    refused(simulator, engine)
+    (waiter,) = waiting(simulator, other)
+    simulator.unplug(record.slot)
+    simulator.plug(engine, record)
+    simulator.opened(record.slot)
     assert answers(waiter) == [True]
 
 
 @pytest.mark.parametrize("how", ["given up", "lost"])
-def test_an_attempt_that_comes_to_nothing_is_followed_by_another_one(books: Books, how: str) -> None:
+def test_an_attempt_that_comes_to_nothing_is_followed_by_another_one(simulator: Simulator, how: str) -> None:
     """Who was let try may give up before he knows, or be lost: the next one tries after the next pause."""
-    engine = books.engine()
-    refused(books, engine)
-    first, second = waiting(books, engine, engine)
-    books.now = 2.0
-    books.insist(first)
+    engine = simulator.engine()
+    refused(simulator, engine)
+    first, second = waiting(simulator, engine, engine)
+    simulator.now = 2.0
+    simulator.insist(first)
     permit = first.answer
     if how == "given up":
-        books.fail(permit)
+        simulator.fail(permit)
     del first, permit
-    books.do_all()
-    books.settle()
-    assert (len(books.ledger.slots), answers(second)) == (0, [False])
-    books.now = 3.0
-    books.insist(second)
+    simulator.do_all()
+    simulator.settle()
+    assert (len(simulator.ledger.slots), answers(second)) == (0, [False])
+    simulator.now = 3.0
+    simulator.insist(second)
     assert answers(second) == [True]
 
 
-def test_what_comes_home_during_a_pause_is_used_again(books: Books) -> None:
+def test_what_is_returned_during_a_pause_is_used_again(simulator: Simulator) -> None:
     """A connection of our own that comes back is better than any attempt: it is handed over as ever."""
-    engine = books.engine()
-    first, second = held(books, engine, 2)
-    refused(books, engine)
-    older, younger = waiting(books, engine, engine)
-    books.give(engine, first)
+    engine = simulator.engine()
+    first, second = held(simulator, engine, 2)
+    refused(simulator, engine)
+    older, younger = waiting(simulator, engine, engine)
+    simulator.give(engine, first)
     assert (older.answer, younger.answer) == (first, None)
-    books.give(engine, second)
+    simulator.give(engine, second)
     assert younger.answer is second
-    books.give(engine, first)
-    assert books.take(engine) is first
+    simulator.give(engine, first)
+    assert simulator.take(engine) is first
 
 
 @pytest.mark.parametrize("younger", [True, False])
-def test_during_a_pause_a_connection_stays_with_its_engine(books: Books, younger: bool) -> None:
+def test_during_a_pause_a_connection_stays_with_its_engine(simulator: Simulator, younger: bool) -> None:
     """It is not closed for another engine's waiter, who could not connect: its own engine's has it, or
     nobody, until the pause is over."""
-    own, other = books.engine(), books.engine()
-    limited(books, 1)
-    (record,) = held(books, own, 1)
-    books.refuse(10.0)
-    (foreign,) = waiting(books, other)
-    books.now += 5.0  # it may have any idle connection, if it could connect
-    waiters = waiting(books, own) if younger else []
-    books.give(own, record)
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 1)
+    (record,) = held(simulator, own, 1)
+    simulator.refuse(10.0)
+    (foreign,) = waiting(simulator, other)
+    simulator.now += 5.0  # it may have any idle connection, if it could connect
+    waiters = waiting(simulator, own) if younger else []
+    simulator.give(own, record)
     assert [waiter.answer for waiter in waiters] == [record] * younger
     assert answers(foreign) == [False]
-    books.insist(foreign)
+    simulator.insist(foreign)
     assert answers(foreign) == [False]
     if younger:
-        books.give(own, record)
-    books.now = 10.01
-    books.insist(foreign)
+        simulator.give(own, record)
+    simulator.now = 10.01
+    simulator.insist(foreign)
     assert foreign.answer.evicts is record
 
 
-def test_a_hollow_record_that_comes_home_during_a_pause_is_nobodys_until_it_is_over(books: Books) -> None:
-    """To have it is to connect: neither who waits gets it nor who comes, and then the first of the line."""
-    engine = books.engine(2)
-    first, second = held(books, engine, 2)
-    older, younger = waiting(books, engine, engine)
-    books.refuse(1.0)
-    books.unplug(first.slot)
-    books.give(engine, first)
+def test_a_hollow_record_that_is_returned_during_a_pause_is_nobodys_until_it_is_over(
+    simulator: Simulator,
+) -> None:
+    """To have it is to connect: neither a waiter gets it nor a newcomer, and then the first of the queue."""
+    engine = simulator.engine(2)
+    first, second = held(simulator, engine, 2)
+    older, younger = waiting(simulator, engine, engine)
+    simulator.refuse(1.0)
+    simulator.unplug(first.slot)
+    simulator.give(engine, first)
     assert answers(older, younger) == [False, False]
     assert list(engine.hollow) == [first]
-    assert books.take(engine) is None
-    books.insist(older, last=True)
+    assert simulator.take(engine) is None
+    simulator.insist(older, last=True)
     assert answers(older, younger) == [False, False]
-    books.now = 2.0
-    books.all_insist()
+    simulator.now = 2.0
+    simulator.all_insist()
     assert answers(older, younger) == [True, False]
-    assert len(books.ledger.slots) == 2
-    books.unplug(second.slot)
-    books.give(engine, second)
+    assert len(simulator.ledger.slots) == 2
+    simulator.unplug(second.slot)
+    simulator.give(engine, second)
     assert answers(younger) == [False], "one attempt in each pause"
 
 
-def test_a_hollow_record_is_taken_by_one_after_each_pause(books: Books) -> None:
-    """Where nobody waits who comes then reopens it; the second one waits for the next pause to end."""
-    engine = books.engine(2)
-    records = idle(books, engine, 0, hollows=2)
-    books.refuse(1.0)
-    assert books.take(engine) is None
-    books.now += 1.0
-    assert books.take(engine) in records
-    assert books.take(engine) is None
-    books.now += 1.0
-    assert books.take(engine) in records
+def test_a_hollow_record_is_taken_by_one_after_each_pause(simulator: Simulator) -> None:
+    """Where nobody waits the next that comes reopens it; the second one waits for the next pause to end."""
+    engine = simulator.engine(2)
+    records = idle(simulator, engine, 0, hollows=2)
+    simulator.refuse(1.0)
+    assert simulator.take(engine) is None
+    simulator.now += 1.0
+    assert simulator.take(engine) in records
+    assert simulator.take(engine) is None
+    simulator.now += 1.0
+    assert simulator.take(engine) in records
 
 
-def test_who_was_refused_has_its_place_in_the_line_again(books: Books) -> None:
-    """By when it came at first: behind who came before it, before who came later, and it is no newcomer."""
-    engine = books.engine(2)
-    record, hollow = held(books, engine, 2)
-    first, second, third = waiting(books, engine, engine, engine)
-    books.unplug(hollow.slot)
-    books.give(engine, hollow)
+def test_a_caller_that_was_refused_has_its_place_in_the_queue_again(simulator: Simulator) -> None:
+    """By when it came at first: behind those from before it, before those from later; it is no newcomer."""
+    engine = simulator.engine(2)
+    record, hollow = held(simulator, engine, 2)
+    first, second, third = waiting(simulator, engine, engine, engine)
+    simulator.unplug(hollow.slot)
+    simulator.give(engine, hollow)
     assert first.answer is hollow
-    books.refuse(1.0)
-    books.give(engine, hollow)
-    again = books.wait(engine, first.since)
-    assert list(engine.line) == [again, second, third]
-    books.leave(second)
-    rejoined = books.wait(engine, second.since)
-    assert list(engine.line) == [again, rejoined, third]
-    books.give(engine, record)
+    simulator.refuse(1.0)
+    simulator.give(engine, hollow)
+    again = simulator.wait(engine, first.since)
+    assert list(engine.queue) == [again, second, third]
+    simulator.leave(second)
+    rejoined = simulator.wait(engine, second.since)
+    assert list(engine.queue) == [again, rejoined, third]
+    simulator.give(engine, record)
     assert (again.answer, rejoined.answer) == (record, None)
 
 
-def test_who_was_refused_takes_what_came_home_meanwhile(books: Books) -> None:
+def test_a_caller_that_was_refused_takes_what_was_returned_meanwhile(simulator: Simulator) -> None:
     """Between its refusal and its coming back somebody may have checked in: nothing has to be opened."""
-    engine = books.engine()
-    (record,) = held(books, engine, 1)
-    permit = books.take(engine)
-    books.refuse(1.0)
-    books.fail(permit)
-    books.give(engine, record)
-    assert books.wait(engine, 0.0) is record
+    engine = simulator.engine()
+    (record,) = held(simulator, engine, 1)
+    permit = simulator.take(engine)
+    simulator.refuse(1.0)
+    simulator.fail(permit)
+    simulator.give(engine, record)
+    assert simulator.wait(engine, 0.0) is record
 
 
-def test_where_waiting_is_of_no_use_everybody_may_try(books: Books) -> None:
+def test_where_waiting_is_of_no_use_everybody_may_try(simulator: Simulator) -> None:
     """The database is not there, or the error is for good: each is to have an error of his own."""
-    engine, other = books.engine(), books.engine()
-    refused(books, engine, 1000.0)
-    waiters = waiting(books, engine, other, engine)
-    books.let_in()
+    engine, other = simulator.engine(), simulator.engine()
+    refused(simulator, engine, 1000.0)
+    waiters = waiting(simulator, engine, other, engine)
+    simulator.let_in()
     assert answers(*waiters) == [True] * 3
-    assert isinstance(books.take(other), Permit)
+    assert isinstance(simulator.take(other), Permit)
 
 
-def test_while_the_server_refuses_what_is_idle_gives_way_also_below_the_limit(books: Books) -> None:
+def test_while_the_server_refuses_what_is_idle_gives_way_also_below_the_limit(simulator: Simulator) -> None:
     """It may be full of our own: an attempt that ends one of them first has room.  Spare ones alone, and
     where there is none it is an attempt like any other."""
-    own, other = books.engine(), books.engine()
-    (record,) = idle(books, own)
-    held(books, other, 1)
-    refused(books, other)
-    (waiter,) = waiting(books, other)
-    books.now += 1.0
-    books.insist(waiter)
+    own, other = simulator.engine(), simulator.engine()
+    (record,) = idle(simulator, own)
+    held(simulator, other, 1)
+    refused(simulator, other)
+    (waiter,) = waiting(simulator, other)
+    simulator.now += 1.0
+    simulator.insist(waiter)
     assert waiter.answer.evicts is record
-    books.fail(waiter.answer)
-    (again,) = waiting(books, other)
-    books.now += 1.0
-    books.insist(again)
+    simulator.fail(waiter.answer)
+    (again,) = waiting(simulator, other)
+    simulator.now += 1.0
+    simulator.insist(again)
     assert again.answer.evicts is None
 
 
-def test_a_forked_child_knows_of_no_refusals(books: Books) -> None:
+def test_a_forked_child_knows_of_no_refusals(simulator: Simulator) -> None:
     """The first one that comes connects; and what the parent's attempt found out there is not known here."""
-    engine = books.engine()
-    refused(books, engine, 1000.0)
-    books.now = 1000.0
-    attempt = books.take(engine)
+    engine = simulator.engine()
+    refused(simulator, engine, 1000.0)
+    simulator.now = 1000.0
+    attempt = simulator.take(engine)
     assert isinstance(attempt, Permit)
-    waiting(books, engine)
-    books.fork()
-    assert not engine.line
-    permits = [books.take(engine) for _ in range(3)]
+    waiting(simulator, engine)
+    simulator.fork()
+    assert not engine.queue
+    permits = [simulator.take(engine) for _ in range(3)]
     assert all(isinstance(permit, Permit) for permit in permits)
-    assert [books.refuse(), books.refuse()] == [True, False]
+    assert [simulator.refuse(), simulator.refuse()] == [True, False]
+
+
+# -- forks -----------------------------------------------------------------------------------------
+
+CARRIED_OVER = {*inside.GIVEN_TO_A_LEDGER, "set_limit_to", "limit", "ttl", "attachments", "by_hand"}
+"""What of a ledger a forked child has from its parent; due and the time of vacancy follow from it."""
+
+
+def plain(value: Any) -> Any:
+    """What can be compared."""
+    names = getattr(type(value), "__slots__", None) or getattr(value, "__dict__", None)
+    return {name: plain(getattr(value, name)) for name in names} if names else value
+
+
+def test_a_forked_child_has_engines_and_limits_and_nothing_else(simulator: Simulator) -> None:
+    """All else is as in a ledger that was just made, whatever fields there are."""
+    engine, other, gone = simulator.engine(3, lifo=False), simulator.engine(), simulator.engine(9)
+    simulator.decide(simulator.ledger.set_limit, 6, simulator.now)
+    simulator.decide(simulator.ledger.set_ttl, 70.0, simulator.now)
+    idle(simulator, other, 1, hollows=1)
+    out = held(simulator, engine, 3)
+    slot = simulator.add()
+    assert slot is not None
+    session = locked(simulator, slot)
+    waiting(simulator, engine)
+    simulator.refuse()
+    parent = simulator.ledger
+    inside.told_of_leaks(parent)[out[0].slot] = 1, 0.0
+    out[0].slot.expires = simulator.now
+    parent.lifetimes.add(out[0].slot)
+    parent.suspect(simulator.now)
+    parent.totals.timeouts += 1
+    ref, quota, dead = engine.ref, engine.quota, gone.ref
+    del gone
+    gc.collect()
+    assert dead() is None  # the letter lies in the parent's inbox
+    assert dead in parent.attachments
+    assert all((other.idle, other.hollow, engine.queue, parent.by_hand.locked))
+    simulator.fork()
+    child = simulator.ledger
+    assert child is not parent
+    assert (child.limit, child.set_limit_to, child.ttl, child.by_hand.ttl) == (6, 6, 70.0, 70.0)
+    assert child.attachments == {ref: quota, other.ref: other.quota}
+    assert (engine.ref, engine.quota, engine.quota.stated, engine.ttl) == (ref, quota, 3, 70.0)
+    new = inside.another_ledger(child)
+    for name in sorted(vars(new).keys() - CARRIED_OVER):
+        assert plain(getattr(child, name)) == plain(getattr(new, name)), name
+    for attachment in (engine, other, child.by_hand):
+        assert not attachment.quota.slots
+        assert not any((attachment.idle, attachment.hollow, attachment.locked, attachment.queue))
+    with pytest.raises(NotHeld):
+        child.give(engine, out[0], simulator.now)
+    records = idle(simulator, engine, 2)
+    assert held(simulator, engine, 2) == records, (
+        "it takes them from the list that it puts them in, fifo as before"
+    )
+    del session
 
 
 # -- limits ----------------------------------------------------------------------------------------
@@ -815,108 +888,110 @@ def test_a_forked_child_knows_of_no_refusals(books: Books) -> None:
     ],
 )
 def test_the_limit_is_the_largest_that_an_engine_states(
-    books: Books, stated: list[float | None], limit: float
+    simulator: Simulator, stated: list[float | None], limit: float
 ) -> None:
     """15 where none states any, whatever the order; what was set overrules it until it is unset."""
     for order in (stated, stated[::-1]):
-        books = Books()
-        engines = [books.engine(ceiling) for ceiling in order]
-        assert books.ledger.limit == limit
-        limited(books, 4)
-        assert books.ledger.limit == 4
-        engines.append(books.engine(100))
-        assert books.ledger.limit == 4
+        simulator = Simulator()
+        engines = [simulator.engine(ceiling) for ceiling in order]
+        assert simulator.ledger.limit == limit
+        limited(simulator, 4)
+        assert simulator.ledger.limit == 4
+        engines.append(simulator.engine(100))
+        assert simulator.ledger.limit == 4
         del engines[-1]
-        books.settle()
-        limited(books, None)
-        assert books.ledger.limit == limit
+        simulator.settle()
+        limited(simulator, None)
+        assert simulator.ledger.limit == limit
 
 
-def test_a_limit_that_an_engine_stated_leaves_with_it(books: Books) -> None:
+def test_a_limit_that_an_engine_stated_leaves_with_it(simulator: Simulator) -> None:
     """What exceeds the others' wishes is closed; without any engine the limit stays."""
-    small, large = books.engine(2), books.engine(4)
-    idle(books, small, 2)
-    keeps = held(books, large, 1)
-    assert books.ledger.limit == 4
+    small, large = simulator.engine(2), simulator.engine(4)
+    idle(simulator, small, 2)
+    keeps = held(simulator, large, 1)
+    assert simulator.ledger.limit == 4
     del large
-    books.settle()
-    assert books.ledger.limit == 2
-    assert books.reasons == [reasons.LOWERED]
+    simulator.settle()
+    assert simulator.ledger.limit == 2
+    assert simulator.reasons == [reasons.LOWERED]
     del small
-    books.settle()
-    assert books.ledger.limit == 2
+    simulator.settle()
+    assert simulator.ledger.limit == 2
     del keeps
 
 
-def test_a_grown_limit_serves_at_once_the_oldest_first(books: Books) -> None:
+def test_a_grown_limit_serves_at_once_the_oldest_first(simulator: Simulator) -> None:
     """Each new slot goes to the oldest waiter of all engines that may have it."""
-    first, second = books.engine(9), books.engine(1)
-    limited(books, 1)
-    held(books, second, 1)
-    waiters = waiting(books, second, first, first, first)
-    limited(books, 3)
+    first, second = simulator.engine(9), simulator.engine(1)
+    limited(simulator, 1)
+    held(simulator, second, 1)
+    waiters = waiting(simulator, second, first, first, first)
+    limited(simulator, 3)
     assert answers(*waiters) == [False, True, True, False]
-    limited(books, math.inf)
+    limited(simulator, math.inf)
     assert answers(*waiters) == [False, True, True, True]
 
 
-def test_a_lowered_limit_closes_what_is_idle_and_the_rest_when_it_comes_home(books: Books) -> None:
+def test_a_lowered_limit_closes_what_is_idle_and_the_rest_when_it_is_returned(simulator: Simulator) -> None:
     """Idle connections above it close at once, those that are out on return, although somebody waits;
     the slots only get fewer."""
-    engine, other = books.engine(), books.engine()
-    limited(books, 5)
-    out = held(books, engine, 3)
-    idle(books, other, 2)
-    limited(books, 2)
-    assert books.reasons == [reasons.LOWERED] * 2
-    books.do_all()
-    (waiter,) = waiting(books, other)
-    books.give(engine, out.pop())
-    assert books.reasons == [reasons.LOWERED]
+    engine, other = simulator.engine(), simulator.engine()
+    limited(simulator, 5)
+    out = held(simulator, engine, 3)
+    idle(simulator, other, 2)
+    limited(simulator, 2)
+    assert simulator.reasons == [reasons.LOWERED] * 2
+    simulator.do_all()
+    (waiter,) = waiting(simulator, other)
+    simulator.give(engine, out.pop())
+    assert simulator.reasons == [reasons.LOWERED]
     assert answers(waiter) == [False]
-    books.do_all()
-    assert (len(books.ledger.slots), answers(waiter)) == (2, [False])
-    books.give(engine, out.pop())
+    simulator.do_all()
+    assert (len(simulator.ledger.slots), answers(waiter)) == (2, [False])
+    simulator.give(engine, out.pop())
     assert answers(waiter) == [True]
-    assert len(books.ledger.slots) == 2
+    assert len(simulator.ledger.slots) == 2
 
 
-def test_what_comes_home_above_a_lowered_limit_is_closed_also_where_nobody_waits(books: Books) -> None:
+def test_what_is_returned_above_a_lowered_limit_is_closed_also_where_nobody_waits(
+    simulator: Simulator,
+) -> None:
     """As many as are too many; one that closes already is not one of them."""
-    engine = books.engine()
-    first, second, third = held(books, engine, 3)
-    limited(books, 2)
-    books.give(engine, first)
-    assert books.reasons == [reasons.LOWERED]
-    books.give(engine, second)
+    engine = simulator.engine()
+    first, second, third = held(simulator, engine, 3)
+    limited(simulator, 2)
+    simulator.give(engine, first)
+    assert simulator.reasons == [reasons.LOWERED]
+    simulator.give(engine, second)
     assert list(engine.idle) == [second]
-    limited(books, 1)
-    assert books.reasons == [reasons.LOWERED] * 2
-    books.give(engine, third)
+    limited(simulator, 1)
+    assert simulator.reasons == [reasons.LOWERED] * 2
+    simulator.give(engine, third)
     assert list(engine.idle) == [third]
 
 
-def test_a_lowered_limit_leaves_alone_what_fits_it(books: Books) -> None:
+def test_a_lowered_limit_leaves_alone_what_fits_it(simulator: Simulator) -> None:
     """As many as the limit allows stay; what is closing by then is not closed for a second time."""
-    engine = books.engine()
-    idle(books, engine, 5)
-    limited(books, 3)
-    assert books.reasons == [reasons.LOWERED] * 2
-    limited(books, 2)
-    assert books.reasons == [reasons.LOWERED] * 3
+    engine = simulator.engine()
+    idle(simulator, engine, 5)
+    limited(simulator, 3)
+    assert simulator.reasons == [reasons.LOWERED] * 2
+    limited(simulator, 2)
+    assert simulator.reasons == [reasons.LOWERED] * 3
     assert len(engine.idle) == 2
 
 
-def test_what_is_closing_counts_until_it_is_closed(books: Books) -> None:
-    """Somebody who comes while a connection closes waits, and gets the slot when it is closed."""
-    engine = books.engine(ttl=5)
-    limited(books, 1)
-    idle(books, engine)
-    books.now += 5
-    books.sweep()
-    (waiter,) = waiting(books, engine)
-    assert books.ledger.numbers().closing == 1
-    books.do(books.todo[0])
+def test_what_is_closing_counts_until_it_is_closed(simulator: Simulator) -> None:
+    """A checkout that comes while a connection closes waits, and gets the slot when it is closed."""
+    engine = simulator.engine(ttl=5)
+    limited(simulator, 1)
+    idle(simulator, engine)
+    simulator.now += 5
+    simulator.sweep()
+    (waiter,) = waiting(simulator, engine)
+    assert simulator.ledger.numbers().closing == 1
+    simulator.do(simulator.todo[0])
     assert answers(waiter) == [True]
 
 
@@ -924,614 +999,619 @@ def test_what_is_closing_counts_until_it_is_closed(books: Books) -> None:
 
 
 @pytest.mark.parametrize("lifo", [True, False])
-def test_what_was_idle_for_the_ttl_is_closed_whichever_end_is_used(books: Books, lifo: bool) -> None:
+def test_what_was_idle_for_the_ttl_is_closed_whichever_end_is_used(simulator: Simulator, lifo: bool) -> None:
     """The left end is the oldest: sweeps close from there and say when the next one is due."""
-    engine = books.engine(ttl=10, lifo=lifo)
-    first, second = idle(books, engine, 2)  # at 1 and 2
-    assert books.told == 11
-    books.now = 10.9
-    books.sweep()
-    assert books.reasons == []
-    books.now = 11.0
-    books.sweep()
-    assert [(item.entry, item.reason) for item in books.todo if isinstance(item, Close)] == [
+    engine = simulator.engine(ttl=10, lifo=lifo)
+    first, second = idle(simulator, engine, 2)  # at 1 and 2
+    assert simulator.told == 11
+    simulator.now = 10.9
+    simulator.sweep()
+    assert simulator.reasons == []
+    simulator.now = 11.0
+    simulator.sweep()
+    assert [(item.entry, item.reason) for item in simulator.todo if isinstance(item, Close)] == [
         (first, reasons.IDLE_TTL)
     ]
-    assert books.told == 12
-    assert books.take(engine) is second
-    books.give(engine, second)  # its age begins anew
-    books.now = 20.9
-    books.sweep()
+    assert simulator.told == 12
+    assert simulator.take(engine) is second
+    simulator.give(engine, second)  # its age begins anew
+    simulator.now = 20.9
+    simulator.sweep()
     assert list(engine.idle) == [second]
-    assert books.told == 21
+    assert simulator.told == 21
 
 
-def test_hollow_records_age_too(books: Books) -> None:
+def test_hollow_records_age_too(simulator: Simulator) -> None:
     """A slot without a connection leaves after the TTL as one with."""
-    engine = books.engine(ttl=10)
-    idle(books, engine, 0, hollows=1)
-    assert books.told == 11
-    books.now = 11.0
-    books.sweep()
-    assert books.reasons == [reasons.IDLE_TTL]
+    engine = simulator.engine(ttl=10)
+    idle(simulator, engine, 0, hollows=1)
+    assert simulator.told == 11
+    simulator.now = 11.0
+    simulator.sweep()
+    assert simulator.reasons == [reasons.IDLE_TTL]
 
 
-def test_what_is_out_does_not_age(books: Books) -> None:
+def test_what_is_out_does_not_age(simulator: Simulator) -> None:
     """Neither a connection that is out nor one that is being opened nor a session's ever expires."""
-    engine, slot = books.engine(ttl=1), books.add()
+    engine, slot = simulator.engine(ttl=1), simulator.add()
     assert slot is not None
-    session = locked(books, slot)
-    books.connected(engine)
-    permit = books.take(engine)
-    books.now = 1000.0
-    books.sweep()
-    assert books.reasons == [reasons.ABANDONED]  # the one that nobody kept
+    session = locked(simulator, slot)
+    simulator.connected(engine)
+    permit = simulator.take(engine)
+    simulator.now = 1000.0
+    simulator.sweep()
+    assert simulator.reasons == [reasons.ABANDONED]  # the one that nobody kept
     del session, permit
 
 
-def test_each_engine_has_its_own_ttl_unless_one_is_set_for_all(books: Books) -> None:
+def test_each_engine_has_its_own_ttl_unless_one_is_set_for_all(simulator: Simulator) -> None:
     """Set, it holds for all engines, those to come and what was added by hand; unset, each has its own."""
-    short, never = books.engine(ttl=1), books.engine(ttl=math.inf)
-    idle(books, never, 2)
-    idle(books, short, 2)
-    books.now += 100
-    books.sweep()
+    short, never = simulator.engine(ttl=1), simulator.engine(ttl=math.inf)
+    idle(simulator, never, 2)
+    idle(simulator, short, 2)
+    simulator.now += 100
+    simulator.sweep()
     assert (len(short.idle), len(never.idle)) == (0, 2)
-    assert books.told == math.inf
-    books.do_all()
-    idle(books, short)
-    books.decide(books.ledger.set_ttl, 50.0, books.now)
+    assert simulator.told == math.inf
+    simulator.do_all()
+    idle(simulator, short)
+    simulator.decide(simulator.ledger.set_ttl, 50.0, simulator.now)
     assert (len(short.idle), len(never.idle)) == (1, 0)
-    late = books.engine(ttl=7)
-    assert late.ttl == books.ledger.by_hand.ttl == 50
-    books.now += 10
-    books.sweep()
+    late = simulator.engine(ttl=7)
+    assert late.ttl == simulator.ledger.by_hand.ttl == 50
+    simulator.now += 10
+    simulator.sweep()
     assert len(short.idle) == 1
-    books.decide(books.ledger.set_ttl, None, books.now)
-    assert (short.ttl, never.ttl, late.ttl, books.ledger.by_hand.ttl) == (1, math.inf, 7, 7)
+    simulator.decide(simulator.ledger.set_ttl, None, simulator.now)
+    assert (short.ttl, never.ttl, late.ttl, simulator.ledger.by_hand.ttl) == (1, math.inf, 7, 7)
     assert len(short.idle) == 0
 
 
-def test_the_housekeeper_is_told_earlier_when_something_expires_earlier(books: Books) -> None:
+def test_the_housekeeper_is_told_earlier_when_something_expires_earlier(simulator: Simulator) -> None:
     """Only then: a later expiry than the one that it knows of is no news."""
-    slow, quick = books.engine(ttl=60), books.engine(ttl=5)
-    books.sweep()
-    one, two = books.connected(slow), books.connected(slow)
-    (three,) = held(books, quick, 1)
-    assert books.ledger.give(slow, one, 0.0) == [(60.0,)]
-    assert not books.ledger.give(slow, two, 1.0)
-    assert books.ledger.give(quick, three, 2.0) == [(7.0,)]
+    slow, quick = simulator.engine(ttl=60), simulator.engine(ttl=5)
+    simulator.sweep()
+    one, two = simulator.connected(slow), simulator.connected(slow)
+    (three,) = held(simulator, quick, 1)
+    assert simulator.ledger.give(slow, one, 0.0) == [(60.0,)]
+    assert not simulator.ledger.give(slow, two, 1.0)
+    assert simulator.ledger.give(quick, three, 2.0) == [(7.0,)]
 
 
-def test_an_engine_with_a_shorter_ttl_brings_the_housekeeper_earlier(books: Books) -> None:
+def test_an_engine_with_a_shorter_ttl_brings_the_housekeeper_earlier(simulator: Simulator) -> None:
     """What was added by hand follows the engine that attached last: also what is there already."""
-    first = books.engine(ttl=60)
-    books.add()
-    assert books.told == 60
-    second = books.engine(ttl=5)
-    assert books.told == 5
+    first = simulator.engine(ttl=60)
+    simulator.add()
+    assert simulator.told == 60
+    second = simulator.engine(ttl=5)
+    assert simulator.told == 5
     del first, second
 
 
 # -- disposing -------------------------------------------------------------------------------------
 
 
-def test_dispose_closes_what_is_idle_and_leaves_what_is_out(books: Books) -> None:
-    """Of this engine alone; without a recreate() following, what is out comes home as usual."""
-    engine, other = books.engine(), books.engine()
-    idle(books, other)
-    (out,) = held(books, engine, 1)
-    idle(books, engine, 2, hollows=1)
-    books.decide(books.ledger.dispose, engine)
-    assert books.reasons == [reasons.DISPOSED] * 3
-    books.give(engine, out)
+def test_dispose_closes_what_is_idle_and_leaves_what_is_out(simulator: Simulator) -> None:
+    """Of this engine alone; without a recreate() following, what is out is returned as usual."""
+    engine, other = simulator.engine(), simulator.engine()
+    idle(simulator, other)
+    (out,) = held(simulator, engine, 1)
+    idle(simulator, engine, 2, hollows=1)
+    simulator.decide(closing.dispose, simulator.ledger, engine)
+    assert simulator.reasons == [reasons.DISPOSED] * 3
+    simulator.give(engine, out)
     assert list(engine.idle) == [out]
     assert len(other.idle) == 1
 
 
-def test_what_was_opened_before_a_completed_dispose_closes_when_it_comes_home(books: Books) -> None:
+def test_what_was_opened_before_a_completed_dispose_closes_when_it_is_returned(simulator: Simulator) -> None:
     """Also when somebody waits for it: who gets the slot opens anew.  What was opened later stays."""
-    engine = books.engine()
-    limited(books, 2)
-    old, older = held(books, engine, 2)
-    books.unplug(older.slot)
-    books.decide(books.ledger.dispose, engine)
-    books.plug(engine, older)  # reopened: a generation binds sockets, not records
-    books.decide(books.ledger.retire, engine)
-    (waiter,) = waiting(books, engine)
-    books.give(engine, old)
-    assert books.reasons == [reasons.DISPOSED]
+    engine = simulator.engine()
+    limited(simulator, 2)
+    old, older = held(simulator, engine, 2)
+    simulator.unplug(older.slot)
+    simulator.decide(closing.dispose, simulator.ledger, engine)
+    simulator.plug(engine, older)  # reopened: a generation binds sockets, not records
+    simulator.decide(closing.retire, simulator.ledger, engine)
+    (waiter,) = waiting(simulator, engine)
+    simulator.give(engine, old)
+    assert simulator.reasons == [reasons.DISPOSED]
     assert answers(waiter) == [False]
-    books.do_all()
+    simulator.do_all()
     assert isinstance(waiter.answer, Permit)
-    books.give(engine, older)
+    simulator.give(engine, older)
     assert list(engine.idle) == [older]
 
 
-def test_what_came_home_between_dispose_and_recreate_is_closed(books: Books) -> None:
+def test_what_was_returned_between_dispose_and_recreate_is_closed(simulator: Simulator) -> None:
     """It is of the generation that ended: it must not stay idle, to be handed out again."""
-    engine = books.engine()
-    (record,) = held(books, engine, 1)
-    books.decide(books.ledger.dispose, engine)
-    books.give(engine, record)
-    books.decide(books.ledger.retire, engine)
-    assert books.reasons == [reasons.DISPOSED]
-    assert isinstance(books.take(engine), Permit)
+    engine = simulator.engine()
+    (record,) = held(simulator, engine, 1)
+    simulator.decide(closing.dispose, simulator.ledger, engine)
+    simulator.give(engine, record)
+    simulator.decide(closing.retire, simulator.ledger, engine)
+    assert simulator.reasons == [reasons.DISPOSED]
+    assert isinstance(simulator.take(engine), Permit)
 
 
-def test_retiring_all_spares_only_what_was_added_by_hand(books: Books) -> None:
-    """What engines have idle closes at once, what is out when it comes home."""
-    engine, other, slot = books.engine(), books.engine(), books.add()
-    (record,) = held(books, engine, 1)
-    idle(books, other)
-    books.decide(books.ledger.retire_all)
-    assert books.reasons == [reasons.DISPOSED]
-    books.give(engine, record)
-    assert books.reasons == [reasons.DISPOSED] * 2
-    assert list(books.ledger.by_hand.idle) == [slot]
+def test_retiring_all_spares_only_what_was_added_by_hand(simulator: Simulator) -> None:
+    """What engines have idle closes at once, what is out when it is returned."""
+    engine, other, slot = simulator.engine(), simulator.engine(), simulator.add()
+    (record,) = held(simulator, engine, 1)
+    idle(simulator, other)
+    simulator.decide(closing.retire_all, simulator.ledger)
+    assert simulator.reasons == [reasons.DISPOSED]
+    simulator.give(engine, record)
+    assert simulator.reasons == [reasons.DISPOSED] * 2
+    assert list(simulator.ledger.by_hand.idle) == [slot]
 
 
 # -- what is lost ----------------------------------------------------------------------------------
 
 
-def test_a_dropped_engine_gives_back_what_it_had(books: Books) -> None:
+def test_a_dropped_engine_gives_back_what_it_had(simulator: Simulator) -> None:
     """What it had idle is closed, hollow records need no closing, and the engine is forgotten."""
-    engine, _ = books.engine(), books.engine()
-    idle(books, engine, 2, hollows=1)
+    engine, _ = simulator.engine(), simulator.engine()
+    idle(simulator, engine, 2, hollows=1)
     del engine
-    books.settle()
-    assert books.reasons == [reasons.ABANDONED] * 2
-    assert len(books.ledger.attachments) == 1
-    assert len(books.ledger.slots) == 2
-    books.do_all()
-    assert not books.ledger.slots
+    simulator.settle()
+    assert simulator.reasons == [reasons.ABANDONED] * 2
+    assert len(simulator.ledger.attachments) == 1
+    assert len(simulator.ledger.slots) == 2
+    simulator.do_all()
+    assert not simulator.ledger.slots
 
 
-def test_a_connection_whose_holder_died_is_closed_before_its_slot_passes_on(books: Books) -> None:
+def test_a_connection_whose_holder_died_is_closed_before_its_slot_passes_on(simulator: Simulator) -> None:
     """It counts until it is closed; then the oldest waiter gets the slot."""
-    engine = books.engine(1)
-    out = held(books, engine, 1)
-    (waiter,) = waiting(books, engine)
+    engine = simulator.engine(1)
+    out = held(simulator, engine, 1)
+    (waiter,) = waiting(simulator, engine)
     out.clear()
-    books.settle()
+    simulator.settle()
     assert answers(waiter) == [False]
-    (item,) = books.todo
+    (item,) = simulator.todo
     assert isinstance(item, Close)
     assert (item.slot.state, item.entry, item.reason) == (CLOSING, None, reasons.ABANDONED)
-    books.do(item)
+    simulator.do(item)
     assert answers(waiter) == [True]
 
 
-def test_a_held_record_without_a_connection_that_died_leaves_nothing_to_close(books: Books) -> None:
+def test_a_held_record_without_a_connection_that_died_leaves_nothing_to_close(simulator: Simulator) -> None:
     """Its slot passes on at once."""
-    engine = books.engine(1)
-    out = held(books, engine, 1)
-    books.unplug(out[0].slot)
-    (waiter,) = waiting(books, engine)
+    engine = simulator.engine(1)
+    out = held(simulator, engine, 1)
+    simulator.unplug(out[0].slot)
+    (waiter,) = waiting(simulator, engine)
     out.clear()
-    books.settle()
+    simulator.settle()
     assert answers(waiter) == [True]
 
 
-def test_a_permission_to_open_that_was_lost_goes_to_the_next(books: Books) -> None:
+def test_a_permission_to_open_that_was_lost_goes_to_the_next(simulator: Simulator) -> None:
     """An exception between being told and opening loses no slot; the one who was answered included."""
-    engine = books.engine(1)
-    permit = books.take(engine)
-    first, second = waiting(books, engine, engine)
+    engine = simulator.engine(1)
+    permit = simulator.take(engine)
+    first, second = waiting(simulator, engine, engine)
     del permit
-    books.settle()
+    simulator.settle()
     assert answers(first, second) == [True, False]
-    books.do_all()
+    simulator.do_all()
     del first
-    books.settle()
+    simulator.settle()
     assert answers(second) == [True]
 
 
-def test_an_opening_that_was_lost_with_its_socket_open_is_closed(books: Books) -> None:
+def test_an_opening_that_was_lost_with_its_socket_open_is_closed(simulator: Simulator) -> None:
     """From the socket's opening to the report of it the record answers for it."""
-    engine = books.engine(1)
-    record = books.bind(engine, books.take(engine))
-    books.plug(engine, record)
-    (waiter,) = waiting(books, engine)
+    engine = simulator.engine(1)
+    record = simulator.bind(engine, simulator.take(engine))
+    simulator.plug(engine, record)
+    (waiter,) = waiting(simulator, engine)
     del record
-    books.settle()
-    assert books.reasons == [reasons.ABANDONED]
-    assert books.ledger.numbers().opening == 0
-    books.do_all()
+    simulator.settle()
+    assert simulator.reasons == [reasons.ABANDONED]
+    assert simulator.ledger.numbers().opening == 0
+    simulator.do_all()
     assert answers(waiter) == [True]
 
 
 @pytest.mark.parametrize("by_hand", [False, True])
-def test_what_gave_way_to_a_lost_permission_counts_until_it_is_closed(books: Books, by_hand: bool) -> None:
+def test_what_gave_way_to_a_lost_permission_counts_until_it_is_closed(
+    simulator: Simulator, by_hand: bool
+) -> None:
     """The permit stood for both: who gets the slot must not open a second socket beside it."""
-    own, other = books.engine(), books.engine()
-    limited(books, 1)
+    own, other = simulator.engine(), simulator.engine()
+    limited(simulator, 1)
     if by_hand:
-        books.add()
+        simulator.add()
     else:
-        idle(books, other)
-    permit = books.take(own)
+        idle(simulator, other)
+    permit = simulator.take(own)
     assert permit.evicts is not None
-    (waiter,) = waiting(books, own)
+    (waiter,) = waiting(simulator, own)
     del permit
-    books.settle()
-    assert (len(books.sockets), len(books.ledger.slots), answers(waiter)) == (1, 1, [False])
-    assert books.reasons == [reasons.ABANDONED]
-    books.do_all()
-    assert (len(books.sockets), len(books.ledger.slots), answers(waiter)) == (0, 1, [True])
+    simulator.settle()
+    assert (len(simulator.sockets), len(simulator.ledger.slots), answers(waiter)) == (1, 1, [False])
+    assert simulator.reasons == [reasons.ABANDONED]
+    simulator.do_all()
+    assert (len(simulator.sockets), len(simulator.ledger.slots), answers(waiter)) == (0, 1, [True])
 
 
-def test_what_a_living_session_has_locked_survives_its_engine(books: Books) -> None:
+def test_what_a_living_session_has_locked_survives_its_engine(simulator: Simulator) -> None:
     """The session keeps it, as if it had been added by hand; it counts all the time."""
-    engine = books.engine()
-    slot = idle(books, engine)[0].slot
-    session = locked(books, slot)
+    engine = simulator.engine()
+    slot = idle(simulator, engine)[0].slot
+    session = locked(simulator, slot)
     del engine
-    books.settle()
-    assert books.reasons == []
-    assert (slot.state, list(books.ledger.slots)) == (LENT, [slot])
-    assert books.unlock(slot)
-    books.do_all()
-    assert list(books.ledger.by_hand.idle) == [slot]
+    simulator.settle()
+    assert simulator.reasons == []
+    assert (slot.state, list(simulator.ledger.slots)) == (LOCKED, [slot])
+    assert simulator.unlock(slot)
+    simulator.do_all()
+    assert list(simulator.ledger.by_hand.idle) == [slot]
     del session
 
 
-def test_a_locked_connection_that_outlives_its_engine_frees_a_place_below_the_ceiling(books: Books) -> None:
-    """It counts against the pool alone from then on: who waits at the engine's ceiling is served."""
+def test_a_locked_connection_that_outlives_its_engine_frees_a_place_below_the_ceiling(
+    simulator: Simulator,
+) -> None:
+    """It counts against the pool alone from then on: a waiter at the engine's ceiling is served."""
     quota = Quota(1)
-    old, new, _ = books.engine(quota=quota), books.engine(quota=quota), books.engine(5)
-    session = locked(books, idle(books, old)[0].slot)
-    (waiter,) = waiting(books, new)
+    old, new, _ = simulator.engine(quota=quota), simulator.engine(quota=quota), simulator.engine(5)
+    session = locked(simulator, idle(simulator, old)[0].slot)
+    (waiter,) = waiting(simulator, new)
     del old
-    books.settle()
+    simulator.settle()
     assert answers(waiter) == [True]
     del session
 
 
-def test_what_a_dead_session_had_locked_dies_with_its_engine(books: Books) -> None:
+def test_what_a_dead_session_had_locked_dies_with_its_engine(simulator: Simulator) -> None:
     """Nobody can reset it, so it is closed."""
-    engine = books.engine()
-    locked(books, idle(books, engine)[0].slot)
-    books.settle()
+    engine = simulator.engine()
+    locked(simulator, idle(simulator, engine)[0].slot)
+    simulator.settle()
     del engine
-    books.settle()
-    assert books.reasons == [reasons.ABANDONED]
+    simulator.settle()
+    assert simulator.reasons == [reasons.ABANDONED]
 
 
-def test_the_death_of_what_was_closed_or_failed_to_open_is_no_news(books: Books) -> None:
-    """The record dies after its slot has left the books, and that is all."""
-    engine = books.engine()
-    idle(books, engine)
-    books.decide(books.ledger.dispose, engine)
-    (item,) = books.todo
-    books.do(item)
+def test_the_death_of_what_was_closed_or_failed_to_open_is_no_news(simulator: Simulator) -> None:
+    """The record dies after its slot does not count any more, and nothing else happens."""
+    engine = simulator.engine()
+    idle(simulator, engine)
+    simulator.decide(closing.dispose, simulator.ledger, engine)
+    (item,) = simulator.todo
+    simulator.do(item)
     del item
-    books.settle()
-    books.fail(books.take(engine))
-    books.settle()
-    assert books.todo == []
-    assert not books.ledger.slots
+    simulator.settle()
+    simulator.fail(simulator.take(engine))
+    simulator.settle()
+    assert simulator.todo == []
+    assert not simulator.ledger.slots
 
 
 # -- giving back what one has not ------------------------------------------------------------------
 
 
-def given(books: Books, engine: Attachment) -> Record:
+def given(simulator: Simulator, engine: Attachment) -> Record:
     """It was given back before."""
-    return idle(books, engine)[0]
+    return idle(simulator, engine)[0]
 
 
-def closing(books: Books, engine: Attachment) -> Record:
+def being_closed(simulator: Simulator, engine: Attachment) -> Record:
     """It is being closed."""
-    (record,) = idle(books, engine)
-    books.decide(books.ledger.dispose, engine)
+    (record,) = idle(simulator, engine)
+    simulator.decide(closing.dispose, simulator.ledger, engine)
     return record
 
 
-def closed(books: Books, engine: Attachment) -> Record:
+def closed(simulator: Simulator, engine: Attachment) -> Record:
     """It was closed."""
-    record = closing(books, engine)
-    books.do_all()
+    record = being_closed(simulator, engine)
+    simulator.do_all()
     return record
 
 
-def evicted(books: Books, engine: Attachment) -> Record:
+def evicted(simulator: Simulator, engine: Attachment) -> Record:
     """It gave way."""
-    (record,) = idle(books, engine)
-    limited(books, 1)
-    record.engine = books.engine()  # type: ignore[attr-defined]
-    record.permit = books.take(record.engine)  # type: ignore[attr-defined]
+    (record,) = idle(simulator, engine)
+    limited(simulator, 1)
+    record.engine = simulator.engine()  # type: ignore[attr-defined]
+    record.permit = simulator.take(record.engine)  # type: ignore[attr-defined]
     return record
 
 
-def detached(books: Books, engine: Attachment) -> Record:
+def detached(simulator: Simulator, engine: Attachment) -> Record:
     """It was detached."""
-    (record,) = held(books, engine, 1)
-    books.detach(record)
+    (record,) = held(simulator, engine, 1)
+    simulator.detach(record)
     return record
 
 
-def opening(books: Books, engine: Attachment) -> Permit:
+def opening(simulator: Simulator, engine: Attachment) -> Permit:
     """It is not open yet."""
-    permit: Permit = books.take(engine)
+    permit: Permit = simulator.take(engine)
     return permit
 
 
-def lent(books: Books, engine: Attachment) -> Record:
+def locked_by_a_session(simulator: Simulator, engine: Attachment) -> Record:
     """A session has it."""
-    (record,) = idle(books, engine)
-    record.session = locked(books, record.slot)  # type: ignore[attr-defined]
+    (record,) = idle(simulator, engine)
+    record.session = locked(simulator, record.slot)  # type: ignore[attr-defined]
     return record
 
 
-def resetting(books: Books, engine: Attachment) -> Record:
+def resetting(simulator: Simulator, engine: Attachment) -> Record:
     """A session had it, and it is being reset."""
-    record = lent(books, engine)
-    books.unlock(record.slot)
+    record = locked_by_a_session(simulator, engine)
+    simulator.unlock(record.slot)
     return record
 
 
-def strangers(books: Books, engine: Attachment) -> Record:
+def strangers(simulator: Simulator, engine: Attachment) -> Record:
     """Another engine has it."""
-    other = books.engine()
-    (record,) = held(books, other, 1)
+    other = simulator.engine()
+    (record,) = held(simulator, other, 1)
     record.engine = other  # type: ignore[attr-defined]
     return record
 
 
 @pytest.mark.parametrize(
-    "state", [given, closing, closed, evicted, detached, opening, lent, resetting, strangers]
+    "state",
+    [given, being_closed, closed, evicted, detached, opening, locked_by_a_session, resetting, strangers],
 )
 def test_nobody_gives_back_what_nobody_has_or_somebody_else(
-    books: Books, state: Callable[[Books, Attachment], Any]
+    simulator: Simulator, state: Callable[[Simulator, Attachment], Any]
 ) -> None:
     """It raises, and changes nothing."""
-    engine = books.engine()
-    entry = state(books, engine)
-    before = entry.slot.state, books.ledger.numbers()
+    engine = simulator.engine()
+    entry = state(simulator, engine)
+    before = entry.slot.state, simulator.ledger.numbers()
     with pytest.raises(NotHeld):
-        books.ledger.give(engine, entry, books.now)
-    assert (entry.slot.state, books.ledger.numbers()) == before
-    books.settle()
+        simulator.ledger.give(engine, entry, simulator.now)
+    assert (entry.slot.state, simulator.ledger.numbers()) == before
+    simulator.settle()
 
 
-def test_a_detached_connection_frees_its_slot_at_once(books: Books) -> None:
-    """Its holder owns it; who waits may open another."""
-    engine = books.engine(1)
-    (record,) = held(books, engine, 1)
-    (waiter,) = waiting(books, engine)
-    books.detach(record)
+def test_a_detached_connection_frees_its_slot_at_once(simulator: Simulator) -> None:
+    """Its holder owns it; a waiter may open another."""
+    engine = simulator.engine(1)
+    (record,) = held(simulator, engine, 1)
+    (waiter,) = waiting(simulator, engine)
+    simulator.detach(record)
     assert isinstance(waiter.answer, Permit)
 
 
 # -- the queries API -------------------------------------------------------------------------------
 
 
-def test_what_was_added_by_hand_counts_and_is_no_engines(books: Books) -> None:
+def test_what_was_added_by_hand_counts_and_is_no_engines(simulator: Simulator) -> None:
     """It needs a free slot, evicts nobody, and an engine that needs the slot opens its own."""
-    engine = books.engine()
-    limited(books, 2)
-    idle(books, engine)
-    slot = books.add()
+    engine = simulator.engine()
+    limited(simulator, 2)
+    idle(simulator, engine)
+    slot = simulator.add()
     assert slot is not None
-    assert books.add() is None
+    assert simulator.add() is None
     assert len(engine.idle) == 1
-    books.now += 1
-    taken = held(books, engine, 2)
+    simulator.now += 1
+    taken = held(simulator, engine, 2)
     assert slot not in taken
-    assert slot not in books.ledger.slots
+    assert slot not in simulator.ledger.slots
 
 
-def test_only_what_is_idle_and_open_can_be_locked(books: Books) -> None:
+def test_only_what_is_idle_and_open_can_be_locked(simulator: Simulator) -> None:
     """Not what is out, locked, being opened, hollow or being closed."""
-    engine = books.engine()
-    (out,), permit = held(books, engine, 1), books.take(engine)
-    record, void = idle(books, engine, 1, hollows=1)
-    session = locked(books, record.slot)
-    assert not any(books.lend(e.slot, session) for e in (out, permit, void, record))
-    books.decide(books.ledger.dispose, engine)
-    assert not books.lend(void.slot, session)
-    books.decide(books.ledger.close_one, record.slot, True)
-    assert not books.lend(record.slot, session)
+    engine = simulator.engine()
+    (out,), permit = held(simulator, engine, 1), simulator.take(engine)
+    record, void = idle(simulator, engine, 1, hollows=1)
+    session = locked(simulator, record.slot)
+    assert not any(simulator.lock(e.slot, session) for e in (out, permit, void, record))
+    simulator.decide(closing.dispose, simulator.ledger, engine)
+    assert not simulator.lock(void.slot, session)
+    simulator.decide(closing.close_one, simulator.ledger, record.slot, True)
+    assert not simulator.lock(record.slot, session)
 
 
-def test_a_lock_is_nobodys_until_the_reset_is_done(books: Books) -> None:
-    """Unlocking frees nothing; the reset that succeeds does, and who waits gets it clean."""
-    engine = books.engine(1)
-    (record,) = idle(books, engine)
-    session = locked(books, record.slot)
-    (waiter,) = waiting(books, engine)
-    assert books.unlock(record.slot)
-    assert not books.unlock(record.slot)
+def test_a_lock_is_nobodys_until_the_reset_is_done(simulator: Simulator) -> None:
+    """Unlocking frees nothing; the reset that succeeds does, and a waiter gets it clean."""
+    engine = simulator.engine(1)
+    (record,) = idle(simulator, engine)
+    session = locked(simulator, record.slot)
+    (waiter,) = waiting(simulator, engine)
+    assert simulator.unlock(record.slot)
+    assert not simulator.unlock(record.slot)
     assert answers(waiter) == [False]
-    books.do(books.todo[0])
+    simulator.do(simulator.todo[0])
     assert waiter.answer is record
     del session
 
 
-def test_a_lock_taken_off_leaves_the_connection_idle_from_then_on(books: Books) -> None:
-    """Its age begins when it comes home, whosever it is."""
-    engine, slot = books.engine(ttl=10), books.add()
+def test_a_lock_taken_off_leaves_the_connection_idle_from_then_on(simulator: Simulator) -> None:
+    """Its age begins when it is returned, whosever it is."""
+    engine, slot = simulator.engine(ttl=10), simulator.add()
     assert slot is not None
-    (record,) = idle(books, engine)
-    sessions = [locked(books, slot), locked(books, record.slot)]
-    books.now = 100.0
-    books.sweep()
+    (record,) = idle(simulator, engine)
+    sessions = [locked(simulator, slot), locked(simulator, record.slot)]
+    simulator.now = 100.0
+    simulator.sweep()
     for item in (slot, record.slot):
-        assert books.unlock(item)
-    books.do_all()
+        assert simulator.unlock(item)
+    simulator.do_all()
     assert [(s.state, s.since, s.session) for s in (slot, record.slot)] == [(IDLE, 100.0, None)] * 2
-    assert books.told == 110.0
+    assert simulator.told == 110.0
     del sessions
 
 
-def test_a_connection_that_can_not_be_reset_is_closed(books: Books) -> None:
+def test_a_connection_that_can_not_be_reset_is_closed(simulator: Simulator) -> None:
     """The slot passes on when it is closed."""
-    engine = books.engine(1)
-    (record,) = idle(books, engine)
-    session = locked(books, record.slot)
-    (waiter,) = waiting(books, engine)
-    books.unlock(record.slot)
-    books.do(books.todo[0], succeeds=False)
-    assert books.reasons == [reasons.REMOVED]
-    books.do_all()
+    engine = simulator.engine(1)
+    (record,) = idle(simulator, engine)
+    session = locked(simulator, record.slot)
+    (waiter,) = waiting(simulator, engine)
+    simulator.unlock(record.slot)
+    simulator.do(simulator.todo[0], succeeds=False)
+    assert simulator.reasons == [reasons.REMOVED]
+    simulator.do_all()
     assert answers(waiter) == [True]
     del session
 
 
-def test_who_waits_gets_what_a_session_left_when_it_died(books: Books) -> None:
+def test_a_caller_that_waits_gets_what_a_session_left_when_it_died(simulator: Simulator) -> None:
     """At once, by transfer: it is closed, not handed over as it was left."""
-    engine = books.engine(1)
-    (record,) = idle(books, engine)
-    session = locked(books, record.slot)
-    (waiter,) = waiting(books, engine)
+    engine = simulator.engine(1)
+    (record,) = idle(simulator, engine)
+    session = locked(simulator, record.slot)
+    (waiter,) = waiting(simulator, engine)
     del session
-    books.settle()
+    simulator.settle()
     assert isinstance(waiter.answer, Permit)
     assert waiter.answer.evicts is record
 
 
-def test_what_a_dead_session_left_is_reset_by_the_next_sweep(books: Books) -> None:
+def test_what_a_dead_session_left_is_reset_by_the_next_sweep(simulator: Simulator) -> None:
     """Which comes soon.  What living sessions have locked stays locked."""
-    engine = books.engine()
-    first, second = idle(books, engine, 2)
-    dying, living = locked(books, first.slot), locked(books, second.slot)
-    assert books.told > books.now
+    engine = simulator.engine()
+    first, second = idle(simulator, engine, 2)
+    dying, living = locked(simulator, first.slot), locked(simulator, second.slot)
+    assert simulator.told > simulator.now
     del dying
-    books.settle()
-    assert books.told == books.now + reasons.GRACE
+    simulator.settle()
+    assert simulator.told == simulator.now + locks.GRACE
     assert first.slot.stale
-    books.sweep()
-    assert books.todo == [Reset(first.slot)]
-    books.do_all()
+    simulator.sweep()
+    assert simulator.todo == [Reset(first.slot)]
+    simulator.do_all()
     assert list(engine.idle) == [first]
     assert second.slot.session is not None
     assert second.slot.session() is living
 
 
-def test_the_death_of_a_session_that_has_no_lock_any_more_is_no_news(books: Books) -> None:
+def test_the_death_of_a_session_that_has_no_lock_any_more_is_no_news(simulator: Simulator) -> None:
     """The letter may come late: the next session's lock is not taken for stale."""
-    engine = books.engine()
-    (record,) = idle(books, engine)
-    old = locked(books, record.slot)
+    engine = simulator.engine()
+    (record,) = idle(simulator, engine)
+    old = locked(simulator, record.slot)
     late = record.slot.session
-    assert books.unlock(record.slot)
-    books.do_all()
-    new = locked(books, record.slot)
+    assert simulator.unlock(record.slot)
+    simulator.do_all()
+    new = locked(simulator, record.slot)
     del old
-    told = books.told
-    books.decide(books.ledger.session_died, record.slot, late, books.now)
-    assert books.told == told
+    told = simulator.told
+    simulator.decide(locks.session_died, simulator.ledger, record.slot, late, simulator.now)
+    assert simulator.told == told
     assert record.slot.session is not None
     assert record.slot.session() is new
 
 
-def test_only_what_dead_sessions_left_is_unlocked(books: Books) -> None:
+def test_only_what_dead_sessions_left_is_unlocked(simulator: Simulator) -> None:
     """Living ones keep their locks; what gave way, or is closing, has none."""
-    engine, other = books.engine(), books.engine()
-    first, second, third = idle(books, engine, 3)
-    living = locked(books, first.slot)
-    locked(books, second.slot)
-    locked(books, third.slot)
-    books.settle()
-    limited(books, 3)
-    permit = books.take(other)
+    engine, other = simulator.engine(), simulator.engine()
+    first, second, third = idle(simulator, engine, 3)
+    living = locked(simulator, first.slot)
+    locked(simulator, second.slot)
+    locked(simulator, third.slot)
+    simulator.settle()
+    limited(simulator, 3)
+    permit = simulator.take(other)
     assert permit.evicts is second
-    assert not books.unlock(second.slot)
-    books.unlock_stale(engine)
-    assert books.todo[0] == Reset(third.slot)
+    assert not simulator.unlock(second.slot)
+    simulator.unlock_stale(engine)
+    assert simulator.todo[0] == Reset(third.slot)
     assert first.slot.session is not None
     assert first.slot.session() is living
-    assert not books.unlock(first.slot, True)
-    assert books.unlock(first.slot)
+    assert not simulator.unlock(first.slot, True)
+    assert simulator.unlock(first.slot)
 
 
-def test_one_connection_is_closed_unless_somebody_has_it(books: Books) -> None:
+def test_one_connection_is_closed_unless_somebody_has_it(simulator: Simulator) -> None:
     """Idle, hollow and stale ones close; with force those of living sessions, too; never what is out."""
-    engine, slot = books.engine(), books.add()
-    (out,), permit = held(books, engine, 1), books.take(engine)
-    record, other, stale, void = idle(books, engine, 3, hollows=1)
-    session = locked(books, other.slot)
-    locked(books, stale.slot)
-    books.settle()
+    engine, slot = simulator.engine(), simulator.add()
+    (out,), permit = held(simulator, engine, 1), simulator.take(engine)
+    record, other, stale, void = idle(simulator, engine, 3, hollows=1)
+    session = locked(simulator, other.slot)
+    locked(simulator, stale.slot)
+    simulator.settle()
     for entry in (out, permit, other):
-        assert books.decide(books.ledger.close_one, entry.slot) == []
+        assert simulator.decide(closing.close_one, simulator.ledger, entry.slot) == []
     for entry in (out, permit):
-        assert books.decide(books.ledger.close_one, entry.slot, True) == []
+        assert simulator.decide(closing.close_one, simulator.ledger, entry.slot, True) == []
     for entry in (record, slot, void, stale):
         assert entry is not None
-        (item,) = books.decide(books.ledger.close_one, entry.slot)
+        (item,) = simulator.decide(closing.close_one, simulator.ledger, entry.slot)
         assert (item.entry, item.reason) == (entry, reasons.REMOVED)
-    (item,) = books.decide(books.ledger.close_one, other.slot, True)
+    (item,) = simulator.decide(closing.close_one, simulator.ledger, other.slot, True)
     assert item.entry is other
-    assert not books.unlock(other.slot)
-    assert books.decide(books.ledger.close_one, other.slot, True) == []  # it is closing
-    books.do_all()
+    assert not simulator.unlock(other.slot)
+    assert simulator.decide(closing.close_one, simulator.ledger, other.slot, True) == []  # it is closing
+    simulator.do_all()
     del session
-    assert books.ledger.slots == {out.slot, permit.slot}
+    assert simulator.ledger.slots == {out.slot, permit.slot}
 
 
-@pytest.mark.parametrize("busy", [None, "held", "opening", "lent"])
-def test_all_connections_are_closed_or_none(books: Books, busy: str | None) -> None:
+@pytest.mark.parametrize("busy", [None, "held", "opening", "locked"])
+def test_all_connections_are_closed_or_none(simulator: Simulator, busy: str | None) -> None:
     """One that somebody has is returned, and nothing was done; idle, hollow and stale ones are not busy."""
-    engine, other, _ = books.engine(), books.engine(), books.add()
-    first, second, _ = idle(books, engine, 2, hollows=1)
-    locked(books, first.slot)
-    books.settle()
+    engine, other, _ = simulator.engine(), simulator.engine(), simulator.add()
+    first, second, _ = idle(simulator, engine, 2, hollows=1)
+    locked(simulator, first.slot)
+    simulator.settle()
     session, busy_one = Session(), None
-    if busy == "lent":
-        assert books.lend(second.slot, session)
+    if busy == "locked":
+        assert simulator.lock(second.slot, session)
         busy_one = second
     elif busy is not None:
-        busy_one = books.connected(other) if busy == "held" else books.take(other)
-    before = books.ledger.numbers()
-    result = books.decide(books.ledger.close_all)
+        busy_one = simulator.connected(other) if busy == "held" else simulator.take(other)
+    before = simulator.ledger.numbers()
+    result = simulator.decide(closing.close_all, simulator.ledger)
     if busy_one is None:
-        assert books.reasons == [reasons.REMOVED] * 4
-        books.do_all()
-        assert not books.ledger.slots
+        assert simulator.reasons == [reasons.REMOVED] * 4
+        simulator.do_all()
+        assert not simulator.ledger.slots
     else:
         assert result is busy_one.slot
-        assert books.ledger.numbers() == before
-        assert books.todo == []
+        assert simulator.ledger.numbers() == before
+        assert simulator.todo == []
 
 
 # -- the whole -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("ttl", "after"), [(0.2, 1.0), (30.0, 30.0), (math.inf, 60.0)])
-def test_a_pool_that_nobody_uses_leaves_after_its_ttl(books: Books, ttl: float, after: float) -> None:
+def test_a_pool_that_nobody_uses_leaves_after_its_ttl(simulator: Simulator, ttl: float, after: float) -> None:
     """A second at least, a minute where nothing expires; engines and slots keep it.  The housekeeper
     is told."""
-    ledger = books.ledger
-    engine = books.engine(ttl=ttl)
-    books.sweep()
+    ledger = simulator.ledger
+    engine = simulator.engine(ttl=ttl)
+    simulator.sweep()
     assert ledger.vacant_since is None
-    books.now = 100.0
-    out = held(books, engine, 1)
+    simulator.now = 100.0
+    out = held(simulator, engine, 1)
     del engine
-    books.settle()
+    simulator.settle()
     assert ledger.vacant_since is None
     out.clear()
-    books.settle()
-    books.do_all()
+    simulator.settle()
+    simulator.do_all()
     assert ledger.vacant_since == 100.0
-    assert books.told == 100.0 + after
+    assert simulator.told == 100.0 + after
     assert not ledger.vacant(100.0 + after - 0.1)
     assert ledger.vacant(100.0 + after)
-    books.add()
+    simulator.add()
     assert not ledger.vacant(1000.0)
 
 
-def test_the_numbers_count_every_state(books: Books) -> None:
+def test_the_numbers_count_every_state(simulator: Simulator) -> None:
     """Each slot is in one of them, and the total is their sum."""
-    engine, full = books.engine(8), books.engine(1)
-    first, second, *_ = idle(books, engine, 4, hollows=1)
-    books.decide(books.ledger.close_one, first.slot)
-    session = locked(books, second.slot)
-    out, permit = held(books, full, 1), books.take(books.engine())
-    waiting(books, full, full, full)
-    numbers = books.ledger.numbers()
+    engine, full = simulator.engine(8), simulator.engine(1)
+    first, second, *_ = idle(simulator, engine, 4, hollows=1)
+    simulator.decide(closing.close_one, simulator.ledger, first.slot)
+    session = locked(simulator, second.slot)
+    out, permit = held(simulator, full, 1), simulator.take(simulator.engine())
+    waiting(simulator, full, full, full)
+    numbers = simulator.ledger.numbers()
     assert numbers._asdict() == {
         "total": 7,
         "held": 2,
@@ -1545,13 +1625,38 @@ def test_the_numbers_count_every_state(books: Books) -> None:
     del session, out, permit
 
 
-def test_only_the_locks_of_the_dead_are_taken_off_unasked(books: Books) -> None:
+def test_only_the_locks_of_the_dead_are_taken_off_unasked(simulator: Simulator) -> None:
     """By a clean-up, and by a reset that comes late: what a living session has locked is its own."""
-    slot = books.add()
+    slot = simulator.add()
     assert slot is not None
-    session = locked(books, slot)
-    books.unlock_stale(books.ledger.by_hand)
-    assert books.todo == []
-    assert not books.unlock(slot, True)
+    session = locked(simulator, slot)
+    simulator.unlock_stale(simulator.ledger.by_hand)
+    assert simulator.todo == []
+    assert not simulator.unlock(slot, True)
     assert slot.session is not None
     assert slot.session() is session
+
+
+# -- lifetimes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_renewal_that_an_interrupt_has_lost_keeps_no_other_from_beginning(
+    simulator: Simulator, lost: bool
+) -> None:
+    """One is renewed at a time; but one whose work is gone is not, and the next sweep goes on."""
+    engine = simulator.engine()
+    first, second = idle(simulator, engine, 2)
+    for record in (first, second):
+        record.slot.expires = simulator.now + 1.0
+        simulator.ledger.lifetimes.add(record.slot)
+    simulator.now += 1.0
+    (renewal,) = [item for item in simulator.ledger.expire(simulator.now) if isinstance(item, Renew)]
+    assert simulator.ledger.lifetimes.renewing is renewal.slot
+    if lost:
+        del first, second, record, renewal
+        gc.collect()
+        simulator.settle()
+        assert simulator.ledger.lifetimes.renewing is None
+    work = simulator.ledger.expire(simulator.now)
+    assert any(isinstance(item, Renew) for item in work) == lost

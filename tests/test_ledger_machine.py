@@ -1,4 +1,4 @@
-"""All operations of the ledger in any order: hypothesis drives, ``Books`` checks after each of them.
+"""All operations of the ledger in any order: hypothesis drives, ``Simulator`` checks after each of them.
 
 ``LEDGER_EXAMPLES=20000 pytest -o faulthandler_timeout=0 tests/test_ledger_machine.py`` searches for
 longer, elsewhere each time, and shrinks what it finds, which takes minutes.
@@ -15,10 +15,12 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from ledger_fakes import Books, Gate, Handle, Record, Session
+from ledger_fakes import CheckedWaiter, Handle, Record, Session, Simulator
 
-from sqla_queries_pool.ledger import LOWERED
-from sqla_queries_pool.slots import CLOSING, HELD, IDLE, LENT, Attachment, Close, NotHeld, Permit, Slot
+from sqla_queries_pool.budget import closing
+from sqla_queries_pool.budget.ledger import LOWERED, Ledger
+from sqla_queries_pool.budget.slots import CLOSING, HELD, IDLE, LOCKED, Attachment, NotHeld, Permit, Slot
+from sqla_queries_pool.budget.work import Close
 
 T = TypeVar("T")
 which = st.integers(0, 23)
@@ -33,13 +35,13 @@ def chosen(number: int, things: Sequence[T]) -> T:
 
 
 class Engine:
-    """An engine's pool: what it knows itself.  Whoever has something of it in hand refers to it."""
+    """An engine's pool: what it knows itself.  The holder of something of it refers to it."""
 
     def __init__(self, attachment: Attachment) -> None:
         self.attachment = attachment
         self.disposals = 0
         self.retired: set[Handle] = set()
-        """Sockets that must not be handed out: born before a completed dispose, by the machine's books."""
+        """Sockets that must not be handed out: opened before a completed dispose, as the machine counts."""
         self.born: dict[Handle, int] = {}
         """How often it had been disposed when the socket was opened."""
 
@@ -78,10 +80,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.books = Books()
-        self.ledger = self.books.ledger
+        self.simulator = Simulator()
         self.engines: list[Engine] = []
-        self.waiting: list[tuple[Engine, Gate]] = []
+        self.waiting: list[tuple[Engine, CheckedWaiter]] = []
         """Blocked checkouts; some of them have been answered and have not noticed."""
         self.opening: list[Opening] = []
         self.held: list[tuple[Engine, Record]] = []
@@ -103,19 +104,24 @@ class LedgerMachine(RuleBasedStateMachine):
             self.attach(ceiling, ttl, lifo)
         self.set_limit(limit)
 
+    @property
+    def ledger(self) -> Ledger:
+        """The one there is; a fork makes another."""
+        return self.simulator.ledger
+
     # -- checkouts ---------------------------------------------------------------------------------
 
     def check_out(self, n: int, phases: int) -> None:
         """Take, or wait."""
         engine = chosen(n, self.engines)
-        entry = self.books.take(engine.attachment, object())
+        entry = self.simulator.take(engine.attachment, object())
         if entry is None:
-            entry = self.books.wait(engine.attachment)
-        if isinstance(entry, Gate):
+            entry = self.simulator.wait(engine.attachment)
+        if isinstance(entry, CheckedWaiter):
             self.waiting.append((engine, entry))
             return
         assert entry.slot.handle not in engine.retired, "of a generation that has ended"
-        self.received(engine, entry, phases, self.books.now)
+        self.received(engine, entry, phases, self.simulator.now)
 
     def received(self, engine: Engine, entry: Any, phases: int, since: float) -> None:
         """A checkout has ended well; if it is a permit, use it, perhaps not to the end."""
@@ -134,21 +140,21 @@ class LedgerMachine(RuleBasedStateMachine):
     def go_on_opening(self, opening: Opening) -> None:
         """The next phase of three."""
         if opening.permit is not None:
-            opening.record = self.books.bind(opening.engine.attachment, opening.permit)
+            opening.record = self.simulator.bind(opening.engine.attachment, opening.permit)
             opening.permit = None
             return
         assert opening.record is not None
         if opening.slot.handle is None:
-            self.books.now += self.connects_take
+            self.simulator.now += self.connects_take
             self.plug(opening.engine, opening.record)
         else:
             self.opening.remove(opening)
-            self.books.opened(opening.slot)
+            self.simulator.opened(opening.slot)
             self.held.append((opening.engine, opening.record))
 
     def plug(self, engine: Engine, record: Record) -> None:
         """A socket is opened."""
-        self.books.plug(engine.attachment, record)
+        self.simulator.plug(engine.attachment, record)
         engine.born[record.slot.handle] = engine.disposals
 
     phases = st.sampled_from([3, 3, 0, 1, 2])
@@ -169,40 +175,40 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.opening or self.answered)
     @rule(n=which, phases=phases)
     def go_on(self, n: int, phases: int) -> None:
-        """Somebody who opens comes to the next phase, or who was answered notices it."""
+        """Somebody who opens comes to the next phase, or a waiter that was answered notices it."""
         item = chosen(n, [*self.answered, *self.opening])
         if isinstance(item, Opening):
             self.go_on_opening(item)
         else:
-            self.waiting.remove(item)
+            self.waiting.remove(item)  # type: ignore[arg-type]
             self.received(item[0], item[1].answer, phases, item[1].since)
 
     @precondition(lambda self: self.waiting)
     @rule(n=which, last=st.booleans())
     def time_out(self, n: int, last: bool) -> None:
-        engine, gate = self.waiting.pop(n % len(self.waiting))
+        engine, waiter = self.waiting.pop(n % len(self.waiting))
         if last:
-            self.books.insist(gate, last=True)
-        answer = self.books.leave(gate)
-        assert answer is gate.answer
+            self.simulator.insist(waiter, last=True)
+        answer = self.simulator.leave(waiter)
+        assert answer is waiter.answer
         if isinstance(answer, Permit):
-            self.books.fail(answer)
+            self.simulator.fail(answer)
         elif answer is not None:
-            self.books.give(engine.attachment, answer)
+            self.simulator.give(engine.attachment, answer)
 
     @precondition(lambda self: self.waiting)
     @rule(n=which, new=st.booleans())
-    def is_turned_away(self, n: int, new: bool) -> None:
-        """It is, if the line before it is as long as it may be, or is overloaded and it waited for long."""
-        engine, gate = chosen(n, self.waiting)
-        before = list(self.books.lines[engine.attachment])
-        place = before.index(gate) if gate in before else -1
-        away = self.books.turn_away(gate, new)
+    def is_rejected(self, n: int, new: bool) -> None:
+        """It is, if the queue before it is as long as it may be, or is overloaded and it waited for long."""
+        engine, waiter = chosen(n, self.waiting)
+        before = list(self.simulator.queues[engine.attachment])
+        place = before.index(waiter) if waiter in before else -1
+        away = self.simulator.reject(waiter, new)
         if away is not None:
             too_long = new and place >= engine.attachment.max_waiting
-            assert too_long or self.books.now - gate.since >= engine.attachment.queue_target
-            assert gate.answer is None
-            self.waiting.remove((engine, gate))
+            assert too_long or self.simulator.now - waiter.since >= engine.attachment.queue_target
+            assert waiter.answer is None
+            self.waiting.remove((engine, waiter))
         else:
             assert not new or place < engine.attachment.max_waiting
 
@@ -211,14 +217,14 @@ class LedgerMachine(RuleBasedStateMachine):
     def fail_to_open(self, n: int, let_in: bool) -> None:
         """It is given up, or the error is for good."""
         if let_in:
-            self.books.let_in()
+            self.simulator.let_in()
         self.failed(self.opening.pop(n % len(self.opening)))
 
     # -- refusals ----------------------------------------------------------------------------------
 
     @property
     def hollow(self) -> list[tuple[Engine, Record]]:
-        """Who has a record without a connection, and so reopens it."""
+        """The holders of a record without a connection, which they reopen."""
         return [item for item in self.held if item[1].slot.handle is None]
 
     @precondition(lambda self: self.opening or self.hollow)
@@ -229,62 +235,62 @@ class LedgerMachine(RuleBasedStateMachine):
         waited=st.sampled_from([0.0, 0.0, 0.3]),
     )
     def is_refused(self, n: int, length: float, again: bool, waited: float) -> None:
-        """The server refuses who opens or reopens; he has his place in the line again, or gives up."""
+        """The server refuses one that opens or reopens: it has its place in the queue again, or gives up."""
         item = chosen(n, [*self.opening, *self.hollow])
-        self.books.refuse(length)
+        self.simulator.refuse(length)
         if isinstance(item, Opening):
             engine, since = item.engine, item.since
             self.opening.remove(item)
             self.failed(item)
         else:
-            engine, since = item[0], self.books.now - waited
-            self.held.remove(item)
-            self.books.give(engine.attachment, item[1])
+            engine, since = item[0], self.simulator.now - waited
+            self.held.remove(item)  # type: ignore[arg-type]
+            self.simulator.give(engine.attachment, item[1])
         del item
         if not again:
             return
-        line = list(self.books.lines[engine.attachment])
-        entry = self.books.wait(engine.attachment, since)
-        if isinstance(entry, Gate):
+        queue = list(self.simulator.queues[engine.attachment])
+        entry = self.simulator.wait(engine.attachment, since)
+        if isinstance(entry, CheckedWaiter):
             self.waiting.append((engine, entry))
         else:
-            assert not line, "overtakes who waits"
+            assert not queue, "overtakes a waiter"
             self.received(engine, entry, 3, since)
 
     def failed(self, opening: Opening) -> None:
         """It could not be opened, however far it had come."""
         if opening.permit is not None:
-            self.books.fail(opening.permit)
+            self.simulator.fail(opening.permit)
         else:
-            self.books.unplug(opening.slot)
-            self.books.decide(self.ledger.failed, opening.slot, self.books.now)
+            self.simulator.unplug(opening.slot)
+            self.simulator.decide(self.ledger.failed, opening.slot, self.simulator.now)
 
-    @precondition(lambda self: self.books.refusals)
+    @precondition(lambda self: self.simulator.refusals)
     @rule(insisted=st.booleans())
     def the_pause_ends(self, insisted: bool) -> None:
-        """Who waits may try by then, one of them."""
-        books = self.books
-        books.now = max(books.now, books.pause_ends)
+        """One of the waiters may try by then."""
+        simulator = self.simulator
+        simulator.now = max(simulator.now, simulator.pause_ends)
         if insisted:
-            attempts = books.attempts
-            books.all_insist()
-            assert books.attempts <= attempts + 1
+            attempts = simulator.attempts
+            simulator.all_insist()
+            assert simulator.attempts <= attempts + 1
 
     @precondition(lambda self: self.hollow)
     @rule(n=which)
     def reopen(self, n: int) -> None:
-        """The server lets somebody in who has a record without a connection."""
+        """The server accepts a holder of a record without a connection."""
         engine, record = chosen(n, self.hollow)
         self.plug(engine, record)
-        self.books.opened(record.slot)
+        self.simulator.opened(record.slot)
 
-    @precondition(lambda self: self.books.refusals and self.waiting)
+    @precondition(lambda self: self.simulator.refusals and self.waiting)
     @rule()
     def the_process_forks(self) -> None:
         """The child has engines and limits, and no refusals."""
-        self.books.fork()
+        self.simulator.fork()
         for things in (self.waiting, self.opening, self.held, self.locks):
-            things.clear()  # type: ignore[attr-defined]
+            things.clear()
         assert not self.ledger.slots
 
     # -- what is held ------------------------------------------------------------------------------
@@ -294,11 +300,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def check_in(self, n: int) -> None:
         engine, record = self.held.pop(n % len(self.held))
         handle = record.slot.handle
-        self.books.give(engine.attachment, record)
+        self.simulator.give(engine.attachment, record)
         if record.slot.state is CLOSING:
             reasons = [
                 item.reason
-                for item in self.books.todo
+                for item in self.simulator.todo
                 if isinstance(item, Close) and item.slot is record.slot
             ]
             assert handle is None or handle in engine.retired or reasons == [LOWERED]
@@ -315,8 +321,8 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(n=which)
     def check_in_hollow(self, n: int) -> None:
         engine, record = self.held.pop(n % len(self.held))
-        self.books.unplug(record.slot)
-        self.books.give(engine.attachment, record)
+        self.simulator.unplug(record.slot)
+        self.simulator.give(engine.attachment, record)
 
     @precondition(lambda self: self.held)
     @rule(n=which, detached=st.booleans())
@@ -324,9 +330,9 @@ class LedgerMachine(RuleBasedStateMachine):
         engine, record = chosen(n, self.held)
         if detached:
             self.held.remove((engine, record))
-            self.books.detach(record)
+            self.simulator.detach(record)
         else:  # what pre_ping and recycle do
-            self.books.unplug(record.slot)
+            self.simulator.unplug(record.slot)
             self.plug(engine, record)
 
     def wrongs(self) -> list[tuple[Engine, Record]]:
@@ -334,7 +340,11 @@ class LedgerMachine(RuleBasedStateMachine):
         at_home = [
             (engine, entry)
             for engine in self.engines
-            for entries in (engine.attachment.idle, engine.attachment.hollow, engine.attachment.lent.values())
+            for entries in (
+                engine.attachment.idle,
+                engine.attachment.hollow,
+                engine.attachment.locked.values(),
+            )
             for entry in entries
         ]
         return at_home + [
@@ -346,11 +356,11 @@ class LedgerMachine(RuleBasedStateMachine):
     def wrong_check_in(self, n: int) -> None:
         engine, record = chosen(n, self.wrongs())
         with pytest.raises(NotHeld):
-            self.ledger.give(engine.attachment, record, self.books.now)
-        self.books.settle()
+            self.ledger.give(engine.attachment, record, self.simulator.now)
+        self.simulator.settle()
 
     def mortals(self) -> list[tuple[list[Any], Any]]:
-        """What may be lost; a blocked checkout may not, its thread leaves the line first."""
+        """What may be lost; a blocked checkout may not, its thread leaves the queue first."""
         lists: list[list[Any]] = [self.held, self.opening, self.answered]
         return [(things, thing) for things in lists for thing in things]
 
@@ -365,7 +375,7 @@ class LedgerMachine(RuleBasedStateMachine):
         (self.waiting if dying[1] in self.waiting else dying[0]).remove(dying[1])
         del dying
         if not late:
-            self.books.settle()
+            self.simulator.settle()
 
     # -- the queries API ---------------------------------------------------------------------------
 
@@ -378,7 +388,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule()
     def add_by_hand(self) -> None:
         full = len(self.ledger.slots) >= self.ledger.limit
-        assert (self.books.add() is None) == full
+        assert (self.simulator.add() is None) == full
 
     @precondition(lambda self: self.ledger.slots)
     @rule(n=which, idle=st.sampled_from([True, True, True, False]))
@@ -387,27 +397,27 @@ class LedgerMachine(RuleBasedStateMachine):
         session = Session()
         assert slot.home is not None
         possible = slot.state is IDLE and slot.handle is not None and slot.home() is not None
-        assert self.books.lend(slot, session) == possible
+        assert self.simulator.lock(slot, session) == possible
         if possible:
             self.locks.append(Lock(slot, session))
 
     @precondition(lambda self: self.locks)
     @rule(n=which)
     def unlock(self, n: int) -> None:
-        assert self.books.unlock(self.locks.pop(n % len(self.locks)).slot)
+        assert self.simulator.unlock(self.locks.pop(n % len(self.locks)).slot)
 
     @precondition(lambda self: self.locks)
     @rule(n=which, late=st.booleans())
     def session_dies(self, n: int, late: bool) -> None:
         del self.locks[n % len(self.locks)]
         if not late:
-            self.books.settle()
+            self.simulator.settle()
 
     @invariant()
     def locks_stay(self) -> None:
         """Nothing takes a living session's lock but itself, and force."""
         for lock in self.locks:
-            assert lock.slot.state is LENT
+            assert lock.slot.state is LOCKED
             assert lock.slot.session is not None
             assert lock.slot.session() is lock.session
 
@@ -415,23 +425,25 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(n=which, how=st.sampled_from(["one", "force", "all", "all engines'", "stale"]))
     def close(self, n: int, how: str) -> None:
         out = [record.slot for _, record in self.held] + [opening.slot for opening in self.opening]
-        out += [gate.answer.slot for _, gate in self.answered]
+        out += [waiter.answer.slot for _, waiter in self.answered]
         if how == "all":
-            result = self.books.decide(self.ledger.close_all)
+            result = self.simulator.decide(closing.close_all, self.ledger)
             assert isinstance(result, Slot) or not out, "it closes what somebody has"
         elif how == "all engines'":
-            self.books.decide(self.ledger.retire_all)
+            self.simulator.decide(closing.retire_all, self.ledger)
             dropped = [*(o.engine for o in self.opening), *(e for e, _ in [*self.held, *self.waiting])]
             for engine in {*self.engines, *dropped}:
                 engine.disposals += 1
                 engine.retire()
         elif how == "stale":
-            self.books.unlock_stale(chosen(n, [*(e.attachment for e in self.engines), self.ledger.by_hand]))
+            self.simulator.unlock_stale(
+                chosen(n, [*(e.attachment for e in self.engines), self.ledger.by_hand])
+            )
         else:
             slot = chosen(n, self.slots())
             if how == "one":  # not of living sessions, either
                 out += [lock.slot for lock in self.locks]
-            work = self.books.decide(self.ledger.close_one, slot, how == "force")
+            work = self.simulator.decide(closing.close_one, self.ledger, slot, how == "force")
             assert not (work and slot in out), "it closes what somebody has"
             self.locks = [lock for lock in self.locks if lock.slot is not slot or not work]
 
@@ -440,7 +452,7 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.engines) < 4)
     @rule(ceiling=ceilings, ttl=ttls, lifo=st.booleans())
     def attach(self, ceiling: float | None, ttl: float, lifo: bool) -> None:
-        self.engines.append(Engine(self.books.engine(ceiling, ttl, lifo)))
+        self.engines.append(Engine(self.simulator.engine(ceiling, ttl, lifo)))
         if not lifo:  # any of them, so that others have neither
             attachment = self.engines[-1].attachment
             attachment.max_waiting, attachment.queue_target = 2, 0.05
@@ -449,7 +461,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def dispose(self, n: int) -> None:
         engine = chosen(n, self.engines)
         engine.disposals += 1
-        self.books.decide(self.ledger.dispose, engine.attachment)
+        self.simulator.decide(closing.dispose, self.ledger, engine.attachment)
         assert not engine.attachment.idle
         assert not engine.attachment.hollow
 
@@ -458,9 +470,9 @@ class LedgerMachine(RuleBasedStateMachine):
         engine = chosen(n, self.engines)
         old = engine.attachment
         if engine.disposals:
-            self.books.decide(self.ledger.retire, old)
+            self.simulator.decide(closing.retire, self.ledger, old)
             engine.retire()
-        self.engines.append(Engine(self.books.engine(ttl=old.own_ttl, quota=old.quota)))
+        self.engines.append(Engine(self.simulator.engine(ttl=old.own_ttl, quota=old.quota)))
         del engine, old
         if dies or len(self.engines) > 5:
             self.drop(n, late)
@@ -471,25 +483,25 @@ class LedgerMachine(RuleBasedStateMachine):
         """An engine is garbage, or will be when the last that it has out is back."""
         del self.engines[n % len(self.engines)]
         if not late:
-            self.books.settle()
+            self.simulator.settle()
 
     @rule(limit=st.just("same") | limits, ttl=st.just("same") | st.none() | ttls)
     def reconfigure(self, limit: Any, ttl: Any) -> None:
         if limit != "same":
             self.set_limit(limit)
         if ttl != "same":
-            self.books.decide(self.ledger.set_ttl, ttl, self.books.now)
+            self.simulator.decide(self.ledger.set_ttl, ttl, self.simulator.now)
 
     def set_limit(self, limit: float | None) -> None:
         """The limit is what was set, or what the engines state."""
-        self.books.decide(self.ledger.set_limit, limit, self.books.now)
+        self.simulator.decide(self.ledger.set_limit, limit, self.simulator.now)
         stated = [q.stated for q in self.ledger.attachments.values() if q.stated is not None]
         assert self.ledger.limit == (max(stated, default=15) if limit is None else limit)
 
     @precondition(lambda self: self.waiting)
     @rule(n=which)
     def insist(self, n: int) -> None:
-        self.books.insist(chosen(n, self.waiting)[1])
+        self.simulator.insist(chosen(n, self.waiting)[1])
 
     @rule(
         seconds=st.sampled_from([0.01, 0.03, 0.06, 0.2, 1.0, 10.0, 100.0]),
@@ -497,44 +509,44 @@ class LedgerMachine(RuleBasedStateMachine):
         insisted=st.booleans(),
     )
     def time_passes(self, seconds: float, swept: bool, insisted: bool) -> None:
-        self.books.now += seconds
+        self.simulator.now += seconds
         if insisted:
-            self.books.all_insist()
+            self.simulator.all_insist()
         if swept:
             out = [record for _, record in self.held]
-            self.books.sweep()
+            self.simulator.sweep()
             assert all(record.slot.state is HELD for record in out), "it closes what somebody has"
 
-    @precondition(lambda self: self.books.todo)
+    @precondition(lambda self: self.simulator.todo)
     @rule(n=which, succeeds=st.booleans())
     def some_work_is_done(self, n: int, succeeds: bool) -> None:
-        self.books.do(chosen(n, self.books.todo), succeeds)
-        self.books.settle()  # the work may have been the last to refer to an entry
+        self.simulator.do(chosen(n, self.simulator.todo), succeeds)
+        self.simulator.settle()  # the work may have been the last to refer to an entry
 
-    @precondition(lambda self: self.books.todo)
+    @precondition(lambda self: self.simulator.todo)
     @rule()
     def all_work_is_done(self) -> None:
-        self.books.do_all()
+        self.simulator.do_all()
 
     # -- the end -----------------------------------------------------------------------------------
 
     @property
-    def answered(self) -> list[tuple[Engine, Gate]]:
-        """Who was answered and has not noticed."""
+    def answered(self) -> list[tuple[Engine, CheckedWaiter]]:
+        """The waiters that were answered and have not noticed."""
         return [item for item in self.waiting if item[1].answer is not None]
 
     def teardown(self) -> None:
         """When everybody gives back what they have, nobody waits, and nothing is left."""
-        books = self.books
-        if not books.sound:
+        simulator = self.simulator
+        if not simulator.sound:
             return  # the failure is reported already
-        books.settle()
-        books.now += 1.0
-        books.all_insist()
-        while self.waiting or self.opening or self.held or self.locks or books.todo:
-            if not (self.answered or self.opening or self.held or self.locks or books.todo):
-                books.now = max(books.now, books.pause_ends)
-                books.all_insist()
+        simulator.settle()
+        simulator.now += 1.0
+        simulator.all_insist()
+        while self.waiting or self.opening or self.held or self.locks or simulator.todo:
+            if not (self.answered or self.opening or self.held or self.locks or simulator.todo):
+                simulator.now = max(simulator.now, simulator.pause_ends)
+                simulator.all_insist()
                 assert self.answered, "all wait"
             while self.opening or self.answered:
                 self.go_on(0, 3)
@@ -542,16 +554,16 @@ class LedgerMachine(RuleBasedStateMachine):
                 self.check_in(0)
             while self.locks:
                 self.unlock(0)
-            books.do_all()
-        books.sweep()
-        books.do_all()
-        books.decide(self.ledger.set_ttl, 0.0, books.now)
-        assert all(isinstance(item, Close) for item in books.todo)
-        books.do_all()
+            simulator.do_all()
+        simulator.sweep()
+        simulator.do_all()
+        simulator.decide(self.ledger.set_ttl, 0.0, simulator.now)
+        assert all(isinstance(item, Close) for item in simulator.todo)
+        simulator.do_all()
         assert not self.ledger.slots
-        assert not books.sockets
+        assert not simulator.sockets
         self.engines.clear()
-        books.settle()
+        simulator.settle()
         assert not self.ledger.attachments
         assert self.ledger.vacant_since is not None
 

@@ -7,14 +7,16 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from conftest import Observer
 from fakes import FakeClock, FakeDriver, Task
 from hazards import assert_whole, new_pid
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
-from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool, retirement
-from sqla_queries_pool.ledger import LOOK_EVERY
+from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool
+from sqla_queries_pool.budget.ledger import LOOK_EVERY
+from sqla_queries_pool.runtime import jitter as retirement
 
 Eventually = Callable[..., None]
 Make = Callable[..., QueriesPool]
@@ -50,7 +52,7 @@ def use_all(pool: QueriesPool, size: int) -> None:
 
 def quiet(pool: QueriesPool) -> bool:
     """Does nobody close or open anything in the background?"""
-    numbers = pool._shared.numbers
+    numbers = inside.shared(pool).numbers
     return not (numbers.held or numbers.opening or numbers.closing)
 
 
@@ -72,7 +74,7 @@ def test_an_idle_connection_is_renewed_in_the_background(
     pool = make(recycle=100)
     use_all(pool, 3)
     clock.now += 101
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: driver.numbers() == [4, 5, 6] and quiet(pool), "all are renewed")
     assert driver.peak <= 3, "each was closed before it was opened again"
     threads = []
@@ -90,9 +92,9 @@ def test_one_is_renewed_at_a_time(
     use_all(pool, 3)
     clock.now += 101
     driver.gate.clear()
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: driver.connecting == 1, "one is being renewed")
-    pool._shared.sweep()  # it has to wait for that one
+    inside.upkeep(pool).sweep()  # it has to wait for that one
     out = [pool.connect(), pool.connect()]
     with pytest.raises(CheckoutTimeout, match="the pool itself"):
         pool.connect()
@@ -112,7 +114,7 @@ def test_one_that_is_out_is_renewed_when_it_comes_home(
     event.listen(pool, "connect", lambda *_: threads.append(threading.current_thread()))
     fairy = pool.connect()
     clock.now += 101
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     assert driver.numbers() == [1]
     fairy.close()
     eventually(lambda: driver.numbers() == [2] and quiet(pool), "it is renewed")
@@ -128,7 +130,7 @@ def test_who_waits_does_not_wait_for_a_renewal(
     pool = make(recycle=100, max_size=1)
     fairy = pool.connect()
     waiter = Task(pool.connect)
-    eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
+    eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
     clock.now += 101
     fairy.close()
     other = waiter.result()
@@ -146,10 +148,10 @@ def test_a_renewal_does_not_make_an_idle_connection_younger(
     pool = QueriesPool(driver.connect, pool_id=pid, recycle=40)
     use_all(pool, 2)
     clock.now += 41
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: driver.numbers() == [3, 4] and quiet(pool), "renewed")
     clock.now += 20
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: not driver.live, "idle for 61 seconds")
 
 
@@ -163,9 +165,9 @@ def test_the_order_of_the_idle_survives_a_renewal(
         clock.now += 1
         fairy.close()
     clock.now += 100
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: driver.numbers() == [4, 5, 6] and quiet(pool), "renewed")
-    since = [entry.slot.since for entry in pool._attachment.idle]
+    since = [entry.slot.since for entry in inside.attachment(pool).idle]
     assert since == sorted(since) == [1001.0, 1002.0, 1003.0]
 
 
@@ -177,7 +179,7 @@ def test_a_renewal_that_fails_costs_nobody_anything(
     use_all(pool, 1)
     clock.now += 101
     driver.failures = 1
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: not driver.live and quiet(pool), "it has failed")
     assert "could not renew" in caplog.text
     pool.connect().close()
@@ -190,11 +192,11 @@ def test_an_engine_that_is_dropped_during_a_renewal_leaves_nothing(
 ) -> None:
     """The renewal ends, and then the connection goes with its engine."""
     pool = make(recycle=100)
-    shared = pool._shared
+    shared = inside.shared(pool)
     use_all(pool, 1)
     clock.now += 101
     driver.gate.clear()
-    shared.sweep()
+    inside.upkeep(shared).sweep()
     eventually(lambda: driver.connecting == 1, "it is being renewed")
     del pool
     driver.gate.set()
@@ -248,16 +250,16 @@ def test_min_size_has_no_idle_ttl(driver: FakeDriver, clock: FakeClock, eventual
     pool = QueriesPool(driver.connect, pool_id=pid, min_size=2)
     use_all(pool, 5)
     clock.now += 61
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: len(driver.live) == 2 and quiet(pool), "two are left")
     left = driver.numbers()
     assert set(left) <= {1, 2, 3, 4, 5}, "they were not closed and opened again"
     clock.now += 600
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: quiet(pool), "nothing is in work")
     assert driver.numbers() == left
-    assert pool._shared._ledger.due <= clock.now + LOOK_EVERY, "it looks again in a moment, not at once"
-    assert pool._shared._ledger.due > clock.now
+    assert inside.ledger(pool).due <= clock.now + LOOK_EVERY, "it looks again in a moment, not at once"
+    assert inside.ledger(pool).due > clock.now
 
 
 def test_what_is_lost_of_min_size_is_opened_again(
@@ -269,7 +271,7 @@ def test_what_is_lost_of_min_size_is_opened_again(
     pool.connect().invalidate()
     assert len(driver.live) == 1
     clock.now += LOOK_EVERY
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     eventually(lambda: len(driver.live) == 2 and quiet(pool), "two again")
 
 
@@ -283,7 +285,7 @@ def test_min_size_gives_way_to_another_engine(
     out = [other.connect() for _ in range(9)]
     assert len(driver.live) == 10
     clock.now += LOOK_EVERY
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
     assert len(driver.live) == 10
     for fairy in out:
         fairy.close()
@@ -293,7 +295,7 @@ def test_min_size_gives_way_to_another_engine(
 @pytest.mark.parametrize("value", [-1, 1.5, "few", None, True])
 def test_min_size_is_a_whole_number(make: Make, value: Any) -> None:
     """Text that is a number is taken."""
-    assert make(min_size="2")._min_size == 2
+    assert inside.setting(make(min_size="2"), "min_size") == 2
     with pytest.raises(ParameterError, match=r"min_size=.* is not valid: write a whole number"):
         make(min_size=value)
 
@@ -350,7 +352,7 @@ def test_a_rolling_expire_renews_one_after_the_other(
 
 def quiet_but(pool: QueriesPool, held: int) -> bool:
     """Is nothing in work, but so many out?"""
-    numbers = pool._shared.numbers
+    numbers = inside.shared(pool).numbers
     return (numbers.held, numbers.opening, numbers.closing) == (held, 0, 0)
 
 
@@ -442,7 +444,7 @@ def test_what_an_outage_has_cost_of_min_size_is_refilled(
         )
     }
     assert pg_observer.terminate(database) == 3
-    pool._shared.sweep()
+    inside.upkeep(pool).sweep()
 
     def refilled() -> bool:
         rows = pg_observer.query(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from typing import Any
 
+import inside
 import psycopg
 import psycopg2
 import psycopg2.extensions
@@ -179,7 +180,7 @@ def test_the_limit_holds_whatever_goes_on(
                         " WHERE backend_type = 'client backend' AND datname = %s",
                         (name,),
                     )
-                    most.append(cursor.fetchone()[0])  # type: ignore[index]
+                    most.append(cursor.fetchone()[0])
 
     most: list[int] = []
     raw = []
@@ -204,11 +205,11 @@ def test_the_limit_holds_whatever_goes_on(
     trouble.clear()
     for engine, (size, _) in zip(engines, kinds, strict=True):
         assert isinstance(engine.pool, QueriesPool)
-        eventually(lambda: PoolManager._pools[pid].numbers.closing == 0)
+        eventually(lambda: inside.pools()[pid].numbers.closing == 0)
         assert_whole(engine.pool, eventually, size)
     for engine in engines:
         engine.dispose()
-    assert sockets.open == len(PoolManager._pools[pid])
+    assert sockets.open == len(inside.pools()[pid])
     eventually(lambda: pg_observer.backends(name) == sockets.open)
 
 

@@ -12,13 +12,14 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from typing import Any
 
+import inside
 import pytest
 from conftest import Observer
 from hazards import Thread, new_pid
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
-from sqla_queries_pool import ParameterError, PoolManager, QueriesPool
-from sqla_queries_pool.lingering import Lingering
+from sqla_queries_pool import ParameterError, QueriesPool
+from sqla_queries_pool.sockets.lingering import Lingering
 
 Eventually = Callable[..., None]
 LIMIT = 4
@@ -33,7 +34,7 @@ class Refusals:
         self.connects = 0
 
     def of(self, engine: Engine) -> Engine:
-        connect = engine.dialect.loaded_dbapi.connect  # type: ignore[attr-defined]
+        connect = engine.dialect.loaded_dbapi.connect
 
         @event.listens_for(engine, "do_connect")
         def counted(_: Any, __: Any, arguments: Any, options: Any) -> Any:
@@ -136,7 +137,7 @@ def test_who_connects_at_the_limit_waits_for_the_server(
     engine = refusals.of(limited(close_timeout=30))
     held = [engine.connect() for _ in range(LIMIT - 1)]
     goes_on = last_words(engine)
-    lingering: Any = engine.pool._shared.lingering  # type: ignore[attr-defined]
+    lingering: Any = inside.lingering(engine.pool)
     connects = refusals.connects
     looks = itertools.count()
     wait = lingering.wait
@@ -171,7 +172,7 @@ def test_without_it_the_server_refuses(
 def test_nobody_waits_who_closes(limited: Callable[..., Engine], eventually: Eventually) -> None:
     """Closing returns while the server has the connection, and below the limit one is opened at once."""
     engine = limited()
-    lingering: Any = engine.pool._shared.lingering  # type: ignore[attr-defined]
+    lingering: Any = inside.lingering(engine.pool)
     waited: list[float] = []
     lingering.wait = lambda room, _: waited.append(len(lingering) - room())
     for connection in [engine.connect() for _ in range(2)]:
@@ -339,17 +340,17 @@ def test_forgetting_closes_the_descriptors() -> None:
 def test_a_fork_waits_for_nothing_of_its_parents(pg_url: str) -> None:
     """The child has no descriptor of what the parent has closed, and may connect at once."""
     engine = create_engine(pg_url, poolclass=QueriesPool, max_size=1)
-    shared: Any = engine.pool._shared  # type: ignore[attr-defined]
-    wire = closed(shared.lingering)
-    assert len(shared.lingering) == 1
+    shared: Any = inside.shared(engine.pool)
+    wire = closed(inside.lingering(shared))
+    assert len(inside.lingering(shared)) == 1
     child = os.fork()
     if child == 0:  # pragma: no cover
         status = 1
         with suppress(BaseException):
-            status = len(shared.lingering)
+            status = len(inside.lingering(shared))
         os._exit(status)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert len(shared.lingering) == 1
+    assert len(inside.lingering(shared)) == 1
     wire.theirs.close()
 
 
@@ -362,4 +363,4 @@ def test_a_close_timeout_is_a_finite_number_of_seconds(value: object) -> None:
         create_engine(
             "postgresql+psycopg2://x", poolclass=QueriesPool, close_timeout=value, pool_id=new_pid()
         )
-    assert not PoolManager.instance()._pools.get("x")
+    assert not inside.pools().get("x")

@@ -12,6 +12,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import inside
 import psutil
 import psycopg
 import psycopg2
@@ -23,9 +24,10 @@ from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.pool import PoolProxiedConnection
 
-from sqla_queries_pool import PoolManager, QueriesPool, liveness
-from sqla_queries_pool.housekeeping import Housekeeper
-from sqla_queries_pool.liveness import ALIVE, DEAD, DOUBT, Fuse, hang_up, look, poll_of
+from sqla_queries_pool import PoolManager, QueriesPool
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.sockets import liveness
+from sqla_queries_pool.sockets.liveness import ALIVE, DEAD, DOUBT, PingTimeout, hang_up, look, poll_of
 
 resource = pytest.importorskip("resource", reason="POSIX has it, and poll")
 
@@ -136,7 +138,7 @@ def test_a_reset_is_news_and_dead() -> None:
 def test_without_rdhup_the_bytes_tell_the_end(wire: Wire, monkeypatch: pytest.MonkeyPatch) -> None:
     """macOS has no POLLRDHUP; the end of the stream is read there, and before it the error."""
     ours, theirs = wire
-    monkeypatch.setattr(liveness, "_HUNG_UP", 0)
+    inside.without_rdhup(monkeypatch)
     theirs.shutdown(socket.SHUT_WR)
     assert judge(ours) is DEAD
 
@@ -363,23 +365,23 @@ def test_hanging_up_what_has_no_socket_does_nothing(handle: object) -> None:
 
 
 def test_a_fuse_that_is_swept_ends_the_connection(wire: Wire) -> None:
-    """Who reads from it finds its end, and the fuse says that it was the fuse."""
+    """Who reads from it finds its end, and the ping_timeout says that it was the ping_timeout."""
     ours, _ = wire
-    fuse = Fuse(ours)
+    ping_timeout = PingTimeout(ours)
     reader = Task(lambda: ours.recv(1))
-    assert not fuse.blown
-    fuse.sweep()
+    assert not ping_timeout.expired
+    ping_timeout.sweep()
     assert reader.result() == b""
-    assert fuse.blown
+    assert ping_timeout.expired
 
 
 def test_a_fuse_that_was_removed_ends_nothing(wire: Wire) -> None:
     """The answer came in time; the housekeeper may still come by."""
     ours, theirs = wire
-    fuse = Fuse(ours)
-    fuse.remove()
-    fuse.sweep()
-    assert not fuse.blown
+    ping_timeout = PingTimeout(ours)
+    ping_timeout.cancel()
+    ping_timeout.sweep()
+    assert not ping_timeout.expired
     theirs.send(b"x")
     assert ours.recv(1) == b"x"
 
@@ -462,7 +464,7 @@ def end(observer: Observer, datname: str) -> int:
 
 def slots(engine: Engine) -> list[Any]:
     """The connections of an engine's pool."""
-    return list(engine.pool._shared.connections)  # type: ignore[attr-defined]
+    return list(inside.shared(engine.pool).connections)
 
 
 def fill(engine: Engine, number: int) -> list[int]:
@@ -507,7 +509,7 @@ class Pings:
         self.before: Callable[[Any], object] = lambda handle: None
         self.after: Callable[[Any], object] = lambda handle: None
         self._ping = engine.dialect.do_ping
-        engine.dialect.do_ping = self  # type: ignore[method-assign]
+        engine.dialect.do_ping = self  # type: ignore[assignment, method-assign]
 
     def __call__(self, handle: Any) -> bool:
         self.number += 1
@@ -615,7 +617,7 @@ def test_a_waiter_is_not_given_a_dead_one(way: Way, new_engine: NewEngine, pg_ob
     held = engine.raw_connection()
     dead = backend(held)
     waiter = Task(lambda: next_one(engine))
-    eventually(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")
     end(pg_observer, way.datname)
     way.arrived()
     held.close()
@@ -889,7 +891,7 @@ def test_ping_after_survives_a_dispose(pg_url: str, new_engine: NewEngine) -> No
     assert pings.number == 1
     pool = engine.pool
     assert isinstance(pool, QueriesPool)
-    assert (pool._ping_after, pool._ping_timeout) == (0, 7)
+    assert (inside.setting(pool, "ping_after"), inside.setting(pool, "ping_timeout")) == (0, 7)
 
 
 def test_without_poll_the_ping_finds_the_dead(
@@ -914,7 +916,7 @@ def test_what_is_handed_over_is_pinged_where_everything_is(pg_url: str, new_engi
     held = engine.raw_connection()
     living = backend(held)
     waiter = Task(lambda: next_one(engine))
-    eventually(lambda: engine.pool._shared.numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")
     held.close()
     assert waiter.result() == living
     assert pings.number == 1
@@ -989,11 +991,11 @@ def test_a_fuse_ends_a_statement_that_nobody_answers(proxied: Way, new_engine: N
     with closing(engine.raw_connection()) as connection:
         proxied.proxy.blackhole()
         statement = Task(lambda: ask(connection))
-        fuse = Fuse(connection.dbapi_connection)
-        Housekeeper().schedule(fuse, 0.05)
+        ping_timeout = PingTimeout(connection.dbapi_connection)
+        Housekeeper().schedule(ping_timeout, 0.05)
         with pytest.raises((psycopg2.OperationalError, psycopg.OperationalError)):
             statement.result()
-        assert fuse.blown
+        assert ping_timeout.expired
         connection.invalidate()
 
 
@@ -1073,7 +1075,7 @@ def test_a_fuse_that_blows_as_the_answer_comes_costs_the_connection(
     def linger(handle: Any) -> None:
         poll = select.poll()
         poll.register(handle.fileno(), select.POLLRDHUP)
-        assert poll.poll(1000 * SECONDS), "the fuse does not blow"
+        assert poll.poll(1000 * SECONDS), "the ping_timeout does not blow"
 
     pings.after = linger
     assert next_one(engine) != dead
@@ -1098,8 +1100,8 @@ def test_a_ping_that_hangs_is_felt_by_nobody_else(
             assert [Task(lambda e=engine: next_one(e)).result() for _ in range(10)]  # type: ignore[misc]
             held = engine.raw_connection()
             waiter = Task(lambda e=engine: next_one(e))  # type: ignore[misc]
-            numbers = engine.pool._shared  # type: ignore[attr-defined]
-            eventually(lambda n=numbers: n.numbers.waiting, "somebody waits")
+            numbers = inside.shared(engine.pool)
+            eventually(lambda n=numbers: n.numbers.waiting, "somebody waits")  # type: ignore[misc]
             held.close()
             assert waiter.result()
         assert checkout.is_alive()

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
+import inside
 import pytest
 import sqlalchemy
 from hazards import (
@@ -35,17 +36,20 @@ from sqla_queries_pool import (
     PoolManager,
     QueriesPool,
     TooManyRequests,
-    ledger,
-    retirement,
 )
-from sqla_queries_pool.audit import check
-from sqla_queries_pool.books import Books
-from sqla_queries_pool.diagnostics import snapshot
-from sqla_queries_pool.gates import ThreadGate
-from sqla_queries_pool.housekeeping import Housekeeper
-from sqla_queries_pool.ledger import Ledger
-from sqla_queries_pool.pool import Pool, core
-from sqla_queries_pool.slots import Attachment, NotHeld, Quota
+from sqla_queries_pool.budget import choice, closing, locks
+from sqla_queries_pool.budget.audit import check
+from sqla_queries_pool.budget.backoff import Backoff
+from sqla_queries_pool.budget.ledger import Ledger
+from sqla_queries_pool.budget.lifetimes import Lifetimes
+from sqla_queries_pool.budget.slots import Attachment, NotHeld, Quota
+from sqla_queries_pool.budget.state import LedgerState
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.concurrency.threads import ThreadWaiter
+from sqla_queries_pool.insight.snapshot import snapshot
+from sqla_queries_pool.pool import Pool
+from sqla_queries_pool.pool.manager import attach
+from sqla_queries_pool.runtime import checkout, jitter
 
 Eventually = Callable[..., None]
 VERSION = tuple(int(part) for part in sqlalchemy.__version__.split(".")[:3])
@@ -88,13 +92,12 @@ class WatchedLock:
     """Stands in for a pool's lock."""
 
     def __init__(self, shared: Pool) -> None:
-        self.real = shared._lock
+        self.real = inside.lock(shared)
         self.misses = 0
         """How many of the next tries fail, as if another thread had let go of the lock right after."""
         self.at_release: list[Callable[[], object]] = []
         """Each is called once, one at each release, right before it."""
-        shared._lock = self  # type: ignore[assignment]
-        shared._try_lock = self.try_lock  # type: ignore[assignment]
+        inside.replace_lock(shared, self, self.try_lock)
 
     def try_lock(self) -> bool:
         if self.misses:
@@ -131,7 +134,7 @@ def test_a_check_in_does_not_wait_for_the_lock(
     assert pool.checkedout() == 1, "the ledger was touched while somebody was inside"
     stop.go()
     held = other.join()
-    assert not pool._shared._inbox
+    assert not inside.inbox(pool)
     assert pool.checkedout() == 1, "the check-in counts"
     held.close()
     assert_whole(pool, eventually)
@@ -143,14 +146,14 @@ def test_a_stranger_is_refused_also_while_the_lock_is_taken(
     """Giving back twice raises at once, not later in whichever thread reads the letters."""
     pool = new_pool()
     fairy = pool.connect()
-    record = fairy._connection_record
+    record = inside.record(fairy)
     fairy.close()
     stop = Stop()
-    call_inside(monkeypatch, "dispose", stop.here)
+    call_inside(monkeypatch, "close_idle", stop.here)
     other = Thread(pool.dispose)
     stop.reached()
     with pytest.raises(NotHeld):
-        pool._shared.give(pool._attachment, record)
+        inside.checkouts(pool).give(inside.attachment(pool), record)
     stop.go()
     other.join()
     assert_whole(pool, eventually)
@@ -164,12 +167,12 @@ def test_a_check_in_tries_the_lock_again_after_its_letter(eventually: Eventually
     pool = new_pool(max_size=1)
     fairy = pool.connect()
     waiting = Thread(pool.connect)
-    eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
-    lock = WatchedLock(pool._shared)
+    eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
+    lock = WatchedLock(inside.shared(pool))
     lock.misses = 1
     fairy.close()
     assert not lock.misses, "it never tried"
-    assert not pool._shared._inbox
+    assert not inside.inbox(pool)
     waiting.join().close()
     assert_whole(pool, eventually)
 
@@ -183,27 +186,27 @@ def take(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
 
 def decide(pool: QueriesPool, _: Any) -> Callable[[], object]:
     """Something that waits for the lock."""
-    return lambda: pool._shared.set_idle_ttl(50)
+    return lambda: inside.shared(pool).set_idle_ttl(50)
 
 
 def post(pool: QueriesPool, _: Any) -> Callable[[], object]:
     """Something that does not."""
-    return lambda: pool._shared._post(lambda now: None)
+    return lambda: inside.post(pool, lambda now: None)
 
 
 def give(_: QueriesPool, fairy: Any) -> Callable[[], object]:
     """A check-in."""
-    return fairy.close  # type: ignore[no-any-return]
+    return fairy.close
 
 
 def give_a_stranger(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
     """A check-in that is refused."""
-    record = fairy._connection_record
+    record = inside.record(fairy)
     fairy.close()
 
     def again() -> None:
         with pytest.raises(NotHeld):
-            pool._shared.give(pool._attachment, record)
+            inside.checkouts(pool).give(inside.attachment(pool), record)
 
     return again
 
@@ -214,10 +217,10 @@ def give_and_close(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
     pool.recreate()
 
     def close() -> None:
-        assert not pool._shared._inbox, "the letter has to wait until the connection is closed"
+        assert not inside.inbox(pool), "the letter has to wait until the connection is closed"
 
     fairy.dbapi_connection.close = close
-    return fairy.close  # type: ignore[no-any-return]
+    return fairy.close
 
 
 @pytest.mark.parametrize(
@@ -231,8 +234,8 @@ def test_whoever_lets_go_of_the_lock_reads_what_came_meanwhile(
     pool = new_pool(max_size=4)
     visit = prepare(pool, pool.connect())
     letters: list[float] = []
-    lock = WatchedLock(pool._shared)
-    lock.at_release.append(lambda: pool._shared._inbox.append((letters.append, ())))
+    lock = WatchedLock(inside.shared(pool))
+    lock.at_release.append(lambda: inside.inbox(pool).append((letters.append, ())))
     visit()
     assert not lock.at_release, "it was never inside"
     assert letters, "the letter was not read"
@@ -245,18 +248,18 @@ def test_letters_are_read_although_one_of_them_is_bad(
     """An operation that fails in the inbox is logged; those behind it are carried out."""
     pool = new_pool()
     first, second = pool.connect(), pool.connect()
-    record = first._connection_record
+    record = inside.record(first)
     stop = Stop()
-    call_inside(monkeypatch, "dispose", stop.here)
+    call_inside(monkeypatch, "close_idle", stop.here)
     other = Thread(pool.dispose)
     stop.reached()
     first.close()
     # It is still held as far as the books go, so this becomes a letter, too.
-    pool._shared.give(pool._attachment, record)
+    inside.checkouts(pool).give(inside.attachment(pool), record)
     second.close()
     stop.go()
     other.join()
-    assert "was given back, but it is idle" in caplog.text
+    assert "was returned, but it was not checked out: it is idle" in caplog.text
     assert_whole(pool, eventually)
 
 
@@ -268,7 +271,7 @@ def test_reading_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
     call_inside(monkeypatch, "take", stop.here)
     other = Thread(pool.connect)
     stop.reached()
-    shared = pool._shared
+    shared = inside.shared(pool)
 
     def look() -> None:
         assert "held 1" in repr(pool)
@@ -296,7 +299,7 @@ class Abandoning:
 
     def __init__(self, pool: QueriesPool) -> None:
         self.pool = pool
-        self.shared = pool._shared
+        self.shared = inside.shared(pool)
         self.returned_inside = 0
         """How often the collector gave it back while its thread was inside the ledger."""
         self._pending = 0
@@ -307,24 +310,24 @@ class Abandoning:
         if not self._pending and n.held + n.opening + n.closing + n.waiting < 3:
             self._pending = 1
             fairy = self.pool.connect()
-            fairy._connection_record.info["abandoned"] = True
+            inside.record(fairy).info["abandoned"] = True
             Ring(fairy)
 
     def _returned(self, handle: Any, record: Any) -> None:
         if record.info.pop("abandoned", False):
             self._pending = 0
-            self.returned_inside += self.shared._inside
+            self.returned_inside += inside.is_inside(self.shared)
 
     def collect(self) -> None:
-        if self._pending and self.shared._inside:
+        if self._pending and inside.is_inside(self.shared):
             gc.collect()
 
 
 def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: Eventually) -> None:
     """Two engines of one pool, of three connections, one of which is abandoned again and again."""
-    shared = a._shared
+    shared = inside.shared(a)
     step()
-    shared.retire(a._attachment)
+    inside.core(shared).retire(inside.attachment(a))
     held = [a.connect(), b.connect()]
     waiting = [Thread(a.connect), Thread(b.connect)]
     eventually(lambda: shared.numbers.waiting + sum(not t.alive for t in waiting) == 2, "both wait")
@@ -365,14 +368,14 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     PoolManager.set_max_size(a.pid, 3)
     fail_to_open(a, step)
     be_refused(a, step)
-    shared.sweep()
+    inside.upkeep(shared).sweep()
     shared.clean()
     with contextlib.suppress(ConnectionBusyError):
         step()
         shared.close()
     fail_to_wait(a, step)
     be_turned_away(a, step)
-    PoolManager.attach(a.pid, "an engine that is dropped at once", Attachment(Quota(None), 60.0))
+    attach(a.pid, "an engine that is dropped at once", Attachment(Quota(None), 60.0))
     step()
     shared.shutdown()
     step()
@@ -389,7 +392,7 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
     def fail(_: Any) -> None:
         raise Interrupt
 
-    invoke, pool._invoke_creator = pool._invoke_creator, fail
+    invoke, pool._invoke_creator = pool._invoke_creator, fail  # type: ignore[assignment]
     out = []
     with pytest.raises(Interrupt):  # noqa: PT012
         while True:  # some may be idle
@@ -400,11 +403,11 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
 def renew_and_warm_up(pool: QueriesPool, eventually: Eventually) -> None:
     """Connections are opened in the background, and in readiness."""
     pool.expire(rolling=True)
-    eventually(lambda: pool._shared._ledger.renewing is None, "it is renewed")
-    pool._attachment.min_size = 2
+    eventually(lambda: inside.ledger(pool).lifetimes.renewing is None, "it is renewed")
+    inside.attachment(pool).min_size = 2
     pool.warm_up()
-    pool._shared.suspect_own(pool._attachment)
-    pool._attachment.min_size = 0
+    inside.core(pool).suspect_own(inside.attachment(pool))
+    inside.attachment(pool).min_size = 0
 
 
 def be_refused(pool: QueriesPool, step: Callable[[], None]) -> None:
@@ -416,11 +419,11 @@ def be_refused(pool: QueriesPool, step: Callable[[], None]) -> None:
         pool._invoke_creator = invoke
         raise ConnectionRefusedError("Connection refused")
 
-    pool._invoke_creator = refuse
+    pool._invoke_creator = refuse  # type: ignore[assignment]
     pool.connect().close()
     step()
     with contextlib.closing(pool.connect()) as fairy:
-        pool._shared.found_dead(fairy._connection_record.slot)
+        inside.connections(pool).found_dead(inside.record(fairy).slot)
     step()
 
 
@@ -428,39 +431,46 @@ def fail_to_wait(pool: QueriesPool, step: Callable[[], None]) -> None:
     """A checkout finds the pool full, and times out unless the collector helps."""
     step()
     out = []
-    timeout, pool._timeout = pool._timeout, 0.001
+    timeout = pool.timeout()
+    inside.set_timeout(pool, 0.001)
     with pytest.raises(CheckoutTimeout):  # noqa: PT012
         while True:
             out.append(pool.connect())
             step()
-    pool._timeout = timeout
+    inside.set_timeout(pool, timeout)
 
 
 def be_turned_away(pool: QueriesPool, step: Callable[[], None]) -> None:
     """A checkout finds the pool full, and may not wait."""
     out = []
-    pool._attachment.max_waiting = 0
+    inside.attachment(pool).max_waiting = 0
     with pytest.raises(TooManyRequests):  # noqa: PT012
         while True:
             out.append(pool.connect())
             step()
-    pool._attachment.max_waiting = math.inf
+    inside.attachment(pool).max_waiting = math.inf
 
 
-OTHERS = {"__init__", "count_anew", "everyone", "look_in", "numbers", "vacant", "waiters", "start_anew"}
+OTHERS = {"arrival", "everyone", "in_child", "look_in", "numbers", "vacant", "waiters"}
 """Those that only read, and those that nobody else can be inside of."""
-METHODS = sorted(
-    name
-    for name, value in {**vars(Books), **vars(Ledger)}.items()
-    if isinstance(value, FunctionType) and name not in OTHERS
-)
+ROOMS: tuple[Any, ...] = (LedgerState, Ledger, Backoff, Lifetimes, choice, closing, locks)
+"""Where the operations of the ledger are."""
+OPERATIONS = {
+    f"{room.__name__.rpartition('.')[2]}.{name}": (Ledger if room is LedgerState else room, name)
+    for room in ROOMS
+    for name, value in vars(room).items()
+    if isinstance(value, FunctionType)
+    and value.__module__ == getattr(room, "__module__", room.__name__)
+    and not name.startswith("__")
+    and name not in OTHERS
+}
 
 
 @pytest.mark.parametrize("moment", ["before", "after"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("operation", sorted(OPERATIONS))
 @pytest.mark.usefixtures("collector")
 def test_a_check_in_by_the_collector_inside_the_ledger_lands(
-    method: str, moment: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+    operation: str, moment: str, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     """Wherever in the ledger the collector runs a check-in, it is carried out right afterwards.
 
@@ -469,26 +479,32 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
     """
     pid = new_pid()
     a, b = new_pool(pid, max_size=3), new_pool(pid, max_size=3)
-    shared = a._shared
+    shared = inside.shared(a)
     abandoning = Abandoning(a)
-    real = getattr(Ledger, method)
+    owner, name = OPERATIONS[operation]
+    real = getattr(owner, name)
+    mine = (inside.ledger(shared), inside.ledger(shared).backoff, inside.ledger(shared).lifetimes)
 
-    def collecting(self: Ledger, *args: Any, **kw: Any) -> Any:
-        if self is shared._ledger and moment == "before":
+    def collecting(it: Any, *args: Any, **kw: Any) -> Any:
+        ours = it in mine or isinstance(it, ThreadWaiter)
+        if ours and moment == "before":
             abandoning.collect()
-        result = real(self, *args, **kw)
-        if self is shared._ledger and moment == "after":
+        result = real(it, *args, **kw)
+        if ours and moment == "after":
             abandoning.collect()
         return result
 
-    monkeypatch.setattr(Ledger, method, collecting)
-    monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)  # a refusal is part of the day
-    for module in (ledger, core):  # as is a wait for another engine's connection to be one that it can spare
+    monkeypatch.setattr(owner, name, collecting)
+    monkeypatch.setattr(jitter, "FIRST_PAUSE", 0.001)  # a refusal is part of the day
+    for module in (
+        choice,
+        checkout,
+    ):  # as is a wait for another engine's connection to be one that it can spare
         monkeypatch.setattr(module, "SPARE", 0.001)
 
     def step() -> None:
-        eventually(lambda: not shared._inbox, "letters are read")  # the housekeeper may have the lock
-        shared._decide(check, shared._ledger)
+        eventually(lambda: not inside.inbox(shared), "letters are read")  # the housekeeper may have the lock
+        inside.decide(shared, check, inside.ledger(shared))
         abandoning.again()
 
     a_day(a, b, step, eventually)
@@ -511,7 +527,7 @@ def test_a_connection_that_comes_home_in_the_middle_of_an_engines_dispose_is_clo
     pool.dispose()
     fairy.close()
     pool.recreate()
-    pool._shared._decide(check, pool._shared._ledger)
+    inside.decide(pool, check, inside.ledger(pool))
     assert handle.closed
     assert_whole(pool, eventually)
 
@@ -522,12 +538,12 @@ def test_a_waiter_is_woken_by_what_the_collector_finds_inside_the_ledger(
 ) -> None:
     """The letter serves who waits, and its gate is opened, not only its answer written."""
     pool = new_pool(max_size=1)
-    opened: list[ThreadGate] = []
-    real = ThreadGate.open
-    monkeypatch.setattr(ThreadGate, "open", lambda gate: (opened.append(gate), real(gate)))
+    opened: list[ThreadWaiter] = []
+    real = ThreadWaiter.wake
+    monkeypatch.setattr(ThreadWaiter, "wake", lambda gate: (opened.append(gate), real(gate)))
     Ring(pool.connect())
     waiting = Thread(pool.connect)
-    eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
+    eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
     call_inside(monkeypatch, "take", gc.collect)
     other = Thread(pool.connect)  # finds nothing, and collects
     eventually(lambda: len(opened) == 1, "the gate is open")
@@ -558,14 +574,14 @@ def test_what_would_wait_for_its_own_thread_raises(
     def ask_again(*_: Any) -> None:
         if not errors:
             try:
-                asks[ask]()
+                asks[ask]()  # type: ignore[no-untyped-call]
             except CheckoutReentered as error:
                 errors.append(error)
 
     Ring(pool.connect())
     call_inside(monkeypatch, "take", gc.collect)
     Thread(lambda: pool.connect().close()).join()
-    assert "do not use an engine in a finalizer" in str(errors[0])
+    assert "Don't check out or dispose in a finalizer" in str(errors[0])
     gc.collect()
     assert_whole(pool, eventually)
 
@@ -593,7 +609,7 @@ def inside_both(monkeypatch: pytest.MonkeyPatch, first: Any, second: Any) -> tup
     """Two threads, each inside its own pool at the same time, then each drops what the other's pool owns."""
     barrier = threading.Barrier(2, timeout=10.0)
     real = Ledger.take
-    todo = {first[0]._shared._ledger: first[1], second[0]._shared._ledger: second[1]}
+    todo = {inside.ledger(first[0]): first[1], inside.ledger(second[0]): second[1]}
 
     def take(self: Ledger, *args: Any) -> Any:
         drop = todo.pop(self, None)
@@ -621,9 +637,9 @@ def test_finalizers_of_two_pools_that_cross_do_not_deadlock(
 @pytest.fixture
 def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     """A registry and a housekeeper of the test's own: a deadlock that it finds stops no other test."""
-    monkeypatch.setattr(PoolManager, "_lock", threading.RLock())
-    monkeypatch.setattr(PoolManager, "_pools", {})
-    monkeypatch.setattr(Pool, "housekeeper", Housekeeper())
+    inside.replace_managers_lock(monkeypatch, threading.RLock())
+    inside.hide_pools(monkeypatch)
+    inside.patch_housekeeper(monkeypatch, Housekeeper())
 
 
 class Database:
@@ -649,17 +665,17 @@ def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_line(
     pool = new_pool(max_size=1)
     fairy = pool.connect()
     stop = Stop()
-    real = ThreadGate.wait
+    real = ThreadWaiter.wait
     calls = [True]
 
-    def interrupted(gate: ThreadGate, seconds: float) -> None:
+    def interrupted(gate: ThreadWaiter, seconds: float) -> None:
         if calls:
             calls.pop()
             stop.here()
             raise Interrupt
         real(gate, seconds)
 
-    monkeypatch.setattr(ThreadGate, "wait", interrupted)
+    monkeypatch.setattr(ThreadWaiter, "wait", interrupted)
     order: list[int] = []
 
     def work(number: int) -> None:
@@ -669,15 +685,15 @@ def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_line(
     threads = []
     for number in range(3):
         threads.append(Thread(work, number))
-        eventually(lambda: pool._shared.numbers.waiting == len(threads), "all wait")
+        eventually(lambda: inside.shared(pool).numbers.waiting == len(threads), "all wait")
     stop.reached()
     if answered:
         fairy.close()
-        assert pool._shared.numbers.waiting == 2
+        assert inside.shared(pool).numbers.waiting == 2
         stop.go()
     else:
         stop.go()
-        eventually(lambda: pool._shared.numbers.waiting == 2, "it has left the line")
+        eventually(lambda: inside.shared(pool).numbers.waiting == 2, "it has left the line")
         assert order == []
         fairy.close()
     threads[1].join()
@@ -698,9 +714,9 @@ def test_a_signal_interrupts_a_waiting_checkout(eventually: Eventually) -> None:
         raise Interrupt
 
     def send() -> Thread:
-        eventually(lambda: pool._shared.numbers.waiting == 1, "the main thread waits")
+        eventually(lambda: inside.shared(pool).numbers.waiting == 1, "the main thread waits")
         behind = Thread(pool.connect)
-        eventually(lambda: pool._shared.numbers.waiting == 2, "another one behind it")
+        eventually(lambda: inside.shared(pool).numbers.waiting == 2, "another one behind it")
         signal.pthread_kill(main, signal.SIGUSR1)
         return behind
 
@@ -712,7 +728,7 @@ def test_a_signal_interrupts_a_waiting_checkout(eventually: Eventually) -> None:
     finally:
         signal.signal(signal.SIGUSR1, old)
     behind = sender.join()
-    assert pool._shared.numbers.waiting == 1
+    assert inside.shared(pool).numbers.waiting == 1
     fairy.close()
     behind.join().close()
     assert_whole(pool, eventually)
@@ -802,7 +818,7 @@ def test_a_checkout_that_fails_gives_its_slot_back_at_once(
     with pytest.raises(kind) as caught:
         pool.connect()
     failing.clear()
-    assert pool._shared.numbers.held == pool._shared.numbers.opening == 0
+    assert inside.shared(pool).numbers.held == inside.shared(pool).numbers.opening == 0
     assert_whole(pool, eventually)
     assert len(handles) == 1 or handles[0].closed
     assert caught.value.__traceback__ is not None
@@ -877,9 +893,9 @@ def test_a_close_that_fails_loses_no_slot(
     with contextlib.suppress(kind):
         how(pool)
     assert not failing, "nothing was closed"
-    left = len(pool._attachment.idle)
+    left = len(inside.attachment(pool).idle)
     eventually(lambda: sum(not handle.closed for handle in handles) == left, "the sockets are closed")
-    eventually(lambda: not pool._shared.numbers.closing, "the slots are free")
+    eventually(lambda: not inside.shared(pool).numbers.closing, "the slots are free")
     for handle in handles:
         assert PoolManager.has_connection(pool.pid, handle) is not handle.closed
     PoolManager.set_max_size(pool.pid, 3)
@@ -894,7 +910,7 @@ def test_a_waiter_is_served_although_the_listener_of_who_had_it_raises(
     pool = new_pool(max_size=1)
     fairy = pool.connect()
     waiting = Thread(pool.connect)
-    eventually(lambda: pool._shared.numbers.waiting == 1, "somebody waits")
+    eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
 
     @event.listens_for(pool, "checkin")
     def fail(*_: Any) -> None:

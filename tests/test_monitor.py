@@ -28,6 +28,7 @@ from typing import Any
 from wsgiref.util import setup_testing_defaults
 from wsgiref.validate import validator
 
+import inside
 import psycopg2
 import pytest
 from fakes import FakeClock
@@ -36,11 +37,12 @@ from sqlalchemy import create_engine, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.__main__ import main
+from sqla_queries_pool.budget.stats import BOUNDS, Histogram
+from sqla_queries_pool.insight.report import SHARED_FOR
 from sqla_queries_pool.labels import labelled
 from sqla_queries_pool.monitor import Monitor, access, markup, page, serving
+from sqla_queries_pool.monitor.data import MOST_CHARACTERS, MOST_HOLDERS, MOST_TIMEOUTS, clean, duration
 from sqla_queries_pool.monitor.history import GAP, LINGER, WINDOW, History, Sample, minute, quantile, series
-from sqla_queries_pool.monitor.look import MOST_CHARACTERS, MOST_HOLDERS, MOST_TIMEOUTS, clean, duration
-from sqla_queries_pool.stats import BOUNDS, Histogram
 
 pytestmark = pytest.mark.usefixtures("no_other_pools")
 ROOT = Path(__file__).parent.parent
@@ -77,7 +79,7 @@ def ask(application: Any, path: str = "/", method: str = "GET", query: str = "",
         said.append((status, headers))
         return lambda data: None
 
-    with closing(validator(application)(full, start_response)) as body:
+    with closing(validator(application)(full, start_response)) as body:  # type: ignore[type-var]
         text = b"".join(body).decode()
     [(status, headers)] = said
     assert len({name for name, _ in headers}) == len(headers)
@@ -86,7 +88,7 @@ def ask(application: Any, path: str = "/", method: str = "GET", query: str = "",
 
 def of_pool(pid: str, application: Any = None, path: str = "/data.json") -> Any:
     """What is told of one pool."""
-    answer = ask(application or Monitor(), path, query=f"pool={urllib.request.quote(pid, errors='replace')}")
+    answer = ask(application or Monitor(), path, query=f"pool={urllib.request.quote(pid, errors='replace')}")  # type: ignore[attr-defined]
     return answer.json()["pools"][0] if path == "/data.json" else answer.body
 
 
@@ -207,7 +209,7 @@ def test_without_a_rule_nobody_else_may_look(environ: dict[str, str]) -> None:
         answer = ask(Monitor(), path, **environ)
         assert answer.status == "403 Forbidden"
         assert "Monitor(allow=" in answer.body
-        assert pool._shared.id not in answer.body
+        assert inside.shared(pool).id not in answer.body
 
 
 def test_a_request_without_a_host_header_is_refused() -> None:
@@ -318,7 +320,7 @@ def test_the_page_loads_nothing_from_elsewhere() -> None:
 def test_without_javascript_the_page_shows_the_state_and_loads_again() -> None:
     """All of it is made by the server; the refresh is for who runs no scripts."""
     with held(pool := new_pool(), "order 4711"):
-        body = of_pool(pool._shared.id, path="/")
+        body = of_pool(inside.shared(pool).id, path="/")
     assert re.search(r'<noscript><meta http-equiv="refresh" content="\d+"></noscript></?', body)
     assert "order 4711" in body
 
@@ -370,11 +372,11 @@ def test_flask_serves_it_under_a_path() -> None:
 def test_the_numbers_are_the_pool_s(eventually: Callable[..., None]) -> None:
     """Held, idle, waiting and limit as in its statistics; who holds and who waits by name and label."""
     pool = new_pool(max_size=2)
-    pid = pool._shared.id
+    pid = inside.shared(pool).id
     with held(pool, "order 1", "web-1"), held(pool, "order 2", "web-2"):
         with labelled("order 3"):
             waiter = Thread(lambda: pool.connect().close(), name="web-3")
-        eventually(lambda: pool._shared.numbers.waiting == 1, "it waits")
+        eventually(lambda: inside.shared(pool).numbers.waiting == 1, "it waits")
         told = of_pool(pid)
         html = of_pool(pid, path="/")
     waiter.join()
@@ -399,24 +401,27 @@ def test_who_waited_in_line_is_shown_with_a_label_of_its_own(eventually: Callabl
 
     with held(pool, "first"):
         thread = Thread(second)
-        eventually(lambda: pool._shared.numbers.waiting == 1, "it waits")
-        assert [w["label"] for w in of_pool(pool._shared.id)["waiting"]] == ["second"]
+        eventually(lambda: inside.shared(pool).numbers.waiting == 1, "it waits")
+        assert [w["label"] for w in of_pool(inside.shared(pool).id)["waiting"]] == ["second"]
     assert has.wait(20)
     try:
-        assert [h["label"] for h in of_pool(pool._shared.id)["holders"]] == ["second"]
+        assert [h["label"] for h in of_pool(inside.shared(pool).id)["holders"]] == ["second"]
     finally:
         end.set()
         thread.join()
 
 
-def test_the_last_timeouts_are_shown_with_their_reason_newest_first() -> None:
-    """Who held what at that moment, what was the matter, and what to do; and how many there were before."""
-    pool = new_pool(max_size=1, timeout=0)
+def test_the_last_timeouts_are_shown_with_their_reason_newest_first(clock: FakeClock) -> None:
+    """Who held what at that moment, the cause, and what to do; and how many there were before."""
+    pid = new_pid()
+    PoolManager.create(pid, None, 1, clock)
+    pool = new_pool(pid, timeout=0)
     with held(pool, "the culprit"):
         for _ in range(MOST_TIMEOUTS + 2):
+            clock.now += SHARED_FOR
             with pytest.raises(CheckoutTimeout):
                 pool.connect()
-        told, html = of_pool(pool._shared.id), of_pool(pool._shared.id, path="/")
+        told, html = of_pool(inside.shared(pool).id), of_pool(inside.shared(pool).id, path="/")
     assert len(told["timeouts"]) == MOST_TIMEOUTS
     assert told["more_timeouts"] == 2
     assert [each["taken_at"] for each in told["timeouts"]] == sorted(
@@ -433,7 +438,7 @@ def test_of_a_tracked_checkout_it_is_told_where_it_was() -> None:
     """With `track_stacks=True`: this function's name, and no line of the program."""
     pool = new_pool(track_stacks=True)
     with closing(pool.connect()):
-        told = of_pool(pool._shared.id)
+        told = of_pool(inside.shared(pool).id)
     [holder] = told["holders"]
     assert "test_of_a_tracked_checkout_it_is_told_where_it_was" in holder["stack"][-1]
     assert "closing(" not in "".join(holder["stack"])
@@ -446,9 +451,9 @@ def test_what_it_shows_does_no_harm(eventually: Callable[..., None]) -> None:
     with held(pool, HOSTILE, HOSTILE):
         with pytest.raises(CheckoutTimeout):
             pool.connect()
-        pages = [ask(monitor).body, of_pool(pool._shared.id, monitor, "/")]
+        pages = [ask(monitor).body, of_pool(inside.shared(pool).id, monitor, "/")]
         data = ask(monitor, "/data.json").body
-    harmless = Elements(of_pool(new_pool()._shared.id, monitor, "/"))
+    harmless = Elements(of_pool(inside.shared(new_pool()).id, monitor, "/"))
     for body in pages:
         elements = Elements(body)
         assert elements.inline == harmless.inline
@@ -473,8 +478,8 @@ def test_a_pool_id_that_is_no_unicode_is_shown() -> None:
 def test_a_long_name_is_cut() -> None:
     """10 kB of a label are a line in the page."""
     with held(pool := new_pool(), "x" * 10_000):
-        [holder] = of_pool(pool._shared.id)["holders"]
-        html = of_pool(pool._shared.id, path="/")
+        [holder] = of_pool(inside.shared(pool).id)["holders"]
+        html = of_pool(inside.shared(pool).id, path="/")
     assert holder["label"] == f"{'x' * MOST_CHARACTERS}…"
     assert "x" * (MOST_CHARACTERS + 1) not in html
 
@@ -489,7 +494,7 @@ def test_neither_a_password_nor_a_query_is_shown(pg_url: str) -> None:
         connection.execute(text("SELECT 'a secret of the query'"))
         with pytest.raises(CheckoutTimeout):
             engine.connect()
-        pid = engine.pool._shared.id  # type: ignore[attr-defined]
+        pid = inside.shared(engine.pool).id
         told = [of_pool(pid, monitor, "/"), json.dumps(of_pool(pid, monitor))]
     engine.dispose()
     for each in told:
@@ -503,7 +508,7 @@ def test_a_password_that_the_driver_quotes_is_not_shown() -> None:
     pool = new_pool(creator=lambda: psycopg2.connect("postgresqlx://scott:s3cret@localhost/shop"), max_size=1)
     with pytest.raises(psycopg2.ProgrammingError, match="s3cret"):
         pool.connect()
-    told = [json.dumps(of_pool(pool._shared.id)), of_pool(pool._shared.id, path="/")]
+    told = [json.dumps(of_pool(inside.shared(pool).id)), of_pool(inside.shared(pool).id, path="/")]
     for each in told:
         assert "s3cret" not in each
         assert "postgresqlx://scott:***@localhost/shop" in each
@@ -521,7 +526,7 @@ def test_what_looks_like_a_password_in_an_error_is_starred(said: str) -> None:
     pool = new_pool(creator=refuse)
     with pytest.raises(RuntimeError):
         pool.connect()
-    error = of_pool(pool._shared.id)["last_connect_error"]
+    error = of_pool(inside.shared(pool).id)["last_connect_error"]
     assert "***" in error
     assert "cret" not in error
 
@@ -531,7 +536,7 @@ def test_ten_thousand_connections_are_as_easy_to_look_at_as_ten() -> None:
     """Idle or held, the page stays small, and says how many there are that it does not show."""
     pool = new_pool(max_size=None)
     out = [pool.connect() for _ in range(10_000)]
-    told, html = of_pool(pool._shared.id), of_pool(pool._shared.id, path="/")
+    told, html = of_pool(inside.shared(pool).id), of_pool(inside.shared(pool).id, path="/")
     assert len(told["holders"]) == MOST_HOLDERS
     assert told["more_holders"] == 10_000 - MOST_HOLDERS
     assert f"and {10_000 - MOST_HOLDERS:,} more" in html
@@ -539,7 +544,7 @@ def test_ten_thousand_connections_are_as_easy_to_look_at_as_ten() -> None:
     for each in out:
         each.close()
     del out
-    n = of_pool(pool._shared.id)["statistics"]
+    n = of_pool(inside.shared(pool).id)["statistics"]
     assert (n["idle"], n["held"]) == (10_000, 0)
     pool.dispose()
 
@@ -550,7 +555,7 @@ def test_of_many_pools_those_are_shown_first_where_somebody_waits(eventually: Ca
     monitor = Monitor()
     with held(pools[-1], "the busy one"):
         waiter = Thread(lambda: pools[-1].connect().close())
-        eventually(lambda: pools[-1]._shared.numbers.waiting == 1, "it waits")
+        eventually(lambda: inside.shared(pools[-1]).numbers.waiting == 1, "it waits")
         html = ask(monitor).body
     waiter.join()
     there = len(PoolManager.pools())
@@ -560,8 +565,8 @@ def test_of_many_pools_those_are_shown_first_where_somebody_waits(eventually: Ca
     assert html.count('class="bar small"') == page.MOST_ROWS
     assert f"and {there - page.MOST_ROWS:,} more" in html
     assert len(html) < 500_000
-    alone = of_pool(pools[-2]._shared.id, monitor, "/")
-    assert f'<article class="card" data-key="{pools[-2]._shared.id}">' in alone
+    alone = of_pool(inside.shared(pools[-2]).id, monitor, "/")
+    assert f'<article class="card" data-key="{inside.shared(pools[-2]).id}">' in alone
 
 
 def test_a_pool_that_is_not_there_is_said_to_be_gone() -> None:
@@ -569,13 +574,13 @@ def test_a_pool_that_is_not_there_is_said_to_be_gone() -> None:
     _kept = new_pool()
     answer = ask(Monitor(), query="pool=nobody")
     assert answer.status == "200 OK"
-    assert "no such pool" in answer.body
+    assert "no pool with this id" in answer.body
 
 
 def test_a_database_that_is_named_in_arabic_does_not_turn_the_page_around() -> None:
     """It is shown as it is, in an element of its own direction."""
     pool = new_pool(pid=f"متجر {new_pid()}")
-    assert f"<bdi>{pool._shared.id}</bdi>" in of_pool(pool._shared.id, path="/")
+    assert f"<bdi>{inside.shared(pool).id}</bdi>" in of_pool(inside.shared(pool).id, path="/")
 
 
 @pytest.mark.parametrize(
@@ -686,7 +691,7 @@ def test_checkouts_show_in_the_history(eventually: Callable[..., None]) -> None:
         pool.connect().close()
     clock.now = 1.0
     history.sample()
-    [before, after] = history.of(pool._shared)
+    [before, after] = history.of(inside.shared(pool))
     assert after.checkouts - before.checkouts == 7
     assert (after.use_time - before.use_time).count == 7
 
@@ -699,7 +704,7 @@ def test_samples_that_are_too_old_are_forgotten_and_two_at_once_are_one() -> Non
     for tick in range(400):
         clock.now = tick / 4
         history.sample()
-    samples = history.of(pool._shared)
+    samples = history.of(inside.shared(pool))
     assert samples[-1].at - samples[0].at <= WINDOW + 2
     assert min(b.at - a.at for a, b in itertools.pairwise(samples)) >= 0.5
     assert len({id(each.use_time) for each in samples}) == 1
@@ -714,10 +719,10 @@ def test_it_samples_while_somebody_looks_and_for_a_moment_longer(
     history = History(clock)
     assert not history.sampling
     history.look()
-    thread = history._thread
+    thread = inside.history_thread(history)
     history.look()
     assert history.sampling
-    assert history._thread is thread
+    assert inside.history_thread(history) is thread
     clock.now = LINGER + 1
     eventually(lambda: not history.sampling, "it ends")
     history.look()
@@ -730,9 +735,9 @@ def test_a_pool_that_is_gone_leaves_no_samples(eventually: Callable[..., None]) 
     """The history keeps no pool alive."""
     pool, history = new_pool(), History(FakeClock())
     history.sample()
-    shared = weakref.ref(pool._shared)
-    assert history.of(pool._shared)
-    pid = pool._shared.id
+    shared = weakref.ref(inside.shared(pool))
+    assert history.of(inside.shared(pool))
+    pid = inside.shared(pool).id
     del pool
     gc.collect()
     PoolManager.remove(pid)
@@ -749,16 +754,18 @@ def test_a_forked_child_has_a_history_of_its_own() -> None:
     script = """
 import os, sys, warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # of forking with threads
+sys.path.insert(0, "tests")
+import inside
 from sqla_queries_pool.monitor.history import History
 history = History()
 history.look()
-history._lock.acquire()
+inside.history_lock(history).acquire()
 child = os.fork()
 if child == 0:
     import faulthandler; faulthandler.dump_traceback_later(20, exit=True)
     assert not history.sampling
     history.look()
-    assert history.sampling and history._process == os.getpid()
+    assert history.sampling and inside.history_process(history) == os.getpid()
     os._exit(0)
 sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
@@ -874,7 +881,7 @@ def test_the_terminal_shows_what_a_monitor_elsewhere_tells() -> None:
     with held(pool, "order 4711", "web-1"), served(Monitor()) as url:
         with pytest.raises(CheckoutTimeout):
             pool.connect()
-        ran = run("--text", "--url", f"{url}/?pool={pool._shared.id}", "--once")
+        ran = run("--text", "--url", f"{url}/?pool={inside.shared(pool).id}", "--once")
         assert ran.returncode == 2  # a page, not an address to put data.json behind
         ran = run("--text", "--url", url, "--once")
     assert ran.returncode == 0, ran.stderr
@@ -892,7 +899,8 @@ def test_the_terminal_goes_on_when_the_monitor_goes_and_comes_back(eventually: C
         command = [*COMMAND, "--text", "--url", f"http://127.0.0.1:{port}"]
         with served(Monitor(), port), held(pool, "order 4711"):
             eventually(
-                lambda: f'"{pool._shared.id}"' in fetch(f"http://127.0.0.1:{port}/data.json"), "it is served"
+                lambda: f'"{inside.shared(pool).id}"' in fetch(f"http://127.0.0.1:{port}/data.json"),
+                "it is served",
             )
             process = subprocess.Popen(
                 command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT
@@ -920,14 +928,14 @@ def test_the_terminal_shows_a_pool_with_its_holders_and_timeouts() -> None:
     pytest.importorskip("rich")
     from rich.console import Console
 
-    from sqla_queries_pool.monitor.look import look
+    from sqla_queries_pool.monitor.data import collect
     from sqla_queries_pool.monitor.text import picture
 
     pool = new_pool(pid=f"\x1b]0;title\x07[red]shop[/red] {new_pid()}", max_size=1, timeout=0)
     with held(pool, "[bold]order\x1b[2J 4711", "[red]web-\x1b[31m1"):
         with pytest.raises(CheckoutTimeout):
             pool.connect()
-        data = look(History(), pool._shared.id)
+        data = collect(History(), inside.shared(pool).id)
     out = io.StringIO()
     Console(file=out, width=120, force_terminal=False).print(picture(data, "no answer; trying again"))
     said = out.getvalue()
@@ -963,11 +971,11 @@ def test_what_a_monitor_elsewhere_says_is_not_obeyed_either() -> None:
     [
         ((), "--demo"),
         (("--text",), "--url"),
-        (("--url", "http://127.0.0.1:1/"), "--url goes with --text"),
-        (("--demo", "--text", "--url", "http://127.0.0.1:1/"), "without --demo"),
+        (("--url", "http://127.0.0.1:1/"), "--url needs --text"),
+        (("--demo", "--text", "--url", "http://127.0.0.1:1/"), "can't be used with --demo"),
         (("--text", "--once", "--url", "http://127.0.0.1:1/"), "does not answer"),
-        (("--text", "--once", "--url", "127.0.0.1:1"), "write the address"),
-        (("--text", "--once", "--url", "file:///etc/passwd"), "write the address"),
+        (("--text", "--once", "--url", "127.0.0.1:1"), "write the URL"),
+        (("--text", "--once", "--url", "file:///etc/passwd"), "write the URL"),
         (("--text", "--once", "--url", "http://scott:s3cret@127.0.0.1:1/"), "without a password"),
         (("--demo", "--port", "70000"), "write a port"),
         (("--demo", "--database", "mysql://scott:s3cret@host/shop"), "needs PostgreSQL"),
@@ -995,7 +1003,11 @@ def test_an_address_that_is_no_monitor_s_is_refused(capsys: pytest.CaptureFixtur
         return [body]
 
     with served(other) as url:
-        for path, said in (("/json", "is no monitor's"), ("/html", "does not answer"), ("/none", "says 403")):
+        for path, said in (
+            ("/json", "is not a QueriesPool monitor"),
+            ("/html", "does not answer"),
+            ("/none", "answered 403"),
+        ):
             err = refused(capsys, "--text", "--once", "--url", f"{url}{path}")
             assert said in err
             assert len(err.splitlines()) == 1

@@ -13,6 +13,7 @@ from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from browser import Browser, Tab, program
 from hazards import Thread, new_pid, new_pool
@@ -125,7 +126,7 @@ def test_under_load_the_page_lives(
 def test_what_is_held_appears_and_goes(tab: Tab, url: str, eventually: Callable[..., None]) -> None:
     """Within a look or two, and the numbers with it."""
     pool = new_pool()
-    tab.go(f"{url}/?pool={pool._shared.id}")
+    tab.go(f"{url}/?pool={inside.shared(pool).id}")
     assert "order 4711" not in tab.text("main")
     with held(pool, "order 4711", "the night shift"):
         eventually(lambda: "order 4711" in tab.text("main"), "it appears")
@@ -168,10 +169,10 @@ def test_a_server_that_goes_and_comes_back(tab: Tab, eventually: Callable[..., N
     pool = new_pool()
     with held(pool, "order 4711"):
         with served(Monitor(), port) as url:
-            tab.go(f"{url}/?pool={pool._shared.id}")
+            tab.go(f"{url}/?pool={inside.shared(pool).id}")
             eventually(lambda: tab.text("#status") == "Live", "it is live")
         eventually(
-            lambda: f"no answer; this is process {os.getpid()} as of" in tab.text("#status"), "it is said"
+            lambda: f"no answer; showing process {os.getpid()} as of" in tab.text("#status"), "it is said"
         )
         assert "order 4711" in tab.text("main")
         assert tab.run("document.body.classList.contains('stale')") is True
@@ -187,7 +188,7 @@ def test_an_answer_that_is_no_page_is_said(tab: Tab, eventually: Callable[..., N
         tab.go(url)
         eventually(lambda: tab.text("#status") == "Live", "it is live")
         allowed[0] = False
-        eventually(lambda: "the server says 403" in tab.text("#status"), "it is said")
+        eventually(lambda: "the server answered 403" in tab.text("#status"), "it is said")
 
 
 def test_a_tab_that_nobody_sees_asks_for_nothing(tab: Tab, eventually: Callable[..., None]) -> None:
@@ -214,10 +215,10 @@ def test_a_tab_that_nobody_sees_asks_for_nothing(tab: Tab, eventually: Callable[
 def test_a_reader_may_stop_it(tab: Tab, url: str, eventually: Callable[..., None]) -> None:
     """The button says what it is for, and the page stays as it is meanwhile."""
     pool = new_pool()
-    tab.go(f"{url}/?pool={pool._shared.id}")
+    tab.go(f"{url}/?pool={inside.shared(pool).id}")
     eventually(lambda: tab.text("#status") == "Live", "it is live")
     tab.click("#pause")
-    assert (tab.text("#pause"), tab.text("#status")) == ("Go on", "Paused")
+    assert (tab.text("#pause"), tab.text("#status")) == ("Resume", "Paused")
     with held(pool, "order 4711"):
         tab.run("new Promise(done => setTimeout(done, 2500))")
         assert "order 4711" not in tab.text("main")
@@ -228,7 +229,7 @@ def test_a_reader_may_stop_it(tab: Tab, url: str, eventually: Callable[..., None
 def test_what_the_reader_has_opened_stays_open(tab: Tab, url: str, eventually: Callable[..., None]) -> None:
     """A stack, while holders before it come and go; and what is selected stays selected."""
     pool = new_pool(max_size=3, track_stacks=True)
-    tab.go(f"{url}/?pool={pool._shared.id}")
+    tab.go(f"{url}/?pool={inside.shared(pool).id}")
     row = "[...document.querySelectorAll('.holders tbody tr')].find(r => r.innerText.includes('the second'))"
     with ExitStack() as first:
         first.enter_context(held(pool, "the first"))
@@ -251,7 +252,7 @@ def test_what_comes_before_it_does_not_close_it(tab: Tab, url: str, eventually: 
     with held(pool):
         with pytest.raises(CheckoutTimeout):
             pool.connect()
-        tab.go(f"{url}/?pool={pool._shared.id}")
+        tab.go(f"{url}/?pool={inside.shared(pool).id}")
         assert tab.run("document.querySelectorAll('.timeouts > li').length") == 1
         tab.run("window.row = document.querySelector('.timeouts > li')")
         tab.click(".timeouts summary")
@@ -272,7 +273,7 @@ def test_without_javascript_it_shows_the_state_and_loads_again(
     counted, pool = Counted(Monitor()), new_pool()
     tab.call("Emulation.setScriptExecutionDisabled", value=True)
     with served(counted) as url, held(pool, "order 4711"):
-        tab.go(f"{url}/?pool={pool._shared.id}")
+        tab.go(f"{url}/?pool={inside.shared(pool).id}")
         assert "order 4711" in tab.text("main")
         assert "Without JavaScript" in tab.text("#status")
         assert tab.run("document.querySelector('#pause').hidden") is True
@@ -289,7 +290,7 @@ def test_it_can_be_read_on_any_screen(tab: Tab, url: str, scheme: str, width: in
     with held(pool, "label " * 20, "thread " * 20):
         with pytest.raises(CheckoutTimeout):
             pool.connect()
-        tab.go(f"{url}/?pool={pool._shared.id.replace(' ', '+')}")
+        tab.go(f"{url}/?pool={inside.shared(pool).id.replace(' ', '+')}")
         assert tab.text("article") != ""
         assert tab.run("document.documentElement.scrollWidth") <= width
         poor = tab.run(CONTRAST)
@@ -327,14 +328,14 @@ def test_it_can_be_read_aloud(tab: Tab, url: str) -> None:
     with held(pool, "order 4711"):
         with pytest.raises(CheckoutTimeout):
             pool.connect()
-        tab.go(f"{url}/?pool={pool._shared.id}")
+        tab.go(f"{url}/?pool={inside.shared(pool).id}")
         tree = tab.call("Accessibility.getFullAXTree")["nodes"]
     named = {
         (node["role"]["value"], node.get("name", {}).get("value", "")) for node in tree if "role" in node
     }
     images = {name for role, name in named if role == "image"}
     assert "held 1, opening 0, closing 0, idle 0, waiting 0, limit 1" in images
-    assert any(name.startswith("Wait in line in the last minute") for name in images)
+    assert any(name.startswith("Wait in the queue in the last minute") for name in images)
     assert "" not in images
     assert ("table", "Held, longest first (1)") in named
     assert {("columnheader", name) for name in ("For", "Held by", "Label", "State")} <= named
@@ -360,7 +361,7 @@ def test_many_pools_and_connections_stay_usable(tab: Tab, url: str, eventually: 
     tab.click(".overview tbody a")
     eventually(lambda: tab.run("location.href") == link, "it leads there")
     eventually(lambda: tab.run("document.querySelectorAll('article').length") == 1, "it is shown alone")
-    tab.go(f"{url}/?pool={large._shared.id}")
+    tab.go(f"{url}/?pool={inside.shared(large).id}")
     eventually(lambda: re.search(r"held\s+5,000", tab.text("article .key")), "all are counted")
     assert "4,975 more" in tab.text("main")
     before = tab.text("#clock")

@@ -8,6 +8,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -31,10 +32,11 @@ from opentelemetry.sdk.metrics.export import (
 )
 from opentelemetry.semconv._incubating.metrics import db_metrics
 
-from sqla_queries_pool import CheckoutTimeout, Pool, PoolManager, QueriesPool, stats
+from sqla_queries_pool import CheckoutTimeout, Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget import stats
+from sqla_queries_pool.budget.stats import BOUNDS
 from sqla_queries_pool.exporters import opentelemetry
 from sqla_queries_pool.exporters.opentelemetry import NAME, PREFIX, STATE
-from sqla_queries_pool.stats import BOUNDS
 
 DELTA = dict.fromkeys((Counter, Histogram), AggregationTemporality.DELTA)
 Provide = Callable[..., MeterProvider]
@@ -206,7 +208,7 @@ def test_checkouts_that_got_nothing_are_counted(reader: InMemoryMetricReader, en
 
 def test_readers_of_one_provider_each_get_all_of_it(provide: Provide, pg_url: str) -> None:
     """One reads the sums and one what is new, whichever of them collects first."""
-    sums, news = InMemoryMetricReader(), InMemoryMetricReader(preferred_temporality=DELTA)
+    sums, news = InMemoryMetricReader(), InMemoryMetricReader(preferred_temporality=DELTA)  # type: ignore[arg-type]
     provide(sums, news)
     engine = create_engine(pg_url, poolclass=QueriesPool, max_size=2)
     name = pool_of(engine).label
@@ -314,7 +316,9 @@ def test_a_pool_that_begins_anew_is_told_from_its_beginning(
     name = pool_of(engine).label
     use(engine, 5)
     assert collected(reader)["use_time", name].count == 5
-    pool_of(engine)._ledger.count_anew()
+    ledger = inside.ledger(pool_of(engine))
+    ledger.totals = totals = stats.Totals()
+    ledger.used = totals.used
     use(engine, 2)
     assert collected(reader)["use_time", name].count == 7
 
@@ -323,13 +327,13 @@ def test_collections_at_the_same_time_tell_everything_once(
     reader: InMemoryMetricReader, provide: Provide, engine: Engine
 ) -> None:
     """The SDK's readers take turns today; OpenTelemetry asks callbacks not to rely on it."""
-    feed = opentelemetry._Feed(provide(other := InMemoryMetricReader()).get_meter("feed"))
+    feed = inside.feed(provide(other := InMemoryMetricReader()).get_meter("feed"))
     use(engine, 300)
     together = threading.Barrier(4)
 
     def collect() -> None:
         together.wait()
-        list(feed._observe(CallbackOptions()))
+        list(inside.observe(feed, CallbackOptions()))
 
     threads = [threading.Thread(target=collect) for _ in range(4)]
     before = sys.getswitchinterval()
@@ -339,7 +343,7 @@ def test_collections_at_the_same_time_tell_everything_once(
     for thread in threads:
         thread.join()
     sys.setswitchinterval(before)
-    scopes = other.get_metrics_data().resource_metrics[0].scope_metrics  # type: ignore[union-attr]
+    scopes = other.get_metrics_data().resource_metrics[0].scope_metrics
     [found] = [scope for scope in scopes if scope.scope.name == "feed"]
     [point] = [
         point
@@ -432,7 +436,7 @@ def test_buckets_that_do_not_fit_their_sum_are_kept(counts: list[int], seconds: 
 def test_a_sum_that_was_read_late_follows(reader: InMemoryMetricReader, engine: Engine) -> None:
     """What could not be recorded with its bucket is recorded with the next one."""
     name = pool_of(engine).label
-    totals = pool_of(engine)._ledger.totals
+    totals = inside.ledger(pool_of(engine)).totals
     totals.used.counts[bisect_left(BOUNDS, 0.7)] += 1  # as between the two lines of `add`
     assert collected(reader)["use_time", name].count == 1
     totals.used.seconds += 0.7

@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeDriver
 from sqlalchemy import create_engine, exc
@@ -124,7 +125,7 @@ def test_seconds_are_zero_or_more_or_none(value: object, meaning: float | None) 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, -1, -0.001, "-1", UNSTATED], ids=kind)
 def test_anything_else_is_no_seconds(value: object) -> None:
     """Negative durations are refused rather than read as zero or as for ever: libraries differ about them."""
-    with pytest.raises(ParameterError, match=r"zero or more, or None for no end"):
+    with pytest.raises(ParameterError, match=r"zero or more, or None for no limit"):
         parameters.seconds("idle_ttl", value)
 
 
@@ -180,7 +181,7 @@ def test_anything_else_is_no_max_overflow(value: object) -> None:
 def test_the_error_names_the_parameter_the_value_and_what_to_write(name: str) -> None:
     """It is SQLAlchemy's ArgumentError and Python's ValueError, so that both kinds of callers catch it."""
     with pytest.raises(exc.ArgumentError, match=rf"^{name}='lots' is not valid: write a ") as raised:
-        QueriesPool(FakeDriver().connect, **{name: "lots"})
+        QueriesPool(FakeDriver().connect, **{name: "lots"})  # type: ignore[arg-type]
     assert isinstance(raised.value, ValueError)
 
 
@@ -235,7 +236,7 @@ def test_max_size_beside_queuepools_parameters_is_refused(
     max_size: Any, other: dict[str, Any], named: str
 ) -> None:
     """Which of the two would hold is nothing to guess, even where they happen to agree."""
-    message = rf"^max_size=.* and {named} can't both be stated: .* write it alone$"
+    message = rf"^max_size=.* and {named} can't both be set: .* Set max_size alone$"
     with pytest.raises(ParameterError, match=message):
         QueriesPool(FakeDriver().connect, max_size=max_size, **other)
 
@@ -257,7 +258,7 @@ def test_max_size_means_the_same_wherever_it_is_said(use: Callable[[str, Any], A
     """The engine's parameter and the queries API take, and refuse, the same values."""
     for value in (1, "8", None, "none"):
         use(f"everywhere-{next(_numbers)}", value)
-    for value in (0, -1, math.nan, True, "many"):
+    for value in (0, -1, math.nan, True, "many"):  # type: ignore[assignment]
         with pytest.raises(ParameterError, match=r"^max_size="):
             use(f"everywhere-{next(_numbers)}", value)
 
@@ -297,14 +298,14 @@ def test_idle_ttl_means_the_same_wherever_it_is_said(use: Callable[[str, Any], A
 def test_an_engine_that_could_not_be_made_leaves_nothing_behind(wrong: dict[str, Any]) -> None:
     """No entry in the manager, no say in the limit of the database's other engines."""
     url = f"fake://host/parameters_{next(_numbers)}"
-    before = set(PoolManager._pools)
+    before = set(inside.pools())
     with pytest.raises((TypeError, exc.ArgumentError)):
         create_engine(url, module=FakeDriver(), poolclass=QueriesPool, **wrong)
     gc.collect()
     # create_engine looks for keywords that nobody took after having made the pool: that one has no
     # engine and leaves like every pool that is of no use any more.
-    for pid in set(PoolManager._pools) - before:
+    for pid in set(inside.pools()) - before:
         PoolManager.clean(pid)
-    assert set(PoolManager._pools) <= before
+    assert set(inside.pools()) <= before
     keeper = create_engine(url, module=FakeDriver(), poolclass=QueriesPool, max_size=2)
     assert PoolManager.report()["pools"][keeper.pool.pid]["max_size"] == 2  # type: ignore[attr-defined]

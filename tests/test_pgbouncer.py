@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import inside
 import psycopg2
 import pytest
 from conftest import observer
@@ -27,8 +28,8 @@ from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
-from sqla_queries_pool.connect_errors import passes
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
+from sqla_queries_pool.sockets.connect_errors import passes
 
 pytestmark = [
     pytest.mark.slow,
@@ -140,7 +141,7 @@ def crowd(engine: Engine, checkouts: int = CHECKOUTS // ROUNDS) -> list[str]:
 
 def waiting(engine: Engine) -> int:
     """How many wait for a connection of the pool."""
-    return int(engine.pool._shared.numbers.waiting)  # type: ignore[attr-defined]
+    return int(inside.shared(engine.pool).numbers.waiting)
 
 
 # -- the pool does what it does without -------------------------------------------------------------

@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from psycopg.pq import Conninfo
 from sqlalchemy import Engine, create_engine, engine_from_config, exc, pool, text
 from sqlalchemy.engine import make_url
 
-from sqla_queries_pool import PoolManager, QueriesPool
-from sqla_queries_pool.plugin import PARAMETERS
+from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.engine.settings import NAMES
 
 URL = "postgresql+psycopg2://scott:tiger@db.example.net/shop?plugin=queries"
 DRIVERS_OWN = {
@@ -71,9 +72,20 @@ def test_the_url_alone_chooses_the_pool_and_configures_all_of_it(make: Any) -> N
         "&pool_logging_name=web&echo_pool=false"
     )
     queries = pool_of(engine)
-    assert (queries.size(), queries._idle_ttl, queries._gc_on_wait) == (10, 2.5, False)
-    assert (queries.timeout(), queries._use_lifo, queries._recycle) == (1.5, False, 3600)
-    assert (queries._pre_ping, queries._reset_on_return.name) == (False, "reset_commit")
+    assert (queries.size(), inside.setting(queries, "idle_ttl"), inside.setting(queries, "gc_on_wait")) == (
+        10,
+        2.5,
+        False,
+    )
+    assert (queries.timeout(), inside.setting(queries, "use_lifo"), inside.setting(queries, "recycle")) == (
+        1.5,
+        False,
+        3600,
+    )
+    assert (inside.setting(queries, "pre_ping"), inside.setting(queries, "reset_on_return").name) == (
+        False,
+        "reset_commit",
+    )
     assert (queries.logging_name, queries.echo, queries.pid) == ("web", False, f"shop-{os.getpid()}")
 
 
@@ -89,14 +101,14 @@ def test_every_parameter_of_the_pool_is_known_to_the_url() -> None:
     spelt = {"echo": "echo_pool", **{n: f"pool_{n}" for n in ("timeout", "use_lifo", "recycle", "pre_ping")}}
     spelt |= {n: f"pool_{n}" for n in ("reset_on_return", "logging_name")}
     names = get_cls_kwargs(QueriesPool) - {"creator", "dialect", "events", "_dispatch"}
-    assert {spelt.get(name, name) for name in names} == set(PARAMETERS)
+    assert {spelt.get(name, name) for name in names} == set(NAMES)
 
 
 def test_nothing_of_ours_reaches_the_driver(make: Any) -> None:
     """Neither through the URL nor through what is connected with; the driver's own options do."""
     every = "&".join(
         f"{name}={'warn' if name == 'on_deadlock' else 1}"
-        for name in PARAMETERS
+        for name in NAMES
         if name not in ("pool_size", "max_overflow", "pool_reset_on_return")
     )
     engine = make(f"{URL}&{every}&sslmode=require&application_name=till")
@@ -111,7 +123,7 @@ def test_engines_of_one_url_share_a_pool_however_they_were_configured(make: Any)
     url = "postgresql+psycopg2://scott@db.example.net/for-two"
     plain = make(url, poolclass=QueriesPool, max_size=3)
     assert pool_of(make(f"{url}?plugin=queries&max_size=4")).pid == pool_of(plain).pid
-    assert PoolManager._pools[pool_of(plain).pid].max_size == 4
+    assert inside.pools()[pool_of(plain).pid].max_size == 4
 
 
 @pytest.mark.parametrize(
@@ -126,7 +138,7 @@ def test_engines_of_one_url_share_a_pool_however_they_were_configured(make: Any)
 )
 def test_what_looks_like_ours_misspelt_is_an_error_that_names_the_nearest(wrong: str, right: str) -> None:
     """Else the driver would get it, or nobody."""
-    with pytest.raises(exc.ArgumentError, match=f"parameter '{wrong}' is not valid: write {right},"):
+    with pytest.raises(exc.ArgumentError, match=rf"parameter '{wrong}' is not known: did you mean {right}\?"):
         create_engine(f"{URL}&{wrong}=1")
 
 
@@ -140,11 +152,11 @@ def test_the_drivers_own_options_pass_through(make: Any) -> None:
 @pytest.mark.parametrize(
     ("url", "kw", "what"),
     [
-        (f"{URL}&max_size=3&max_size=4", {}, "max_size stands twice, in the URL"),
-        (f"{URL}&max_size=3", {"max_size": 3}, "max_size stands twice, in the URL and in the code"),
-        (f"{URL}&pool_timeout=3", {"pool_timeout": 3}, "pool_timeout stands twice, in the URL and"),
-        (f"{URL}&plugin=queries", {}, "plugin=queries stands twice"),
-        (URL, {"plugins": ["queries"]}, "plugin=queries stands twice"),
+        (f"{URL}&max_size=3&max_size=4", {}, "max_size is given twice, in the URL"),
+        (f"{URL}&max_size=3", {"max_size": 3}, "max_size is given twice, in the URL and in the code"),
+        (f"{URL}&pool_timeout=3", {"pool_timeout": 3}, "pool_timeout is given twice, in the URL and"),
+        (f"{URL}&plugin=queries", {}, "plugin=queries is given twice"),
+        (URL, {"plugins": ["queries"]}, "plugin=queries is given twice"),
     ],
 )
 def test_what_stands_twice_is_an_error(url: str, kw: dict[str, Any], what: str) -> None:
@@ -187,12 +199,12 @@ def test_a_pool_class_in_the_code_stays(
         engine = make(f"{URL}&max_size=3&idle_ttl=5&application_name=till", **code)
     assert type(engine.pool) is code["poolclass"]
     assert dict(engine.url.query) == {"application_name": "till"}
-    assert "another pool class is stated in the code, and stays" in caplog.text
+    assert "the code sets another pool class, which is used" in caplog.text
 
 
 def test_a_pool_in_the_code_stays(make: Any) -> None:
     """``pool=`` is more than a class."""
-    mine = pool.NullPool(lambda: None)
+    mine = pool.NullPool(lambda: None)  # type: ignore[arg-type]
     assert make(f"{URL}&max_size=3", pool=mine).pool is mine
 
 
@@ -249,7 +261,7 @@ def test_an_ini_file_needs_the_url_alone(make: Any) -> None:
     engine = engine_from_config({"sqlalchemy.url": f"{URL}&max_size=3&pool_pre_ping=false"})
     try:
         assert pool_of(engine).size() == 3
-        assert pool_of(engine)._pre_ping is False
+        assert inside.setting(pool_of(engine), "pre_ping") is False
     finally:
         engine.dispose()
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from conftest import SessionServer
 from sqlalchemy import create_engine
@@ -29,8 +30,8 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sqla_queries_pool import Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget.stats import BOUNDS
 from sqla_queries_pool.exporters import prometheus
-from sqla_queries_pool.stats import BOUNDS
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "monitoring" / "exporters.rst"
@@ -300,7 +301,7 @@ def test_what_is_told_is_what_the_pool_says_of_itself(registry: CollectorRegistr
         ("waiting_checkouts",): 0,
         ("checkouts_total",): n.checkouts,
         ("timeouts_total",): n.timeouts,
-        ("refused_total",): n.refused,
+        ("rejected_total",): n.rejected,
         ("deadlocks_total",): n.deadlocks,
         ("connects_total",): 2,
         ("connect_errors_total",): n.connect_errors,
@@ -325,10 +326,10 @@ def test_what_is_told_is_what_the_pool_says_of_itself(registry: CollectorRegistr
 def test_each_kind_of_number_is_the_one_of_its_name(registry: CollectorRegistry, engine: Engine) -> None:
     """With numbers that all differ, none is told under another's name."""
     pool = pool_of(engine)
-    totals = pool._ledger.totals
+    totals = inside.ledger(pool).totals
     names = (
         "timeouts",
-        "refused",
+        "rejected",
         "deadlocks",
         "connect_errors",
         "bypasses",
@@ -338,7 +339,7 @@ def test_each_kind_of_number_is_the_one_of_its_name(registry: CollectorRegistry,
     )
     for number, name in enumerate(names, 11):
         setattr(totals, name, number)
-    pool._ledger.peak_held = 9
+    inside.ledger(pool).peak_held = 9
     totals.closes["gave way to another engine"] = 7
     for number, durations in enumerate((totals.waited, totals.used, totals.connects), 2):
         for _ in range(number):
@@ -513,7 +514,7 @@ BAD = {
     "deadlocks_total": "0+1x80",
     "connect_errors_total": "0+1x80",
     "mended_total": "0x60 1x20",
-    "closes_total{reason='its holder is gone'}": "0+1x80",
+    "closes_total{reason='abandoned by its holder'}": "0+1x80",
     "wait_seconds_bucket{le='0.5'}": "0x80",
     "wait_seconds_bucket{le='1.0'}": "0+9x80",
     "wait_seconds_bucket{le='+Inf'}": "0+9x80",
@@ -528,8 +529,8 @@ BUSY = {
     "deadlocks_total": "2x80",
     "connect_errors_total": "0x40 1x40",
     "mended_total": "1x80",
-    "closes_total{reason='its holder is gone'}": "5x80",
-    "closes_total{reason='idle for its idle_ttl'}": "0+9x80",
+    "closes_total{reason='abandoned by its holder'}": "5x80",
+    "closes_total{reason='idle for longer than idle_ttl'}": "0+9x80",
     "wait_seconds_bucket{le='0.5'}": "0+9x80",
     "wait_seconds_bucket{le='1.0'}": "0+9x80",
     "wait_seconds_bucket{le='+Inf'}": "0+9x80",

@@ -11,6 +11,7 @@ from contextlib import closing, suppress
 from random import Random
 from typing import Any
 
+import inside
 import psycopg2
 import pytest
 from fakes import FakeClock, FakeDriver, Task
@@ -32,7 +33,7 @@ from sqla_queries_pool import (
     QueriesPool,
     pool,
 )
-from sqla_queries_pool.audit import check
+from sqla_queries_pool.budget.audit import check
 
 Eventually = Callable[..., None]
 NAMES = [
@@ -61,7 +62,7 @@ def pid() -> Iterator[str]:
     """A pool id that only this test has; what is left of its pool is closed."""
     name = f"api-{next(_numbers)}"
     yield name
-    found = PoolManager._pools.get(name)
+    found = inside.pools().get(name)
     if found is not None:
         found.shutdown()
         PoolManager.clean(name)
@@ -204,7 +205,7 @@ def test_create_is_atomic(pid: str) -> None:
         else:
             created.append(number)
 
-    for task in [Task(lambda number=number: create(number)) for number in range(count)]:
+    for task in [Task(lambda number=number: create(number)) for number in range(count)]:  # type: ignore[misc]
         task.result()
     assert (len(created), len(refused)) == (1, count - 1)
     assert PoolManager.report()["pools"][pid]["max_size"] == created[0] + 1
@@ -299,7 +300,7 @@ def test_a_session_has_to_be_one_that_can_be_seen_dying(driver: FakeDriver, pid:
     handle = driver.connect()
     PoolManager.add(pid, handle)
     for call in (lambda: PoolManager.get(pid, session), lambda: PoolManager.lock(pid, handle, session)):
-        with pytest.raises(TypeError, match="pass an instance of a class of your own"):
+        with pytest.raises(TypeError, match="Pass an instance of a class of your own"):
             call()
     assert PoolManager.has_idle_connection(pid)
 
@@ -486,7 +487,7 @@ def test_a_connection_that_is_closed_or_left_can_be_removed(
 
 
 @pytest.mark.parametrize("busy", ["locked", "executing"])
-@pytest.mark.parametrize("call", [PoolManager.remove, lambda pid: PoolManager._pools[pid].close()])
+@pytest.mark.parametrize("call", [PoolManager.remove, lambda pid: inside.pools()[pid].close()])
 def test_remove_and_close_are_all_or_nothing(
     dsn: str, pid: str, executing: Any, busy: str, call: Callable[[str], None]
 ) -> None:
@@ -543,7 +544,7 @@ def test_clean_closes_what_was_idle_for_the_ttl(driver: FakeDriver, pid: str) ->
     """By the clock that was injected; it may start at zero."""
     clock = FakeClock(0.0)
     PoolManager.create(pid, idle_ttl=10, max_size=2, time_method=clock)
-    found = PoolManager._pools[pid]
+    found = inside.pools()[pid]
     handle, session = driver.connect(), Session()
     PoolManager.add(pid, handle)
     PoolManager.get(pid, session)
@@ -690,7 +691,7 @@ def test_what_an_engine_has_out_is_refused_to_all_others(engine: Engine, pid: st
         lambda: PoolManager.remove(pid),
     ):
         with pytest.raises(ConnectionBusyError, match=str(id(handle))):
-            call()
+            call()  # type: ignore[no-untyped-call]
     assert connection.execute(text("SELECT 1")).scalar() == 1
     connection.close()
 
@@ -778,18 +779,14 @@ def test_a_shutdown_takes_no_connection_away_that_its_holder_has_just_opened(
     fairy.invalidate(soft=True)
     fairy.close()
     taken, closing = Stop(), Stop()
-    examine, close = engine_pool._examine, driver.connections[0].close
-
-    def stop_and_examine(*record_and_deadline: Any) -> Any:
-        taken.here()
-        return examine(*record_and_deadline)
+    close = driver.connections[0].close
 
     def stop_and_close() -> None:
         monkeypatch.undo()
         closing.here()
         close()
 
-    monkeypatch.setattr(engine_pool, "_examine", stop_and_examine)
+    inside.before_a_look(monkeypatch, engine_pool, taken.here)
     monkeypatch.setattr(driver.connections[0], "close", stop_and_close)
     holder = Task(engine_pool.connect)
     taken.reached()
@@ -799,7 +796,7 @@ def test_a_shutdown_takes_no_connection_away_that_its_holder_has_just_opened(
     fairy = holder.result()
     closing.go()
     shutdown.result()
-    assert fairy.dbapi_connection is fairy._connection_record.dbapi_connection is driver.connections[1]
+    assert fairy.dbapi_connection is inside.record(fairy).dbapi_connection is driver.connections[1]
     fairy.close()
     assert_whole(engine_pool, eventually)
 
@@ -815,7 +812,7 @@ def test_who_has_locked_an_engines_connection_keeps_it_when_the_engine_dies(
     PoolManager.create(f"{pid}-unrelated")
     del engine_pool
     gc.collect()
-    eventually(lambda: not PoolManager._pools[pid]._ledger.attachments)
+    eventually(lambda: not inside.ledger(inside.pools()[pid]).attachments)
     assert not handle.closed
     assert PoolManager.size(pid) == 1
     assert PoolManager.get_connection(pid, handle).used_by() is session  # type: ignore[misc]
@@ -858,7 +855,7 @@ def test_locks_and_checkouts_at_once_never_share_a_connection(driver: FakeDriver
     for task in [Task(work) for work in (check_out, lock) * 3]:
         task.result()
     assert not shared
-    check(PoolManager._pools[pid]._ledger)
+    check(inside.ledger(inside.pools()[pid]))
     assert PoolManager.size(pid) == engine_pool.checkedin() == 3
 
 
@@ -889,7 +886,7 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
 
     def lock(engine_pool: QueriesPool, random: Random) -> None:
         session = Session()
-        connection = random.choice(found.connections or [None])  # type: ignore[list-item]
+        connection = random.choice(found.connections or [None])
         if connection is None or (handle := connection.handle) is None:
             return
         PoolManager.lock(pid, handle, session)
@@ -926,15 +923,15 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
             with suppress(pool.QueriesException, ValueError):
                 what(engine_pool, random)
 
-    found = PoolManager._pools[pid]
+    found = inside.pools()[pid]
     engines = [QueriesPool(driver.connect, pool_id=pid, timeout=30) for _ in range(2)]
     whats = [check_out] * 4 + [lock, get, meddle]
-    for task in [Task(lambda n=n: work(whats[n], engines[n % 2], n)) for n in range(len(whats))]:
+    for task in [Task(lambda n=n: work(whats[n], engines[n % 2], n)) for n in range(len(whats))]:  # type: ignore[misc]
         task.result()
     gc.collect()
     PoolManager.clean(pid)
     eventually(lambda: not found.locked_connections and found.numbers.closing == 0, "all are back")
-    check(found._ledger)
+    check(inside.ledger(found))
     assert not shared
     assert found.numbers.total <= limit
     assert {c.handle for c in found.connections if c.handle is not None and not c.closed} == driver.live
@@ -979,9 +976,9 @@ def test_the_report_counts_the_locked(driver: FakeDriver, pid: str) -> None:
         PoolManager.add(pid, driver.connect())
     PoolManager.get(pid, session)
     PoolManager.get(pid, dead)
-    with PoolManager._pools[pid]._lock:  # so that nobody looks after the dead one before we have looked
+    with inside.lock(inside.pools()[pid]):  # so that nobody looks after the dead one before we have looked
         del dead
-        counts = PoolManager._pools[pid].report()["connections"]
+        counts = inside.pools()[pid].report()["connections"]
     assert (counts["locked"], counts["busy"], counts["idle"]) == (2, 1, 2)
 
 
@@ -1219,7 +1216,7 @@ def outcomes(module: Any, steps: str) -> list[Any]:
         if verb == "create":
             return manager.create(name, 60, *arguments)
         if verb == "pool":
-            return getattr(manager._pools[name], arguments[0])()
+            return getattr(inside.pools(manager)[name], arguments[0])()
         if verb == "close":
             return arguments[0].close()
         if verb == "closed":
@@ -1242,7 +1239,7 @@ def outcomes(module: Any, steps: str) -> list[Any]:
         connection.executing = False
     if name in manager.instance():
         with suppress(Exception):
-            manager._pools[name].shutdown()
+            inside.pools(manager)[name].shutdown()
         manager.clean(name)
     return found
 

@@ -24,7 +24,7 @@ from proxy import Proxy
 from sqlalchemy import Engine, create_engine
 
 from sqla_queries_pool import QueriesPool
-from sqla_queries_pool.embedded import EmbeddedPostgres
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 
 pytestmark = pytest.mark.slow
 

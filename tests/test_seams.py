@@ -22,8 +22,9 @@ from sqlalchemy.pool.base import ResetStyle
 from sqlalchemy.util import get_cls_kwargs
 
 import sqla_queries_pool
-from sqla_queries_pool import QueriesPool, seams
-from sqla_queries_pool.records import Record
+from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.engine import seams
+from sqla_queries_pool.engine.records import Record
 
 PACKAGE = Path(sqla_queries_pool.__file__).parent
 SQLALCHEMYS = (Pool, pool_base._ConnectionRecord, pool_base._ConnectionFairy)
@@ -115,8 +116,8 @@ def test_all_that_is_private_in_sqlalchemy_is_listed_with_its_reason() -> None:
     """Whatever room it is used in; "private" is what begins with an underscore."""
     ours = set(dir(Record)) - set(dir(pool_base._ConnectionRecord))  # and what we only call the same
     used = {name for path in PACKAGE.rglob("*.py") for name in private_names(ast.parse(path.read_text()))}
-    for room in ("queries_pool.py", "records.py"):
-        names = private_names(ast.parse((PACKAGE / room).read_text()))
+    for room in sorted((PACKAGE / "engine").glob("*.py")):
+        names = private_names(ast.parse(room.read_text()))
         assert (names & sqlalchemys()) - ours <= set(seams.PRIVATE)
     assert {name for name in seams.PRIVATE if name.startswith("_")} <= used
 
@@ -215,7 +216,7 @@ def test_a_check_in_calls_back_the_last_first_then_tells_the_listeners(spy: SpyP
 def test_a_records_reset_takes_a_connection_that_is_nobodys(driver: FakeDriver, spy: SpyPool) -> None:
     """``do_rollback`` of a dialect gets what looks like a fairy."""
     record = pool_base._ConnectionRecord(spy)
-    spy._dialect.do_rollback(seams.AdhocProxiedConnection(record.dbapi_connection, record))
+    spy._dialect.do_rollback(seams.AdhocProxiedConnection(record.dbapi_connection, record))  # type: ignore[arg-type]
     assert driver.connections[0].calls["rollback"] == 1
 
 

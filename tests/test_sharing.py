@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeClock, FakeDriver, Task
 from sqlalchemy import create_engine, text
@@ -42,7 +43,7 @@ def make_pool(driver: FakeDriver, pid: str) -> Callable[..., QueriesPool]:
 
 def report(pid: str) -> dict[str, Any]:
     """What is reported about a pool."""
-    found: dict[str, Any] = PoolManager._pools[pid].report()
+    found: dict[str, Any] = inside.pools()[pid].report()
     return found
 
 
@@ -171,8 +172,10 @@ def test_a_limit_lifted_by_an_engine_is_warned_of_once(
         pools[0].dispose()
         pools[0].recreate()
     (record,) = caplog.records
-    assert record.message.startswith(f"{pools[0].pid}: an engine states no limit, which lifts it for all")
-    assert "max_size=… those above it wait their turn" in record.message
+    assert record.message.startswith(
+        f"{pools[0].pid}: an engine sets no limit, so all engines of this database have none"
+    )
+    assert "With max_size=… checkouts above it wait their turn" in record.message
 
 
 def test_raised_under_load_waiters_are_served_at_once(
@@ -193,7 +196,7 @@ def test_raised_under_load_waiters_are_served_at_once(
 
     tasks = []
     for number in range(4):
-        tasks.append(Task(lambda number=number: work(number)))
+        tasks.append(Task(lambda number=number: work(number)))  # type: ignore[misc]
         eventually(lambda n=number + 1: report(pid)["waiting"] == n)
     PoolManager.set_max_size(pid, 3)
     eventually(lambda: len(served) == 2)
@@ -448,7 +451,7 @@ def test_an_sqlite_database_in_memory_is_one_connection_for_ever(url: str) -> No
         with pytest.raises(CheckoutTimeout):
             one.connect()
     PoolManager.clean(pool.pid)
-    assert pool._attachment.ttl == math.inf
+    assert inside.attachment(pool).ttl == math.inf
     with one.connect() as connection:
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 0
     for engine in (one, two):

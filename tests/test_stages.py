@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import inside
 import pytest
 from fakes import FakeConnection, FakeDriver
 from hazards import Probe, Thread, new_pid, new_pool
@@ -17,7 +18,7 @@ from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.engine.default import DefaultDialect
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.diagnostics import OPENING, PROBING, WAITING, Stages
+from sqla_queries_pool.engine.stages import OPENING, PROBING, WAITING, Stages
 
 Eventually = Callable[..., None]
 NewEngine = Callable[..., Engine]
@@ -77,7 +78,7 @@ def notes(error: BaseException | None) -> list[str]:
 def spent(error: BaseException | None) -> tuple[str, dict[str, float]]:
     """The stage in which an error came, and how many seconds each stage has taken."""
     (note,) = notes(error)
-    found = re.fullmatch(r"QueriesPool (\S+) was (.*); it has spent (.*)", note)
+    found = re.fullmatch(r"QueriesPool (\S+) was (.*)\. Time spent: (.*)", note)
     assert found, note
     each = [part.partition(" s ") for part in found[3].split(", ")]
     assert len({stage for _, _, stage in each}) == len(each), "a stage twice"
@@ -121,7 +122,7 @@ def test_who_waits_and_then_opens_says_both(eventually: Eventually) -> None:
     pool = new_pool(pid, driver.connect, max_size=1)
     held = other.connect()
     waiting = Thread(pool.connect)
-    eventually(lambda: pool._attachment.line)
+    eventually(lambda: inside.attachment(pool).queue)
     driver.failures = 1
     held.close()
     with pytest.raises(FakeDriver.OperationalError) as raised:
@@ -182,13 +183,13 @@ def test_who_waited_pinged_and_opened_in_vain_reads_all_three(
         pool_timeout=1,
         pool_reset_on_return=None,
     )
-    shared, line = engine.pool._shared, engine.pool._attachment.line
+    shared, line = inside.shared(engine.pool), inside.attachment(engine.pool).queue
     held = engine.raw_connection()
     began = time.monotonic()
     waiting = Thread(engine.connect)
     eventually(lambda: line)
     since = next(iter(line)).since
-    eventually(lambda: shared.now() - since > 0.3)
+    eventually(lambda: inside.now(shared) - since > 0.3)
     proxy.blackhole()
     held.close()
     with pytest.raises(exc.OperationalError) as raised:
@@ -232,7 +233,9 @@ def test_a_note_names_the_pool_and_is_printed(new_engine: NewEngine) -> None:
     with pytest.raises(exc.DBAPIError) as raised:
         engine.connect()
     (note,) = notes(raised.value)
-    assert note.startswith(f"QueriesPool {engine.pool._shared.label} was opening a connection; it has spent ")
+    assert note.startswith(
+        f"QueriesPool {inside.shared(engine.pool).label} was opening a connection. Time spent: "
+    )
     assert str(raised.value.orig) == "the server is not there"
     printed = "".join(traceback.format_exception(raised.value))
     assert note in printed or not hasattr(raised.value, "add_note")
@@ -241,7 +244,7 @@ def test_a_note_names_the_pool_and_is_printed(new_engine: NewEngine) -> None:
 def test_one_error_that_is_raised_again_has_one_note(new_engine: NewEngine) -> None:
     """The last; what others have noted stays, in its order."""
     error = ValueError("no such database")
-    error.__notes__ = ["the administrator's note"]  # type: ignore[attr-defined]
+    error.__notes__ = ["the administrator's note"]
 
     def creator() -> Any:
         raise error
@@ -268,13 +271,13 @@ def test_notes_of_two_pools_do_not_pile_up(new_engine: NewEngine) -> None:
         with pytest.raises(ValueError, match="no such database"):
             outer.connect()
     assert len(notes(error)) == 1
-    assert outer._shared.label in notes(error)[0]
+    assert inside.shared(outer).label in notes(error)[0]
 
 
 def test_the_seconds_are_those_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that is entered again adds up; the one that it is in counts until now."""
     now = [10.0]
-    monkeypatch.setattr("sqla_queries_pool.diagnostics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sqla_queries_pool.engine.stages.time.monotonic", lambda: now[0])
     stages, error = Stages(), ValueError()
     for stage, seconds in [(WAITING, 1.0), (OPENING, 2.0), (WAITING, 4.0), (PROBING, 8.5)]:
         stages.enter(stage)
@@ -294,10 +297,10 @@ def test_no_password_is_in_a_note(driver: str, pg_url: str, new_engine: NewEngin
     with pytest.raises(exc.OperationalError) as failed:
         engine.connect()
     assert make_url(pg_url).database in notes(failed.value)[0]
-    holder = engine.pool._shared.take(engine.pool._attachment)
+    holder = inside.checkouts(engine.pool).take(inside.attachment(engine.pool))
     with pytest.raises(CheckoutTimeout) as timeout:
         engine.connect()
-    engine.pool._shared.failed(holder, None)
+    inside.checkouts(engine.pool).failed(holder)
     for error in (failed.value, timeout.value):
         assert len(notes(error)) == 1
         assert "Pa55word" not in notes(error)[0]
@@ -326,7 +329,7 @@ def test_an_error_that_takes_no_notes_is_raised_all_the_same(new_engine: NewEngi
 def after(engine: Any, seconds: float) -> None:
     """Wait until the housekeeper has done all that is due by then."""
     probe = Probe()
-    engine.pool._shared.housekeeper.schedule(probe, seconds)
+    inside.housekeeper(engine.pool).schedule(probe, seconds)
     assert probe.swept.wait(20.0), "the housekeeper does not come by"
 
 
@@ -386,12 +389,12 @@ def test_a_pre_ping_that_answers_leaves_nothing_that_could_hang_up(
     engine = new_engine(url, pool_pre_ping=True, ping_timeout=0.05)
     engine.connect().close()
     held = engine.raw_connection()
-    record: Any = held._connection_record  # type: ignore[attr-defined]
+    record: Any = inside.record(held)
     backend = held.cursor()
     backend.execute("SELECT pg_backend_pid()")
     (first,) = backend.fetchone()  # type: ignore[misc]
     after(engine, 0.06)
-    assert record.fuse is None
+    assert record.ping_timeout is None
     backend.execute("SELECT pg_backend_pid()")
     assert backend.fetchone() == (first,)
     held.close()
@@ -402,16 +405,16 @@ def test_a_pre_ping_is_bounded_while_it_lasts(new_engine: NewEngine) -> None:
     engine, driver = fake_engine(new_engine, pool_pre_ping=True)
     engine.connect().close()
     seen: list[Any] = []
-    (record,) = engine.pool._attachment.idle
-    driver.on_ping = lambda _: seen.append(record.fuse)
+    (record,) = inside.attachment(engine.pool).idle
+    driver.on_ping = lambda _: seen.append(record.ping_timeout)
     with engine.connect():
         assert seen != [None]
         assert len(seen) == 1
-        assert record.fuse is None
-        assert seen[0]._handle is None
-        assert not seen[0].blown
+        assert record.ping_timeout is None
+        assert inside.ping_of(seen[0]) is None
+        assert not seen[0].expired
     seen.clear()
-    driver.on_ping = lambda _: seen.append(record.fuse)
+    driver.on_ping = lambda _: seen.append(record.ping_timeout)
     with engine.connect():
         assert len(seen) == 1
 
@@ -422,7 +425,7 @@ def test_a_connection_that_has_just_been_opened_is_not_bounded(new_engine: NewEn
     pinged: list[Any] = []
     driver.on_ping = pinged.append
     fairy: Any = engine.raw_connection()
-    assert fairy._connection_record.fuse is None
+    assert inside.record(fairy).ping_timeout is None
     assert not pinged
     fairy.close()
 
@@ -434,7 +437,7 @@ def test_listeners_of_a_checkout_run_when_the_ping_is_over(new_engine: NewEngine
 
     @event.listens_for(engine, "checkout")
     def checkout(_: Any, record: Any, __: Any) -> None:
-        seen.append(record.fuse)
+        seen.append(record.ping_timeout)
 
     engine.connect().close()
     engine.connect().close()
@@ -446,7 +449,7 @@ def test_listeners_that_came_with_the_pool_run_when_the_ping_is_over(new_engine:
     seen: list[Any] = []
 
     def checkout(_: Any, record: Any, __: Any) -> None:
-        seen.append(record.fuse)
+        seen.append(record.ping_timeout)
 
     engine, _ = fake_engine(new_engine, pool_pre_ping=True, pool_events=[(checkout, "checkout")])
     engine.connect().close()
@@ -505,15 +508,17 @@ def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
     del dialect.do_ping
     assert seen == [True]
     assert engine.pool.checkedout() == 0
-    (record,) = [*engine.pool._attachment.idle, *engine.pool._attachment.hollow]
+    (record,) = [*inside.attachment(engine.pool).idle, *inside.attachment(engine.pool).hollow]  # type: ignore[misc]
     engine.connect().close()
-    assert record.fuse is None
+    assert record.ping_timeout is None  # type: ignore[has-type]
     assert driver.numbers() == [2]
 
 
 def count(pool: Any) -> int:
     """How often a pool is told that a ping is over."""
-    return sum(listener.__module__ == "sqla_queries_pool.queries_pool" for listener in pool.dispatch.checkout)
+    return sum(
+        listener.__module__ == "sqla_queries_pool.engine.queries_pool" for listener in pool.dispatch.checkout
+    )
 
 
 def test_the_listener_is_there_once(new_engine: NewEngine) -> None:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
+import inside
 import pytest
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
@@ -33,9 +34,9 @@ from sqla_queries_pool import (
     QueriesPool,
     Statistics,
 )
-from sqla_queries_pool.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
-from sqla_queries_pool.pool.hands import DEAD, INVALIDATED
-from sqla_queries_pool.stats import Durations
+from sqla_queries_pool.budget.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
+from sqla_queries_pool.budget.stats import Durations
+from sqla_queries_pool.runtime.connections import DEAD, INVALIDATED
 
 Eventually = Callable[..., None]
 SEED = 20261123
@@ -50,8 +51,8 @@ def clock() -> FakeClock:
 @pytest.fixture
 def lonely(monkeypatch: pytest.MonkeyPatch) -> None:
     """The manager knows the pools of this test alone; others' still close what earlier tests left."""
-    monkeypatch.setattr(PoolManager, "_pools", {})
-    monkeypatch.setattr(PoolManager, "_gone", ManagerStatistics())
+    inside.hide_pools(monkeypatch)
+    inside.forget_the_gone(monkeypatch, ManagerStatistics())
 
 
 @pytest.fixture
@@ -240,7 +241,7 @@ def test_each_close_is_counted_under_its_reason(
     PoolManager.create(pid, 10.0, 4, clock)
     first, second = engine(pool_id=pid, max_size=4), engine(pool_id=pid, max_size=4)
     pool: Any = first.pool
-    shared: Pool = pool._shared
+    shared: Pool = inside.shared(pool)
 
     def closes() -> dict[str, int]:
         return dict(pool.statistics().closes)
@@ -251,7 +252,7 @@ def test_each_close_is_counted_under_its_reason(
 
     fill(1)[0].close()
     clock.now += 11.0
-    shared.sweep()
+    inside.upkeep(shared).sweep()
     eventually(lambda: closes() == {IDLE_TTL: 1}, "closed by age")
     connection = first.pool.connect()
     connection.invalidate()
@@ -266,7 +267,7 @@ def test_each_close_is_counted_under_its_reason(
     assert pool.statistics().evictions == 1
     first.dispose()
     assert closes()[DISPOSED] == 2
-    last = second.pool._attachment.idle[0].slot.handle  # type: ignore[attr-defined]
+    last = inside.attachment(second.pool).idle[0].slot.handle
     PoolManager.remove_connection(pid, last)
     assert closes()[REMOVED] == 1
     numbers = pool.statistics()
@@ -324,7 +325,7 @@ def test_a_rollback_that_fails_at_checkin_is_a_failed_reset() -> None:
     numbers = pool.statistics()
     assert (numbers.failed_resets, numbers.checkouts, numbers.held) == (1, 1, 0)
     assert sum(numbers.closes.values()) == 1
-    shared = pool._shared
+    shared = inside.shared(pool)
     shared.add(handle := Stubborn())
     shared.lock(handle, session := type("Session", (), {})())
     shared.free(handle)
@@ -356,7 +357,7 @@ def test_detached_and_lost_ones_count_as_checkouts_that_are_over(eventually: Eve
     # What an interrupt in the middle of a checkout leaves: a record that nobody has in hand any more.
     fairy: Any = pool.connect()
     pool.records_out.clear()
-    fairy._connection_record.fairy_ref = None
+    inside.record(fairy).fairy_ref = None
     fairy.dbapi_connection = fairy._connection_record = None
     del fairy
     gc.collect()
@@ -388,7 +389,7 @@ def test_what_an_audit_puts_right_is_counted(pid: str) -> None:
     """Here, what is being opened was miscounted."""
     pool = new_pool(pid)
     pool.connect().close()
-    pool._shared._ledger.opening.update(pool._shared._ledger.slots)
+    inside.ledger(pool).opening.update(inside.ledger(pool).slots)
     assert len(pool.audit().mended) == 1
     assert pool.statistics().mended == 1
     assert pool.audit().mended == ()
@@ -474,7 +475,7 @@ def test_changing_what_one_was_given_changes_nothing_in_the_pool(pid: str) -> No
     pool.connect().invalidate()
     numbers = pool.statistics()
     with contextlib.suppress(TypeError):
-        numbers.closes["mine"] = 5  # type: ignore[index]
+        numbers.closes["mine"] = 5
     assert pool.statistics().closes == {INVALIDATED: 1}
 
 
@@ -517,20 +518,20 @@ def test_totals_survive_dispose_ttl_and_removal(
     assert successor.statistics().connects == 2
     PoolManager.set_idle_ttl(pid, 10)
     clock.now += 11.0
-    successor._shared.sweep()
-    shared = successor._shared
+    inside.upkeep(successor).sweep()
+    shared = inside.shared(successor)
     eventually(lambda: not shared.statistics().open, "closed by age")
     assert successor.statistics().checkouts == 4
     del pool, successor
     gc.collect()
-    eventually(lambda: not shared._ledger.attachments, "the engines are gone")
+    eventually(lambda: not inside.ledger(shared).attachments, "the engines are gone")
     PoolManager.clean(pid)
     assert pid not in PoolManager.statistics().pools
     after = PoolManager.statistics()
     assert (after.checkouts, after.connects, after.closes) == (4, 2, 2)
     again = new_pool(pid)
     again.connect().close()
-    assert again._shared is not shared
+    assert inside.shared(again) is not shared
     assert PoolManager.statistics().checkouts == 5
     assert PoolManager.statistics().pools[pid].checkouts == 1
 
@@ -558,12 +559,12 @@ def test_the_managers_numbers_are_the_sum_of_the_pools(
         connection = pool.connect()
         waiter = Thread(lambda pool=pool: pool.connect().invalidate())
         eventually(lambda pool=pool: pool.statistics().waiting, "it waits")
-        pool._timeout = 0
+        inside.set_timeout(pool, 0)
         with pytest.raises(CheckoutTimeout):
             pool.connect()
         connection.close()
         waiter.join()
-        pool._shared.count("deadlocks")
+        inside.count(pool, "deadlocks")
     found, single = PoolManager.statistics(), [pool.statistics() for pool in pools]
     assert isinstance(found, ManagerStatistics)
     assert found.pools == {numbers.pid: numbers for numbers in single}
@@ -588,7 +589,7 @@ def test_a_forked_child_counts_from_nothing(pid: str) -> None:
         try:
             mine, all_of_them = pool.statistics(), PoolManager.statistics()
             told = [mine.checkouts, mine.connects, mine.timeouts, mine.peak_held, mine.held, mine.open]
-            told += [all_of_them.checkouts, all_of_them.closes, len(pool._shared.last_timeouts)]
+            told += [all_of_them.checkouts, all_of_them.closes, len(inside.shared(pool).last_timeouts)]
             pool.connect().close()
             told.append(pool.statistics().checkouts)
             os.write(write, json.dumps(told).encode())
@@ -639,7 +640,7 @@ def test_under_threads_every_total_adds_up_exactly(
                 count("timeouts")
                 continue
             except FakeDriver.OperationalError:
-                count("refused")
+                count("rejected")
                 continue
             count("taken")
             what = chance.random()
@@ -679,7 +680,7 @@ def test_under_threads_every_total_adds_up_exactly(
     done.set()
     assert all(watcher.join() for watcher in watchers)
     gc.collect()
-    eventually(lambda: not pool.statistics().held and not pool._shared._inbox, "all came home")
+    eventually(lambda: not pool.statistics().held and not inside.inbox(pool), "all came home")
     numbers = pool.statistics()
     opened = sum(line.startswith("open") for line in driver.events)
     closed = sum(line.startswith("close") for line in driver.events)

@@ -1,7 +1,7 @@
 """The four demonstrations.
 
-Each does the same to QueuePool and to QueriesPool, on the same database, and returns what it measured.
-All that is chosen stands in :class:`Parameters`, and is part of the result.
+Each gives QueuePool and QueriesPool the same work on the same database, and returns what it measured.
+All parameters stand in :class:`Parameters`, and are part of the result.
 """
 
 from __future__ import annotations
@@ -29,94 +29,96 @@ KINDS = (QUEUE, QUERIES)
 
 @dataclass(frozen=True)
 class Parameters:
-    """What is chosen; durations in seconds."""
+    """The parameters of a run; durations in seconds."""
 
     seconds: float = 4.0
     """How long each load is measured."""
     threads: int = 40
     work: float = 0.005
-    """How long a thread has a connection: ``SELECT pg_sleep(0.005)``."""
+    """How long a thread holds a connection: ``SELECT pg_sleep(0.005)``."""
     timeout: float = 1.0
     """The pools' ``timeout`` under load."""
     engines: int = 3
     max_size: int = 8
     """Of each of these engines."""
     connections: int = 4
-    """``max_size`` where fairness is measured."""
+    """``max_size`` in the measurement of fairness."""
     burst: int = 10
-    """``max_size``, and how many connections are used at the same time."""
+    """``max_size``, and the number of connections in use at the same time."""
     idle_ttl: float = 2.0
     grace: float = 1.0
-    """How long after ``idle_ttl`` the connections left are counted."""
+    """How long after ``idle_ttl`` the remaining connections are counted."""
     holders: tuple[str, ...] = ("web request 17", "nightly report", "import of orders")
     """The threads that exhaust a pool, each with one of its connections."""
     holders_interval: float = 0.2
-    """Between one holder's checkout and the next's."""
+    """Between the checkout of one holder and that of the next."""
     exhausted_timeout: float = 0.5
     """The ``timeout`` of that pool."""
 
     def fitted(self, room: int) -> Parameters:
         """Return the parameters for a server that has room for that many connections.
 
-        :raises DemoError: there is too little.
+        :raises DemoError: there is too little room.
         """
         max_size = min(self.max_size, room // self.engines)
         burst = min(self.burst, room // len(KINDS))
         if max_size < 2 or burst < 3:
             raise DemoError(
                 f"the server has room for {room} more connections of this user, and the demo needs "
-                f"{max(2 * self.engines, 3 * len(KINDS))}: end some, or raise max_connections"
+                f"{max(2 * self.engines, 3 * len(KINDS))}: close some, or raise max_connections"
             )
         return replace(self, max_size=max_size, burst=burst, connections=min(self.connections, room))
 
 
 @dataclass(frozen=True)
 class Load:
-    """What came of a load on one kind of pool; durations in seconds."""
+    """The results of a load on one kind of pool; durations in seconds."""
 
     checkouts_per_second: float
+    checkouts_per_second_per_connection: float
+    """Divided by ``most_connections``: what the server got done for each connection that it had to keep."""
     fewest_checkouts: int
-    """Of one thread; so are the median and the most."""
+    """Of one thread, like the median and the most."""
     median_checkouts: float
     most_checkouts: int
     jain: float
-    """Jain's index over the checkouts per thread: 1 where all have the same."""
+    """Jain's index over the checkouts per thread: 1 where all threads have the same."""
     longest_wait: float
     timeouts: int
     connects: int
-    """Connections that were opened."""
+    """How many connections were opened."""
     most_connections: int
-    """Ever seen on the server."""
+    """The most that were ever seen on the server."""
     looks: int
-    """How often it was asked."""
+    """How often the server was asked."""
 
 
 @dataclass(frozen=True)
 class Burst:
-    """What is left after a burst; durations in seconds."""
+    """The connections that remain after a burst; durations in seconds."""
 
     connections: int
-    """On the server, at the height of the burst."""
+    """On the server, at the peak of the burst."""
     left: int
-    """On the server, ``idle_ttl + grace`` later: one of them is in use all the time."""
+    """On the server, ``idle_ttl + grace`` later. One of them is in use all the time."""
     seconds_to_one: float | None
-    """When the server had only the one in use for the first time, None if never."""
+    """When the server first had only the one in use, None if never."""
     checkouts_meanwhile: int
-    """So none of it was brought about by somebody who used the pool."""
+    """0: the idle connections were closed although nobody used the pool."""
 
 
 @dataclass(frozen=True)
 class Exhausted:
-    """What somebody is told who asks an exhausted pool."""
+    """The error of a checkout from an exhausted pool."""
 
     message: str
     holders_named: int
-    """How many of the threads that hold its connections it names."""
+    """How many of the threads that hold connections it names."""
 
 
 @dataclass(frozen=True)
 class Facts:
-    """All that was measured, for each kind of pool, and where."""
+    """All measurements, for each kind of pool, and the environment."""
 
     parameters: Parameters
     environment: dict[str, str | int] = field(default_factory=dict)
@@ -126,19 +128,19 @@ class Facts:
     exhausted: dict[str, Exhausted] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The same for JSON."""
         return asdict(self) | {"summary": summary(self)}
 
 
 def demonstrate(server: Server, parameters: Parameters, say: Say) -> Facts:
     """Run all four.
 
-    :raises DemoError: the server does not allow it.
+    :raises DemoError: the server does not allow it, or was lost.
     """
     try:
         return _demonstrate(server, parameters, say)
     except server.errors as error:
-        raise DemoError(f"{server} failed us: {server.explain(error)}; try again") from error
+        raise DemoError(f"lost {server}: {server.explain(error)}; try again") from error
 
 
 def _demonstrate(server: Server, parameters: Parameters, say: Say) -> Facts:
@@ -160,7 +162,7 @@ def _demonstrate(server: Server, parameters: Parameters, say: Say) -> Facts:
 
 
 def environment(server: Server, room: int) -> dict[str, str | int]:
-    """What ran, and on what."""
+    """Versions, and the database."""
     return {
         "database": str(server),
         "postgresql": server.version,
@@ -175,8 +177,8 @@ def environment(server: Server, room: int) -> dict[str, str | int]:
 def options(name: str, max_size: int, timeout: float, idle_ttl: float) -> dict[str, Any]:
     """The arguments of ``create_engine`` for one kind of pool with this limit.
 
-    QueuePool keeps its default ``pool_size`` and gets the rest as ``max_overflow``: keeping more would
-    make it look worse after a burst, keeping less would make it reconnect under load.
+    QueuePool keeps its default ``pool_size`` and gets the rest as ``max_overflow``. With a larger
+    ``pool_size`` it would look worse after a burst, with a smaller one it would reconnect under load.
     """
     if name == QUERIES:
         return {
@@ -198,7 +200,7 @@ def options(name: str, max_size: int, timeout: float, idle_ttl: float) -> dict[s
 def engines(
     server: Server, name: str, max_size: int, timeout: float, idle_ttl: float, number: int = 1
 ) -> Iterator[list[Engine]]:
-    """Some engines with one kind of pool; at the end they are disposed, and the server knows it."""
+    """Some engines with one kind of pool. At the end they are disposed of, and the server has closed all."""
     made = [server.engine(name, **options(name, max_size, timeout, idle_ttl)) for _ in range(number)]
     try:
         yield made
@@ -220,6 +222,7 @@ def under_load(server: Server, p: Parameters, name: str, number: int, max_size: 
 def _load(outcome: Outcome, most: int, looks: int) -> Load:
     return Load(
         checkouts_per_second=round(outcome.throughput, 1),
+        checkouts_per_second_per_connection=round(outcome.throughput / max(most, 1), 1),
         fewest_checkouts=outcome.fewest,
         median_checkouts=outcome.median,
         most_checkouts=outcome.most,
@@ -264,7 +267,7 @@ def _count_checkouts(pool: Pool) -> list[None]:
 def _wait_for_idle(
     server: Server, p: Parameters, busy: list[PoolProxiedConnection]
 ) -> tuple[dict[str, float], dict[str, int]]:
-    """Keep some connections busy; return when each name was down to one, and how many it has left."""
+    """Keep some connections busy. Return when each pool was down to one, and how many it has left."""
     work = sleep_on_server(p.work)
     start = time.monotonic()
     to_one: dict[str, float] = {}
@@ -280,7 +283,7 @@ def _wait_for_idle(
 
 
 def when_exhausted(server: Server, p: Parameters, name: str) -> Exhausted:
-    """Demonstration (d): as many holders as there are connections, and one more who asks."""
+    """Demonstration (d): as many holders as there are connections, and one more checkout."""
     with engines(server, name, len(p.holders), p.exhausted_timeout, p.idle_ttl) as [engine]:
         with _held_by(p, engine.pool):
             try:
@@ -294,7 +297,7 @@ def when_exhausted(server: Server, p: Parameters, name: str) -> Exhausted:
 
 @contextmanager
 def _held_by(p: Parameters, pool: Pool) -> Iterator[None]:
-    """Have each of the holders take a connection, one after the other, and keep it meanwhile."""
+    """Let each holder check out a connection, one after the other, and hold it meanwhile."""
     enough = threading.Event()
     errors: list[BaseException] = []
     threads = []
@@ -325,7 +328,7 @@ def _held_by(p: Parameters, pool: Pool) -> Iterator[None]:
 
 
 def summary(facts: Facts) -> list[str]:
-    """One or two sentences, with what the figures of this run bear out and nothing else."""
+    """Two sentences. They state only what the figures of this run show."""
     return [_about_limits(facts), _about_fairness(facts)]
 
 
@@ -334,7 +337,7 @@ def _about_limits(facts: Facts) -> str:
     theirs, ours = facts.three_engines[QUEUE], facts.three_engines[QUERIES]
     before, after = facts.burst[QUEUE], facts.burst[QUERIES]
     most = f"{p.engines} engines with max_size {p.max_size} had {ours.most_connections} connections at most"
-    shrunk = f"{p.idle_ttl + p.grace:g} s after a burst {after.left} of {after.connections} were left"
+    shrunk = f"{p.idle_ttl + p.grace:g} s after a burst {after.left} of {after.connections} were open"
     if ours.most_connections < theirs.most_connections and after.left < before.left:
         return (
             f"QueriesPool: {most} (QueuePool {theirs.most_connections}), "
@@ -346,11 +349,12 @@ def _about_limits(facts: Facts) -> str:
 def _about_fairness(facts: Facts) -> str:
     theirs, ours = facts.fairness[QUEUE], facts.fairness[QUERIES]
     spread = f"{ours.fewest_checkouts} to {ours.most_checkouts} checkouts per thread"
-    waited = f"{ours.longest_wait * 1000:,.0f} ms the longest wait"
-    rate = f"{ours.checkouts_per_second / max(theirs.checkouts_per_second, 0.1):.2f} times as many in all"
+    waited = f"longest wait {ours.longest_wait * 1000:,.0f} ms"
+    ratio = ours.checkouts_per_second / max(theirs.checkouts_per_second, 0.1)
+    rate = f"{ratio:.2f} times QueuePool's throughput"
     if ours.jain > theirs.jain and ours.longest_wait < theirs.longest_wait:
         return (
             f"QueriesPool: {spread}, {waited} (QueuePool {theirs.fewest_checkouts} to "
-            f"{theirs.most_checkouts}, {theirs.longest_wait * 1000:,.0f} ms), {rate}."
+            f"{theirs.most_checkouts}, {theirs.longest_wait * 1000:,.0f} ms), at {rate}."
         )
     return f"This run shows no advantage of QueriesPool in fairness: {spread}, {waited}, {rate}."

@@ -1,4 +1,4 @@
-"""The demo's database: which one, what it allows, and what it says about our connections."""
+"""The demo's database: its URL, its limits, and the number of our connections."""
 
 from __future__ import annotations
 
@@ -15,23 +15,23 @@ from sqlalchemy import create_engine, exc, make_url
 from sqlalchemy.engine import URL, Engine
 from sqlalchemy.pool import NullPool, PoolProxiedConnection
 
-from ..embedded import EmbeddedPostgres, EmbeddedPostgresError
+from .embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 DRIVERS = ("psycopg2", "psycopg")
 CONNECT_TIMEOUT = 10
-"""Seconds, where the URL says nothing."""
+"""Seconds, if the URL does not say."""
 INTERVAL = 0.01
-"""Seconds between two looks at the server: what is open for a shorter time may go unseen."""
+"""Seconds between two queries of the server. A connection that is open for a shorter time may go unseen."""
 VARIABLE = "DATABASE_URL"
 EXAMPLE = "postgresql://user:password@host:5432/database"
 
 
 Say: TypeAlias = Callable[[str, float], None]
-"""Told what is being done next, and for about how many seconds."""
+"""Called with the next step, and about how many seconds it takes."""
 
 
 class DemoError(Exception):
-    """What the user can mend: the text is one line, with the remedy and without secrets."""
+    """An error that the user can correct. The text is one line, with the remedy and without secrets."""
 
 
 def read_url(text: str) -> URL:
@@ -42,7 +42,7 @@ def read_url(text: str) -> URL:
     try:
         url = make_url(text)
     except (exc.ArgumentError, ValueError):
-        # What SQLAlchemy says may quote the text, and so the password.
+        # SQLAlchemy's message may quote the text, and so the password.
         raise DemoError(f"this is not a database URL; write {EXAMPLE}") from None
     name, _, driver = url.drivername.partition("+")
     if name not in ("postgresql", "postgres"):  # the latter is libpq's, and what hosters hand out
@@ -57,9 +57,9 @@ def read_url(text: str) -> URL:
 
 @contextmanager
 def database(stated: str | None, say: Say) -> Iterator[URL]:
-    """The database that is stated or that the environment names, else a server of our own meanwhile.
+    """The database of ``--url`` or of the environment, else a server of our own for the duration.
 
-    :raises DemoError: it is not PostgreSQL, or there is nothing to start one from.
+    :raises DemoError: it is not PostgreSQL, or no PostgreSQL is installed to start.
     """
     source, text = ("--url", stated) if stated is not None else (VARIABLE, os.environ.get(VARIABLE))
     if stated is None and not text:
@@ -88,16 +88,16 @@ def _embedded(say: Say) -> Iterator[URL]:
 
 
 class Server:
-    """One database and an observer's connection to it.
+    """One database, and an observer's connection to it.
 
-    :param url: of the database; from :func:`read_url`.
+    :param url: of the database, from :func:`read_url`.
     :raises DemoError: it can't be reached.
     """
 
     def __init__(self, url: URL) -> None:
         self._url = url
         self._run = f"sqla_queries_pool {secrets.token_hex(4)}"
-        """Begins the ``application_name`` of this run's connections: nobody else's are counted."""
+        """Prefix of the ``application_name`` of this run's connections. Only these are counted."""
         self._engine = self.engine("observer", poolclass=NullPool)
         self._observer = self._connect()
         self._turn = threading.Lock()
@@ -130,7 +130,7 @@ class Server:
         return observer
 
     def explain(self, error: BaseException) -> str:
-        """The first line of what a driver says, without the password."""
+        """The first line of a driver's error, without the password."""
         said = str(error).strip() or type(error).__name__
         line = said.splitlines()[0].strip()
         for secret in (self._url.password, *_texts(self._url.query.get("password"))):
@@ -144,14 +144,14 @@ class Server:
             self._observer.close()
 
     def query(self, sql: str, *parameters: object) -> list[tuple[Any, ...]]:
-        """The rows of a statement, through the observer's connection."""
+        """The rows of a statement, run on the observer's connection."""
         with self._turn, closing(self._observer.cursor()) as cursor:
             cursor.execute(sql, parameters)
             return list(cursor.fetchall())
 
     @property
     def errors(self) -> type[Exception]:
-        """What the driver raises, and its pools: SQLAlchemy wraps no error of these."""
+        """The driver's base exception. SQLAlchemy does not wrap the errors of pools and raw connections."""
         dbapi = self._engine.dialect.loaded_dbapi
         error: type[Exception] = dbapi.Error
         return error
@@ -168,14 +168,14 @@ class Server:
         return str(self.query("SHOW server_version")[0][0])
 
     def room(self) -> int:
-        """How many connections this user may open in addition to those that there are."""
+        """How many more connections this user may open."""
         rows = self.query(
             "SELECT name, setting::int FROM pg_settings WHERE name IN "
             "('max_connections', 'superuser_reserved_connections', 'reserved_connections')"
         )
         settings: dict[str, int] = {name: int(value) for name, value in rows}
         limit = settings.pop("max_connections") - sum(settings.values())
-        # Not counted in pg_stat_activity: that tells others' backend_type to superusers alone.
+        # Not from pg_stat_activity: only superusers see the backend_type of others there.
         everybody, here, mine, role, database = self.query(
             "SELECT sum(numbackends)::int, sum(numbackends) FILTER (WHERE datname = current_database())::int,"
             " (SELECT count(*) FROM pg_stat_activity WHERE usename = current_user),"
@@ -189,7 +189,7 @@ class Server:
         return max(0, min(rooms))
 
     def connections(self) -> Counter[str]:
-        """How many connections there are under each name."""
+        """The number of connections of each name."""
         rows = self.query(
             "SELECT application_name, count(*) FROM pg_stat_activity "
             "WHERE starts_with(application_name, %s) GROUP BY 1",
@@ -198,14 +198,14 @@ class Server:
         return Counter({name.removeprefix(f"{self._run} "): int(count) for name, count in rows})
 
     def wait_until_gone(self, name: str, seconds: float = 5.0) -> None:
-        """Wait until the server has none of a name left, so that the next to be measured starts alone."""
+        """Wait until the server has closed all of a name, so that the next measurement starts alone."""
         deadline = time.monotonic() + seconds
         while self.connections()[name] and time.monotonic() < deadline:
             time.sleep(INTERVAL)
 
     @contextmanager
     def watch(self, name: str) -> Iterator[Peak]:
-        """Look at the server all the time, and remember the most connections of a name."""
+        """Query the server all the time, and remember the most connections of a name."""
         peak = Peak(lambda: self.connections()[name])
         thread = threading.Thread(target=peak.watch, name="observer", daemon=True)
         thread.start()
@@ -234,10 +234,10 @@ class Peak:
         """How often the server was asked."""
         self.end = threading.Event()
         self.error: Exception | None = None
-        """What ended it early."""
+        """The error that ended it early."""
 
     def watch(self) -> None:
-        """Look until it ends."""
+        """Query the server until ``end`` is set."""
         try:
             while not self.end.wait(INTERVAL):
                 self.most = max(self.most, self._count())

@@ -1,7 +1,7 @@
-"""Many threads that want few connections, and what each of them got.
+"""Many threads that share few connections, and how much each of them got.
 
-The one load behind the demo and the benchmarks: every thread takes a connection, works with it, gives
-it back, and asks again at once, until the time is up.  It knows SQLAlchemy's ``Pool`` alone, so it treats
+This is the load of the demo and of the benchmarks: every thread checks out a connection, works with it,
+returns it, and asks again at once, until the time is up.  It uses only SQLAlchemy's ``Pool``, so it treats
 all kinds of pools alike.
 """
 
@@ -19,33 +19,33 @@ from sqlalchemy import event, exc
 from sqlalchemy.pool import Pool, PoolProxiedConnection
 
 Work: TypeAlias = Callable[[PoolProxiedConnection], object]
-"""What a thread does with its connection."""
+"""The work of a thread with its connection."""
 
 WARM_UP = 0.3
-"""Seconds that a load runs before it is measured: connections are opened, threads find their rhythm."""
+"""Seconds that a load runs before it is measured: connections are opened, threads settle."""
 
 
 @dataclass
 class Share:
-    """What one thread got; written by that thread alone."""
+    """The share of one thread. Only that thread writes it."""
 
     checkouts: int = 0
-    """Connections that it got while it was measured."""
+    """Its checkouts during the measurement."""
     waited: float = 0.0
-    """Seconds that it waited for them, in all."""
+    """Seconds that it waited for them in all."""
     longest_wait: float = 0.0
-    """Seconds.  A checkout that timed out and was asked for again goes on waiting: what counts is how long
-    the thread had to do without.  So the pool's timeout does not hide how long somebody starved."""
+    """Seconds.  A checkout that timed out and was tried again counts as one wait: how long the thread had no
+    connection.  So the pool's timeout does not hide how long a thread starved."""
     timeouts: int = 0
-    """How often the pool refused."""
+    """How often a checkout timed out."""
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What all threads got."""
+    """The shares of all threads."""
 
     seconds: float
-    """How long it was measured."""
+    """How long the measurement took."""
     shares: tuple[Share, ...] = field(repr=False)
     """One for each thread."""
     connects: int
@@ -53,7 +53,7 @@ class Outcome:
 
     @property
     def counts(self) -> list[int]:
-        """Checkouts per thread, in order of size."""
+        """Checkouts per thread, in ascending order."""
         return sorted(share.checkouts for share in self.shares)
 
     @property
@@ -78,7 +78,7 @@ class Outcome:
 
     @property
     def longest_wait(self) -> float:
-        """Seconds that the unluckiest thread had to do without a connection, see Share."""
+        """Seconds that the unluckiest thread had no connection, see Share."""
         return max(share.longest_wait for share in self.shares)
 
     @property
@@ -88,7 +88,7 @@ class Outcome:
 
     @property
     def timeouts(self) -> int:
-        """How often the pools refused."""
+        """How often checkouts timed out."""
         return sum(share.timeouts for share in self.shares)
 
     @property
@@ -98,7 +98,7 @@ class Outcome:
 
 
 def jain(shares: Sequence[float]) -> float:
-    """Jain's fairness index: 1 where all have the same, 1/n where one of n has everything.
+    """Jain's fairness index: 1 if all have the same, 1/n if one of n has everything.
 
     R. Jain, D. Chiu, W. Hawe: A quantitative measure of fairness, DEC TR-301, 1984.
     """
@@ -120,9 +120,9 @@ def sleep_on_server(seconds: float) -> Work:
 def run(
     pools: Sequence[Pool], work: Work, *, threads: int, seconds: float, warm_up: float = WARM_UP
 ) -> Outcome:
-    """Have ``threads`` threads, spread evenly over the pools, use connections for a while.
+    """Let ``threads`` threads, spread evenly over the pools, use connections for a while.
 
-    :param seconds: how long to measure, after ``warm_up`` seconds in which nothing counts.
+    :param seconds: how long to measure, after ``warm_up`` seconds that do not count.
     :raises Exception: the first error of a thread other than the pool's timeout, after all have ended.
     """
     load = _Load(work, threads, seconds, warm_up)
@@ -150,9 +150,9 @@ class _Load:
         self._warm_up = warm_up
         self._ready = threading.Barrier(threads + 1)
         self._end = threading.Event()
-        """Time is up, or a thread has failed, or the user has enough."""
+        """Set when the time is up, a thread has failed, or the user pressed Ctrl-C."""
         self._from = self._until = 0.0
-        """What is served between these two counts; set before the barrier falls."""
+        """Checkouts between these two times count. Set before the barrier falls."""
         self._errors: list[BaseException] = []
 
     def run(self, pools: Sequence[Pool]) -> tuple[Share, ...]:
@@ -212,8 +212,8 @@ class _Load:
         now = time.perf_counter()
         if now < self._from:
             return
-        # A thread that was starving when the measurement began, or is when it ends, is one that waited:
-        # its wait counts, as far as it lies inside.
+        # A thread may wait already when the measurement begins, or still when it ends.  The part of its wait
+        # inside the measurement counts.
         waited = max(0.0, min(now, self._until) - max(asked, self._from))
         share.longest_wait = max(share.longest_wait, waited)
         if served and now < self._until:

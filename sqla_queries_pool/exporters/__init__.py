@@ -1,1 +1,1 @@
-"""What the pools do, told to monitoring systems.  Each module needs the library that its extra installs."""
+"""What the pools do, for monitoring systems.  Each module needs the library that its extra installs."""

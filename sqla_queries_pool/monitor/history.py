@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..budget.stats import BOUNDS, Histogram
 from ..pool import Pool, PoolManager
-from ..stats import BOUNDS, Histogram
 
 EVERY = 1.0
 """Seconds between two samples."""

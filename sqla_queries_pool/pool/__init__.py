@@ -16,7 +16,7 @@ from ..errors import (
     PoolFullError,
     QueriesException,
 )
-from . import fork as fork
+from . import after_fork as after_fork
 from .connection import Connection
 from .manager import PoolManager
 from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
-from ..slots import HELD, LENT, OPENING, Slot
-
-if TYPE_CHECKING:
-    from .pool import Pool
+from ..budget.slots import HELD, LOCKED, OPENING, Slot
 
 
 class Connection(Slot):
@@ -21,9 +19,13 @@ class Connection(Slot):
 
     __slots__ = ("_pool", "exceptions", "executions")
 
+    put_into_a_pool: ClassVar[Callable[[Connection], None]]
+    """Gives a lone connection a pool of its own; pool.py says how."""
+
     def __init__(self, handle: Any = None) -> None:
         super().__init__(handle)
-        self._pool: Pool | None = None
+        self._pool: Any = None
+        """The :class:`.Pool` that it is in."""
         self.executions = 0
         """queries' counter; for its sessions to write."""
         self.exceptions = 0
@@ -53,7 +55,7 @@ class Connection(Slot):
     @property
     def locked(self) -> bool:
         """Does somebody have it?  Also true for the lock of a session that is dead."""
-        return self.state in (HELD, LENT)
+        return self.state in (HELD, LOCKED)
 
     @property
     def busy(self) -> bool:
@@ -90,12 +92,9 @@ class Connection(Slot):
         if self.handle is not None:
             self._in_pool().remove(self.handle)
 
-    def _in_pool(self) -> Pool:
+    def _in_pool(self) -> Any:
         if self._pool is None:
-            from .pool import Pool
-
-            Pool(f"connection-{id(self)}", idle_ttl=None).adopt(self)
-            assert self._pool is not None
+            Connection.put_into_a_pool(self)
         return self._pool
 
     def __repr__(self) -> str:

@@ -8,15 +8,14 @@ import threading
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from ..audit import Audit
+from ..budget.audit import Audit
+from ..budget.slots import Attachment
+from ..budget.stats import ManagerStatistics
 from ..errors import ConnectionBusyError, PoolFullError
 from ..parameters import UNSTATED
-from ..slots import Attachment
-from ..stats import ManagerStatistics
+from ..runtime.connections import close_quietly
 from .connection import Connection
-from .core import Core, every_pool
-from .hands import close_quietly
-from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool
+from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool, every_pool
 
 
 class PoolManager:
@@ -44,7 +43,7 @@ class PoolManager:
 
     def __contains__(self, pid: object) -> bool:
         pool = self._pools.get(pid)  # type: ignore[call-overload]
-        return pool is not None and pool.listed
+        return pool is not None and pool._listed
 
     @classmethod
     def create(
@@ -65,14 +64,14 @@ class PoolManager:
         new = Pool(pid, idle_ttl, max_size, time_method)
         with cls._lock:
             old = cls._pools.get(pid)
-            if old is not None and old.listed:
+            if old is not None and old._listed:
                 raise KeyError(f"Pool {pid} already exists")
             if old is None:
                 cls._register(new)
             else:  # it was removed, but engines use it
-                old.listed = True
+                old._listed = True
         if old is None:
-            new.sweep()
+            new.core.upkeep.sweep()
         else:
             old.set_idle_ttl(idle_ttl)
             old.set_max_size(max_size)
@@ -85,7 +84,7 @@ class PoolManager:
         """
         try:
             with cls._lock:  # so that the pool can't be forgotten meanwhile
-                cls._listed(pid).adopt(Connection(connection))
+                cls._listed(pid)._adopt(Connection(connection))
         except PoolFullError:
             close_quietly(connection, pid)
             raise
@@ -105,7 +104,7 @@ class PoolManager:
         Returns quietly where there is no such pool.
         """
         pool = cls._pools.get(pid)
-        if pool is not None and pool.listed:
+        if pool is not None and pool._listed:
             pool.clean()
             cls._forget_if_vacant(pool, at_once=True)
 
@@ -185,10 +184,10 @@ class PoolManager:
         pool = cls._listed(pid)
         pool.close()
         with cls._lock:
-            pool.listed = False
-            if not pool._ledger.attachments:
+            pool._listed = False
+            if not pool.core.ledger.attachments:
                 cls._forget(pool)
-        pool.unset()
+        pool._unset()
 
     @classmethod
     def remove_connection(cls, pid: str, connection: Any) -> None:
@@ -240,16 +239,7 @@ class PoolManager:
     @classmethod
     def pools(cls) -> list[Pool]:
         """Return all pools."""
-        return [pool for pool in list(cls._pools.values()) if pool.listed]
-
-    @classmethod
-    def everywhere(cls) -> list[Pool]:
-        """Return all pools of the process, also those that the manager does not know."""
-        while True:
-            try:
-                return [pool for pool in every_pool if isinstance(pool, Pool)]
-            except RuntimeError:  # one came or went meanwhile
-                continue
+        return [pool for pool in list(cls._pools.values()) if pool._listed]
 
     @classmethod
     def statistics(cls) -> ManagerStatistics:
@@ -267,44 +257,56 @@ class PoolManager:
         }
 
     @classmethod
-    def attach(cls, pid: str, label: str, attachment: Attachment) -> Pool:
-        """An engine begins to use the pool of this id, which is made if there is none."""
-        with cls._lock:
-            pool = cls._pools.get(pid)
-            if pool is None:
-                pool = Pool(pid, UNSTATED, UNSTATED)
-                cls._register(pool)
-            if pool.label == pid:
-                pool.label = label
-            pool.listed = True
-            work = pool.attach(attachment)
-        pool._do(work)
-        return pool
-
-    @classmethod
     def _register(cls, pool: Pool) -> None:
-        pool.on_vacant = cls._forget_if_vacant
+        pool._on_vacant = cls._forget_if_vacant
         cls._pools[pool.id] = pool
 
     @classmethod
     def _listed(cls, pid: str) -> Pool:
         pool = cls._pools.get(pid)
-        if pool is None or not pool.listed:
+        if pool is None or not pool._listed:
             raise KeyError(f"Pool {pid} has not been created")
         return pool
 
     @classmethod
-    def _forget_if_vacant(cls, pool: Core, at_once: bool = False) -> None:
+    def _forget_if_vacant(cls, pool: Pool, at_once: bool = False) -> None:
         """Forget a pool that nobody has used for its idle TTL: it has no slots and no engines."""
         with cls._lock:  # an engine attaches under this lock: it can't come in between
-            ledger = pool._ledger
-            vacant = ledger.vacant_since is not None if at_once else ledger.vacant(pool._clock())
+            ledger = pool.core.ledger
+            vacant = ledger.vacant_since is not None if at_once else ledger.vacant(pool.core.now())
             if vacant:
                 cls._forget(pool)
 
     @classmethod
-    def _forget(cls, pool: Core) -> None:
+    def _forget(cls, pool: Pool) -> None:
         known = cls._pools.get(pool.id)
         if known is not None and known is pool:
             cls._gone = ManagerStatistics.of([known.statistics()], cls._gone, show=False)
             del cls._pools[pool.id]
+
+
+def attach(pid: str, label: str, attachment: Attachment) -> Pool:
+    """An engine begins to use the pool of this id, which is made if there is none.
+
+    :param label: which database it is, for people.
+    """
+    with PoolManager._lock:
+        pool = PoolManager._pools.get(pid)
+        if pool is None:
+            pool = Pool(pid, UNSTATED, UNSTATED)
+            PoolManager._register(pool)
+        if pool.label == pid:
+            pool.core.section.label = label
+        pool._listed = True
+        work = pool.core.attach(attachment)
+    pool.core.effects.do(work)
+    return pool
+
+
+def everywhere() -> list[Pool]:
+    """Return all pools of the process, also those that the manager does not know."""
+    while True:
+        try:
+            return list(every_pool)
+        except RuntimeError:  # one came or went meanwhile
+            continue

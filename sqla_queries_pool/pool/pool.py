@@ -3,32 +3,34 @@
 from __future__ import annotations
 
 import math
-import threading
 import weakref
-from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from .. import liveness, parameters
+from .. import parameters
+from ..budget import closing, locks
+from ..budget.audit import Audit
+from ..budget.ledger import GAVE_WAY
+from ..budget.slots import CLOSING, HELD, IDLE, OPENING, Numbers, Slot
+from ..budget.stats import Statistics
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
-from ..ledger import GAVE_WAY
-from ..lingering import LONGEST
 from ..parameters import Unstated
-from ..slots import CLOSING, HELD, IDLE, OPENING, TURNED_AWAY, Attachment, Numbers, Slot, Waiter
-from ..stats import Statistics
+from ..runtime.connections import close_quietly
+from ..runtime.core import Core
+from ..sockets import liveness
 from .connection import Connection
-from .core import Core
-from .hands import close_quietly
 
-MOST_TIMEOUTS = 20
-"""How many checkouts that got nothing are remembered."""
 DEFAULT_IDLE_TTL = 60.0
 """queries' default ``idle_ttl``, in seconds."""
 DEFAULT_MAX_SIZE = 1
 """queries' default ``max_size``, for pools that are made by hand."""
 
 
-class Pool(Core):
+every_pool: weakref.WeakSet[Pool] = weakref.WeakSet()
+"""All that there are in the process, also those that no PoolManager knows."""
+
+
+class Pool:
     """The connections of one database: the budget, and who has what.
 
     :param pool_id: the pool id.
@@ -45,11 +47,24 @@ class Pool(Core):
         max_size: int | Unstated | None = DEFAULT_MAX_SIZE,
         time_method: Callable[[], float] | None = None,
     ) -> None:
-        super().__init__(pool_id, time_method)
-        self._timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
-        now = self._clock()
-        self._ledger.set_ttl(_ttl(idle_ttl), now)
-        self._ledger.set_limit(_limit(max_size), now)
+        self.id = pool_id
+        """The pool id."""
+        self._listed = True
+        """Does the PoolManager know it?  ``remove`` takes a pool off the list whose engines live on;
+        their next opening puts it there again."""
+        self._on_vacant: Callable[[Pool], None] = _nothing
+        """Called when there were no slots and no engines for the idle TTL; the PoolManager's."""
+        self.core = Core(pool_id, time_method, self._new_connection, self._opened, self._vacant)
+        """What its engines use; not for applications."""
+        now = self.core.now()
+        self.core.ledger.set_ttl(_ttl(idle_ttl), now)
+        self.core.ledger.set_limit(_limit(max_size), now)
+        every_pool.add(self)
+
+    @property
+    def label(self) -> str:
+        """For people: engines say which database it is, without the password."""
+        return self.core.section.label
 
     def add(self, connection: Any) -> None:
         """Count a DBAPI connection that was opened elsewhere.  It is never given to an engine.
@@ -58,29 +73,29 @@ class Pool(Core):
         :raises ValueError: it is in the pool already.
         """
         try:
-            self.adopt(Connection(connection))
+            self._adopt(Connection(connection))
         except PoolFullError:
             close_quietly(connection, self.label)
             raise
 
-    def adopt(self, slot: Connection) -> None:
+    def _adopt(self, slot: Connection) -> None:
         """:meth:`add`, but for a :class:`Connection`, and without closing anything."""
         handle = slot.handle
         if handle is None:
             raise ValueError("There is no DBAPI connection to add")
         work = None
         try:
-            if self._by_handle.setdefault(id(handle), slot) is not slot:
+            if self.core.connections.by_handle.setdefault(id(handle), slot) is not slot:
                 raise ValueError("Connection already exists in pool")
             slot._pool = self
-            work = self._decide(self._ledger.add, slot, self._clock())
+            work = self.core.section.decide(self.core.ledger.add, slot, self.core.now())
         finally:
-            if slot not in self._ledger.slots and self._by_handle.get(id(handle)) is slot:
-                del self._by_handle[id(handle)]
+            if slot not in self.core.ledger.slots and self.core.connections.by_handle.get(id(handle)) is slot:
+                del self.core.connections.by_handle[id(handle)]
                 slot._pool = None
         if work is None:
             raise PoolFullError(self.id)
-        self._do(work)
+        self.core.effects.do(work)
 
     def get(self, session: object) -> Any:
         """Return a DBAPI connection that was added by hand and is idle, now locked for ``session``.
@@ -88,13 +103,13 @@ class Pool(Core):
         :param session: any object that can be weakly referred to.
         :raises NoIdleConnectionsError: there is none.
         """
-        by_hand = self._ledger.by_hand
-        self._reset_stale(by_hand)
+        by_hand = self.core.ledger.by_hand
+        self.core.effects.reset_stale(by_hand)
         for slot in list(by_hand.idle):
             handle = slot.handle
             if slot.closed:
-                self._do(self._decide(self._ledger.close_one, slot))
-            elif not slot.executing and self._lend(slot, session):
+                self.core.section.run(closing.close_one, self.core.ledger, slot)
+            elif not slot.executing and self._lock_for(slot, session):
                 return handle
         raise NoIdleConnectionsError(self.id)
 
@@ -106,8 +121,8 @@ class Pool(Core):
         """
         slot = self._find(connection)
         if slot.stale:
-            self._reset(slot, True)
-        if slot.executing or not self._lend(slot, session):
+            self.core.effects.reset(slot, True)
+        if slot.executing or not self._lock_for(slot, session):
             raise ConnectionBusyError(id(connection))
 
     def free(self, connection: Any) -> None:
@@ -119,7 +134,7 @@ class Pool(Core):
         slot = self._find(connection)
         if slot.executing or slot.state is HELD:
             raise ConnectionBusyError(id(connection))
-        self._reset(slot)
+        self.core.effects.reset(slot)
 
     def remove(self, connection: Any) -> None:
         """Close a connection and give its slot back.
@@ -129,33 +144,37 @@ class Pool(Core):
         """
         slot = self._find(connection)
         closed = slot.closed
-        work = [] if slot.executing else self._decide(self._ledger.close_one, slot, closed)
+        work = (
+            []
+            if slot.executing
+            else self.core.section.decide(closing.close_one, self.core.ledger, slot, closed)
+        )
         if not work:
             raise ConnectionBusyError(id(connection))
-        self._do(work)
+        self.core.effects.do(work)
 
     def clean(self) -> None:
         """Drop closed connections, undo stale locks, close what was idle for longer than the TTL."""
-        for slot in list(self._by_handle.values()):
+        for slot in list(self.core.connections.by_handle.values()):
             if slot.closed:
-                self._do(self._decide(self._ledger.close_one, slot, True))
-        for attachment in [a for ref in list(self._ledger.attachments) if (a := ref())]:
-            self._reset_stale(attachment)
-        self._reset_stale(self._ledger.by_hand)
-        self._do(self._decide(self._ledger.expire, self._clock()))
+                self.core.section.run(closing.close_one, self.core.ledger, slot, True)
+        for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
+            self.core.effects.reset_stale(attachment)
+        self.core.effects.reset_stale(self.core.ledger.by_hand)
+        self.core.section.run(self.core.ledger.expire, self.core.now())
 
     def close(self) -> None:
         """Close all connections.
 
         :raises ConnectionBusyError: one is busy; then none was closed.
         """
-        for slot in list(self._by_handle.values()):
+        for slot in list(self.core.connections.by_handle.values()):
             if slot.executing:
                 raise ConnectionBusyError(slot.id)
-        work = self._decide(self._ledger.close_all)
+        work = self.core.section.decide(closing.close_all, self.core.ledger)
         if isinstance(work, Slot):
             raise ConnectionBusyError(id(work.handle))
-        self._do(work)
+        self.core.effects.do(work)
 
     def shutdown(self) -> None:
         """Close all connections that do not execute, also those that sessions or engines have out.
@@ -165,14 +184,14 @@ class Pool(Core):
         :raises ConnectionBusyError: one executes; the others were closed.
         """
         busy: list[int] = []
-        self._do(self._decide(self._ledger.retire_all))
-        for slot in list(self._by_handle.values()):
+        self.core.section.run(closing.retire_all, self.core.ledger)
+        for slot in list(self.core.connections.by_handle.values()):
             if slot.executing:
                 busy.append(slot.id)
                 continue
-            work = self._decide(self._ledger.close_one, slot, True)
+            work = self.core.section.decide(closing.close_one, self.core.ledger, slot, True)
             if work:
-                self._do(work)
+                self.core.effects.do(work)
             elif slot.state is HELD and slot.entry is not None:
                 self._close_under(slot, slot.entry())
         if busy:
@@ -182,13 +201,13 @@ class Pool(Core):
         """Replace all connections of the engines, as when credentials were rotated.
 
         :param rolling: renew them one after the other in the background; else what is idle is closed at once.
-            What is out is replaced when it comes home, either way.
+            What is checked out is replaced when it is returned, either way.
         """
         if rolling:
-            for attachment in [a for ref in list(self._ledger.attachments) if (a := ref())]:
-                self.expire_rolling(attachment)
+            for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
+                self.core.expire_rolling(attachment)
         else:
-            self._do(self._decide(self._ledger.retire_all))
+            self.core.section.run(closing.retire_all, self.core.ledger)
 
     def _close_under(self, slot: Connection, record: Any) -> None:
         """Close a connection that an engine has out.
@@ -201,34 +220,33 @@ class Pool(Core):
             return
         record.invalidate(soft=True)
         liveness.hang_up(handle)  # whoever waits for an answer in there has the driver's own lock
-        with self.lingering.closing(handle, LONGEST):
-            close_quietly(handle, self.label)
-        if slot.state is IDLE:  # it came home just then
-            self._do(self._decide(self._ledger.close_one, slot))
+        self.core.connections.close_handle(handle)
+        if slot.state is IDLE:  # it was returned just then
+            self.core.section.run(closing.close_one, self.core.ledger, slot)
 
     def set_idle_ttl(self, ttl: float | None) -> None:
         """Set after how many seconds an idle connection is closed, for all; None for never.
 
         :raises ParameterError: the number has no meaning.
         """
-        self._do(self._decide(self._ledger.set_ttl, _ttl(ttl), self._clock()))
+        self.core.section.run(self.core.ledger.set_ttl, _ttl(ttl), self.core.now())
 
     def set_max_size(self, size: int | None) -> None:
         """Set the largest number of connections; None for no limit.
 
         Raised, waiters are served at once.  Lowered, idle connections above it close at once, and
-        others when they come home.
+        others when they are returned.
 
         :raises ParameterError: the number has no meaning.
         """
-        before = self._ledger.limit
-        self._do(self._decide(self._ledger.set_limit, _limit(size), self._clock()))
-        self.say_limit(before)
+        before = self.core.ledger.limit
+        self.core.section.run(self.core.ledger.set_limit, _limit(size), self.core.now())
+        self.core.log_limit(before)
 
-    def unset(self) -> None:
+    def _unset(self) -> None:
         """Forget what was set for the pool: its engines' own parameters hold."""
-        self._do(self._decide(self._ledger.set_ttl, None, self._clock()))
-        self._do(self._decide(self._ledger.set_limit, None, self._clock()))
+        self.core.section.run(self.core.ledger.set_ttl, None, self.core.now())
+        self.core.section.run(self.core.ledger.set_limit, None, self.core.now())
 
     def connection_handle(self, connection: Any) -> Connection:
         """Return the :class:`Connection` of a DBAPI connection.
@@ -246,24 +264,24 @@ class Pool(Core):
 
         Where it was not set for the pool, each engine has its own, and this is that of the last.
         """
-        ttl = self._ledger.by_hand.ttl
+        ttl = self.core.ledger.by_hand.ttl
         return None if ttl == math.inf else ttl
 
     @property
     def max_size(self) -> int | None:
         """The largest number of connections, None for no limit."""
-        limit = self._ledger.limit
+        limit = self.core.ledger.limit
         return None if limit == math.inf else int(limit)
 
     @property
     def is_full(self) -> bool:
         """Is there no slot left?"""
-        return len(self._ledger.slots) >= self._ledger.limit
+        return len(self.core.ledger.slots) >= self.core.ledger.limit
 
     @property
     def connections(self) -> list[Connection]:
         """All connections, also those that are being opened or closed."""
-        return list(self._ledger.slots)  # type: ignore[arg-type]
+        return list(self.core.ledger.slots)  # type: ignore[arg-type]
 
     @property
     def idle_connections(self) -> list[Connection]:
@@ -296,54 +314,35 @@ class Pool(Core):
         connections = self.connections
         if any(c.busy for c in connections):
             return 0.0
-        since = max((c.since for c in connections), default=self._ledger.vacant_since)
-        return 0.0 if since is None else max(0.0, self._clock() - since)
+        since = max((c.since for c in connections), default=self.core.ledger.vacant_since)
+        return 0.0 if since is None else max(0.0, self.core.now() - since)
 
-    def now(self) -> float:
-        """The time in seconds by the pool's clock."""
-        return self._clock()
+    def audit(self) -> Audit:
+        """Compare the bookkeeping with the sockets and with who is alive, and put right what is wrong.
+
+        It collects garbage, and looks at each connection; where something looks wrong, it looks again when
+        the worker has done what it had to do, for it may be under way.  To be called now and then, in tests,
+        or in doubt.  What is mended is a bug, or the work of an exception from outside (Ctrl-C,
+        ``PyThreadState_SetAsyncExc``).
+
+        :raises CheckoutReentered: this thread is inside the pool already.
+        """
+        return self.core.upkeep.audit()
 
     @property
     def numbers(self) -> Numbers:
         """How many connections are in which state; takes no lock."""
-        return self._ledger.numbers()
-
-    @property
-    def waiters(self) -> list[Waiter]:
-        """Who waits for a slot, in no order."""
-        return self._ledger.waiters()
-
-    def _make_lock(self) -> None:
-        super()._make_lock()
-        self.looking = threading.RLock()
-        """Whoever makes a snapshot for an error has it: see diagnostics.py."""
-        self.looked: Any = None
-        """The last of them; written under :attr:`looking`, as is ..."""
-        self.looked_for = 0.0, 0.0
-        """... how many seconds went into them, less a fiftieth of the time since, and when that was so."""
-
-    def start_anew(self) -> list[Any]:
-        """:meth:`Core.start_anew`."""
-        self._timeouts.clear()
-        return super().start_anew()
-
-    def got_nothing(self, seen: Any) -> None:
-        """A checkout got nothing within its time, or was turned away; ``seen`` is a snapshot of why."""
-        self.count("refused" if seen.diagnosis.kind in TURNED_AWAY else "timeouts")
-        if seen.diagnosis.kind == "deadlock":
-            self.count("deadlocks")
-        if not self._timeouts or self._timeouts[-1].taken_at != seen.taken_at:  # not one that is shared
-            self._timeouts.append(seen)
+        return self.core.numbers
 
     @property
     def last_timeouts(self) -> tuple[Any, ...]:
         """Snapshots of the last checkouts that got nothing within their time, or were turned away, the newest
         last."""
-        return tuple(self._timeouts.copy())
+        return tuple(self.core.timeouts.copy())
 
     def statistics(self) -> Statistics:
         """Return what there is and what was done; takes no lock, from any thread."""
-        n, totals = self.numbers, self._ledger.totals
+        n, totals = self.numbers, self.core.ledger.totals
         used, waited, connects = totals.used.frozen(), totals.waited.frozen(), totals.connects.frozen()
         closes = dict(totals.closes)
         return Statistics(
@@ -356,11 +355,11 @@ class Pool(Core):
             opening=n.opening,
             closing=n.closing,
             waiting=n.waiting,
-            peak_held=self._ledger.peak_held,
+            peak_held=self.core.ledger.peak_held,
             checkouts=used.count + totals.left,
             waits=waited.count,
             timeouts=totals.timeouts,
-            refused=totals.refused,
+            rejected=totals.rejected,
             deadlocks=totals.deadlocks,
             bypasses=totals.bypasses,
             connects=connects.count,
@@ -379,7 +378,7 @@ class Pool(Core):
     @property
     def detached(self) -> int:
         """Connections that were detached from the pool and are, as far as one can see, open."""
-        return len(self._detached)
+        return len(self.core.connections.detached)
 
     def report(self) -> dict[str, Any]:
         """Return state and configuration: queries' dictionary, and the pool's own numbers."""
@@ -407,28 +406,30 @@ class Pool(Core):
         }
 
     def _find(self, connection: Any) -> Connection:
-        slot = self._by_handle.get(id(connection))
-        if slot is None or slot.handle is not connection:
+        slot: Connection | None = self.core.connections.find(connection)
+        if slot is None:
             raise ConnectionNotFoundError(self.id, id(connection))
         return slot
 
-    def _lend(self, slot: Connection, session: object) -> bool:
+    def _lock_for(self, slot: Connection, session: object) -> bool:
         def died(ref: weakref.ref[Any]) -> None:
-            self._post(self._ledger.session_died, slot, ref)
+            self.core.section.post(locks.session_died, self.core.ledger, slot, ref)
 
         try:
             ref = weakref.ref(session, died)
         except TypeError:
             kind = type(session).__name__
             raise TypeError(
-                f"session={kind!r} object can't be weakly referred to: pass an instance of a class "
-                "of your own, so that the pool can see when it is gone"
+                f"session={kind!r} object can't be weakly referenced. Pass an instance of a class of your "
+                "own, so that the pool sees when it no longer exists"
             ) from None
-        return self._decide(self._ledger.lend, slot, ref, self._clock())
+        return self.core.section.decide(locks.lock, self.core.ledger, slot, ref, self.core.now())
 
-    def _reset_stale(self, attachment: Attachment) -> None:
-        for slot in self._decide(self._ledger.stale, attachment):
-            self._reset(slot, True)
+    def _opened(self) -> None:
+        self._listed = True
+
+    def _vacant(self) -> None:
+        self._on_vacant(self)
 
     def _new_connection(self) -> Connection:
         connection = Connection()
@@ -436,11 +437,10 @@ class Pool(Core):
         return connection
 
     def __contains__(self, connection: object) -> bool:
-        slot = self._by_handle.get(id(connection))
-        return slot is not None and slot.handle is connection
+        return self.core.connections.find(connection) is not None
 
     def __len__(self) -> int:
-        return len(self._ledger.slots)
+        return len(self.core.ledger.slots)
 
     def __bool__(self) -> bool:
         return True  # not whether it has connections
@@ -479,3 +479,13 @@ def _limit(value: int | Unstated | None) -> float | None:
         return None
     size = parameters.max_size("max_size", value)
     return math.inf if size is None else size
+
+
+def _nothing(_: Pool) -> None: ...
+
+
+def _put_into_a_pool(connection: Connection) -> None:
+    Pool(f"connection-{id(connection)}", idle_ttl=None)._adopt(connection)
+
+
+Connection.put_into_a_pool = _put_into_a_pool

@@ -1,0 +1,135 @@
+"""Which waiter gets a slot, and which connection gives way to it: the rules of fairness (design 6 and 24).
+
+The functions only choose, but for :func:`pick`; ledger.py acts on the choice.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .queue import WORTH_IT
+from .slots import OVERLOAD, QUEUE_FULL, Attachment, Quota, Rejected, Waiter
+from .state import LedgerState
+
+SPARE = 0.05
+"""Seconds after which an idle connection counts as spare: another engine may have its slot at once.
+One that was returned just now is about to be used again, and moving its slot costs a close and a connect
+(design 6)."""
+PATIENCE = 0.1
+"""Seconds after which a waiter may have the slot of any other engine's idle connection."""
+PATIENCE_FACTOR = 4.0
+"""For how many mean waits, and for PATIENCE at least, another engine's waiter lets a connection's own
+engine go first although it came first itself."""
+
+
+def arrival(waiter: Waiter) -> float:
+    """When it began to wait, by the pool's clock: the oldest goes first."""
+    return waiter.since
+
+
+def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: float) -> Waiter | None:
+    """Choose the waiter that gets a slot of this attachment that was returned (design 6).
+
+    :param hollow: it has no connection: the waiter that gets it connects.
+    """
+    own = next(iter(attachment.queue), None)
+    mine = attachment.quota
+    # Its slot frees a place under its own quota, so engines of that quota are never too full.
+    others = [
+        waiter
+        for waiter in ledger.heads()
+        if (other := waiter.attachment) is not attachment and (other.quota is mine or not other.quota.full)
+    ]
+    if own is None and not hollow:  # then it stays, unless another engine's waiter may insist
+        others = [w for w in others if w.attachment.quota is mine or may_insist(w, now)]
+    oldest = min(others, key=arrival, default=None)
+    if own is None or oldest is None:
+        return own or oldest
+    first = oldest.since < own.since
+    if first and (hollow or now - oldest.since > max(PATIENCE, PATIENCE_FACTOR * ledger.mean_wait)):
+        return oldest
+    # Even with one slot less, mine would get more of what it wants than the other does: so slots
+    # spread in proportion to demand, and never swing back.
+    its = len(oldest.attachment.quota.slots)
+    wanted, its_wanted = len(mine.slots) + len(attachment.queue), its + len(oldest.attachment.queue)
+    if (len(mine.slots) - 1) * its_wanted > its * wanted:
+        return oldest
+    ledger.totals.bypasses += first
+    return own
+
+
+def may_insist(waiter: Waiter, now: float) -> bool:
+    """May it have the slot of a connection that its engine is about to use again?"""
+    quota = waiter.attachment.quota
+    return not quota.slots or now - waiter.since >= PATIENCE
+
+
+def may_wait(ledger: LedgerState, attachment: Attachment, holder: Any, now: float) -> bool:
+    """Is it better to wait for a connection that this engine has out than to open another (queue.py)?
+
+    :param holder: who would wait; what it holds itself is not returned meanwhile.
+    """
+    if ledger.mean_connect < WORTH_IT or ledger.backoff.refusals:
+        return False
+    if attachment.queue and attachment.pace.opens(len(attachment.queue), now):
+        return False
+    return any(slot.holder is not holder for slot in ledger.held_of(attachment))
+
+
+def look_in(ledger: LedgerState, waiter: Waiter, now: float) -> float:
+    """Return after how many seconds a waiter asks again, because by then it may open a connection, or is
+    rejected; ``inf`` for neither.  Takes no lock."""
+    attachment, target, seconds = waiter.attachment, waiter.attachment.queue_target, math.inf
+    full = attachment.quota.full or len(ledger.slots) >= ledger.limit
+    if attachment.pace.price and not full and not ledger.backoff.refusals:
+        seconds = attachment.pace.look_in(len(attachment.queue), waiter.since, now)
+    if target < math.inf:
+        seconds = min(seconds, attachment.pace.overdue_in(waiter.since, target, now))
+    return seconds
+
+
+def why_rejected(waiter: Waiter, now: float, new: bool) -> Rejected | None:
+    """Return why a waiter may not wait, or not for longer, or None.
+
+    :param new: it has just joined, so the length of the queue counts.
+    """
+    attachment = waiter.attachment
+    queue, target = attachment.queue, attachment.queue_target
+    newest = new and len(queue) > attachment.max_waiting
+    if newest and list(queue).index(waiter) >= attachment.max_waiting:
+        return Rejected(
+            QUEUE_FULL,
+            f"the queue is full (max_waiting={attachment.max_waiting})",
+        )
+    if now - waiter.since >= target and attachment.pace.overloaded(target, now):
+        behind = now - attachment.pace.in_time
+        return Rejected(
+            OVERLOAD,
+            f"the pool is overloaded (for {behind:.1f} s the queue was never empty and slower than "
+            f"queue_target={target:g} s; until it is empty, no checkout waits longer than that)",
+        )
+    return None
+
+
+def pick(ledger: LedgerState, quota: Quota | None, within: bool, before: float) -> Any:
+    """Take the idle entry that can best be spared off its list and return it, or None.
+
+    :param quota: for whom.
+    :param within: only from the engines of this quota.
+    :param before: other engines spare what has been idle since then, or longer.
+    """
+    crowd = [a for a in ledger.everyone() if not within or a.quota is quota]
+    for attachment in crowd:
+        if attachment.hollow:
+            return attachment.hollow.popleft()
+    idle = [a for a in crowd if a.idle and (a.quota is quota or a.idle[0].slot.since <= before)]
+    if idle:
+        # What was added by hand goes last: nobody opens that again.
+        choice = min(idle, key=lambda a: (a is ledger.by_hand, a.idle[0].slot.since))
+        return choice.idle.popleft()
+    for attachment in crowd:
+        for slot in attachment.locked:
+            if slot.stale:
+                return attachment.locked.pop(slot)
+    return None

@@ -1,0 +1,62 @@
+"""Which connections close because somebody wants it: an engine's dispose, the queries API.
+
+Each function is an operation of the ledger, which it takes first, and is called as the ledger's methods are:
+under the pool's lock.  It returns the work of closing.
+"""
+
+from __future__ import annotations
+
+from .ledger import DISPOSED, REMOVED, Ledger
+from .slots import HELD, IDLE, LOCKED, OPENING, Attachment, Slot
+from .work import Work
+
+
+def close_all(ledger: Ledger) -> Work | Slot:
+    """Close every connection, or none and return one that is busy."""
+    for slot in ledger.slots:
+        if slot.state in (OPENING, HELD) or (slot.state is LOCKED and not slot.stale):
+            return slot
+    work: Work = []
+    for attachment in ledger.everyone():
+        work += ledger.close_idle(attachment, REMOVED)
+        while attachment.locked:
+            work.append(ledger.close(attachment.locked.popitem()[1], REMOVED))
+    return work
+
+
+def close_one(ledger: Ledger, slot: Slot, force: bool = False, reason: str = REMOVED) -> Work:
+    """Close one connection that is idle or whose lock is stale; return nothing if it is neither.
+
+    :param force: also one that a living session has locked.
+    """
+    attachment = slot.home() if slot.home is not None else None
+    if attachment is None:
+        return []
+    if slot.state is IDLE:
+        entry = slot.entry() if slot.entry is not None else slot
+        (attachment.idle if entry in attachment.idle else attachment.hollow).remove(entry)
+        return [ledger.close(entry, reason)]
+    if slot in attachment.locked and (slot.stale or force):
+        return [ledger.close(attachment.locked.pop(slot), reason)]
+    return []
+
+
+def dispose(ledger: Ledger, attachment: Attachment) -> Work:
+    """Close what is idle and end the generation; what is out is returned as usual (design 10)."""
+    attachment.generation += 1
+    return ledger.close_idle(attachment, DISPOSED)
+
+
+def retire(ledger: Ledger, attachment: Attachment) -> Work:
+    """Close what was opened before the last dispose: what is idle now, the others when they are returned."""
+    attachment.retired = attachment.generation
+    return ledger.close_idle(attachment, DISPOSED)
+
+
+def retire_all(ledger: Ledger) -> Work:
+    """Close all that engines have open, now or when it is returned."""
+    work: Work = []
+    for attachment in ledger.everyone():
+        if attachment is not ledger.by_hand:
+            work += dispose(ledger, attachment) + retire(ledger, attachment)
+    return work

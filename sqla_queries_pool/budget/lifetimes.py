@@ -1,0 +1,68 @@
+"""Which connection's lifetime is over, and which one is being renewed: one at a time."""
+
+from __future__ import annotations
+
+import heapq
+import math
+import weakref
+from typing import Any
+
+from .slots import HELD, IDLE, Attachment, Slot
+
+
+class Lifetimes:
+    """The lifetimes of one pool's connections.  Times are by the pool's clock."""
+
+    __slots__ = ("_ends", "_renewing")
+
+    def __init__(self) -> None:
+        self._ends: list[tuple[float, int, weakref.ref[Slot]]] = []
+        """Heap: when the lifetime of a connection is over; also of some that are gone by then."""
+        self._renewing: Slot | None = None
+
+    def __len__(self) -> int:
+        """How many ends are noted, including those of connections that are gone."""
+        return len(self._ends)
+
+    def add(self, slot: Slot) -> float:
+        """Note when the lifetime of a connection is over, and return it: ``inf`` for never."""
+        if slot.expires < math.inf:
+            heapq.heappush(self._ends, (slot.expires, id(slot), weakref.ref(slot)))
+        return slot.expires
+
+    def begin(self, now: float) -> tuple[Slot, Attachment, Any] | None:
+        """Begin to renew the next idle connection whose lifetime is over, unless one is being renewed.
+
+        One that is held is renewed when it is returned.
+
+        :return: the slot, its engine and its entry, or None.
+        """
+        while self._ends and self.renewing is None and self._ends[0][0] <= now:
+            slot = heapq.heappop(self._ends)[2]()
+            if slot is None or slot.state is not IDLE or slot.expires > now or slot.handle is None:
+                continue
+            attachment = slot.home() if slot.home is not None else None
+            entry = slot.entry() if slot.entry is not None else None
+            if attachment is None or entry is None:
+                continue
+            self._renewing = slot
+            return slot, attachment, entry
+        return None
+
+    def end(self) -> None:
+        """The connection was renewed, or could not be."""
+        self._renewing = None
+
+    @property
+    def renewing(self) -> Slot | None:
+        """The connection that is being renewed: one at a time, so that few are missed.
+
+        It is held meanwhile.  One that is not has lost its renewal to an interrupt: the next one goes on.
+        """
+        slot = self._renewing
+        return slot if slot is not None and slot.state is HELD else None
+
+    @property
+    def due(self) -> float:
+        """When the next lifetime is over; ``inf`` while one is being renewed, whose end begins the next."""
+        return self._ends[0][0] if self._ends and self.renewing is None else math.inf

@@ -1,0 +1,229 @@
+"""What a pool has done so far, in numbers.
+
+:class:`Totals` is the ledger's: it counts under the pool's lock, so nothing is lost between threads.
+:class:`Statistics` is what others get: frozen, and made without a lock, so that one number may be a moment
+older than the next.  Durations are counted in histograms, which add up and need no more room with time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+BOUNDS: Final = (
+    0.0005,
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
+"""Upper bounds of the buckets, in seconds; what took longer is in one more bucket."""
+SHORTEST: Final = BOUNDS[0]
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """How long something took, and how often."""
+
+    counts: tuple[int, ...] = (0,) * (len(BOUNDS) + 1)
+    """How many took at most as long as the bound of the same index in :data:`BOUNDS`, and longer than the one
+    before; the last: longer than all of them."""
+    seconds: float = 0.0
+    """The sum."""
+
+    @property
+    def count(self) -> int:
+        """How many there were."""
+        return sum(self.counts)
+
+    @property
+    def mean(self) -> float:
+        """Seconds on average, 0 where there was none."""
+        return self.seconds / self.count if self.count else 0.0
+
+    def __add__(self, other: Histogram) -> Histogram:
+        counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
+        return Histogram(counts, self.seconds + other.seconds)
+
+    def __sub__(self, other: Histogram) -> Histogram:
+        """What came after ``other``, an earlier one."""
+        counts = tuple(a - b for a, b in zip(self.counts, other.counts, strict=True))
+        return Histogram(counts, self.seconds - other.seconds)
+
+
+class Durations:
+    """A histogram that is being counted."""
+
+    __slots__ = ("counts", "seconds")
+
+    def __init__(self) -> None:
+        self.counts = [0] * (len(BOUNDS) + 1)
+        self.seconds = 0.0
+
+    def add(self, seconds: float) -> None:
+        """Count one."""
+        self.counts[bisect_left(BOUNDS, seconds)] += 1
+        self.seconds += seconds
+
+    def frozen(self) -> Histogram:
+        """As it is now."""
+        return Histogram(tuple(self.counts), self.seconds)
+
+
+class Totals:
+    """What one pool has done; written under its lock alone."""
+
+    __slots__ = (
+        *("bypasses", "closes", "connect_errors", "connects", "dead", "deadlocks", "failed_resets", "left"),
+        *("mended", "rejected", "timeouts", "used", "waited"),
+    )
+
+    def __init__(self) -> None:
+        self.used = Durations()
+        """From checkout to check-in; one for each connection that was returned."""
+        self.left = 0
+        """Connections that were out and never returned: detached, or lost with their holder."""
+        self.waited = Durations()
+        """How long the checkouts waited that were served after a wait."""
+        self.connects = Durations()
+        """How long opening a connection took."""
+        self.connect_errors = 0
+        self.closes: Counter[str] = Counter()
+        """Reason -> how many connections were closed for it."""
+        self.timeouts = 0
+        """Checkouts that got no connection within their timeout, deadlocks included."""
+        self.rejected = 0
+        """Checkouts that were rejected before their time was over; not among the timeouts."""
+        self.deadlocks = 0
+        self.bypasses = 0
+        """How often a connection went to its own engine's waiter although another engine's had waited longer
+        (design 6)."""
+        self.dead = 0
+        """Connections that were found dead before they were used."""
+        self.failed_resets = 0
+        """Connections that could not be rolled back when they were returned."""
+        self.mended = 0
+        """What was put right in the ledger (audit.py)."""
+
+    # Letters, see CriticalSection._post: the last argument is the time.
+
+    def closed(self, reason: str, _: float) -> None:
+        """A connection was closed."""
+        self.closes[reason] += 1
+
+    def connected(self, seconds: float, _: float) -> None:
+        """A connection was opened."""
+        self.connects.add(seconds)
+
+    def one_more(self, what: str, _: float) -> None:
+        """Something happened that is just counted."""
+        setattr(self, what, getattr(self, what) + 1)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What one pool has now, and has done since the process began; :meth:`.Pool.statistics` makes it."""
+
+    pid: str
+    label: str
+    """Which database it is, without the password."""
+    limit: int | None
+    """The largest number of connections, None for no limit."""
+    open: int
+    """Connections that are open, or still being closed."""
+    idle: int
+    held: int
+    """Connections that are checked out."""
+    opening: int
+    closing: int
+    waiting: int
+    """Blocked checkouts."""
+    peak_held: int
+    """The most connections that were checked out at once."""
+    checkouts: int
+    """Connections that were checked out and returned, or detached; not those that are checked out now."""
+    waits: int
+    """Checkouts that were served after a wait in the queue."""
+    timeouts: int
+    """Checkouts that got no connection within their timeout, deadlocks included."""
+    rejected: int
+    """Checkouts that the pool rejected before their timeout (``max_waiting``, ``queue_target``); not among
+    the timeouts."""
+    deadlocks: int
+    bypasses: int
+    """How often a connection went to its own engine's waiter although another engine's had waited longer."""
+    connects: int
+    connect_errors: int
+    closes: Mapping[str, int]
+    """Reason -> how many connections were closed for it."""
+    evictions: int
+    """Idle connections that gave way to another engine's."""
+    dead: int
+    """Connections that were found dead before they were used."""
+    failed_resets: int
+    """Connections that could not be rolled back when they were returned."""
+    mended: int
+    """Errors in the bookkeeping that were repaired, by an audit, the housekeeper or a waiting checkout."""
+    wait_time: Histogram = field(repr=False)
+    use_time: Histogram = field(repr=False)
+    connect_time: Histogram = field(repr=False)
+    liveness: str = "poll"
+    """How one sees whether an idle connection is alive: ``poll`` its socket, or ``ping`` the server, where
+    the platform lacks the calls."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in what JSON knows."""
+        told = dict(vars(self), closes=dict(self.closes))
+        for name, value in vars(self).items():
+            if isinstance(value, Histogram):
+                told[name] = {"count": value.count, "seconds": value.seconds, "counts": list(value.counts)}
+        return told
+
+
+@dataclass(frozen=True)
+class ManagerStatistics:
+    """All pools of the process, and totals to which those have added that are gone."""
+
+    pools: Mapping[str, Statistics] = field(default_factory=dict)
+    """By pool id."""
+    checkouts: int = 0
+    waits: int = 0
+    timeouts: int = 0
+    rejected: int = 0
+    deadlocks: int = 0
+    connects: int = 0
+    connect_errors: int = 0
+    closes: int = 0
+
+    @classmethod
+    def of(cls, pools: list[Statistics], gone: ManagerStatistics, *, show: bool = True) -> ManagerStatistics:
+        """Add pools up.
+
+        :param gone: what those have done that are not among them.
+        :param show: show each of them, too.
+        """
+        return cls(
+            pools={pool.pid: pool for pool in pools} if show else {},
+            checkouts=gone.checkouts + sum(pool.checkouts for pool in pools),
+            waits=gone.waits + sum(pool.waits for pool in pools),
+            timeouts=gone.timeouts + sum(pool.timeouts for pool in pools),
+            rejected=gone.rejected + sum(pool.rejected for pool in pools),
+            deadlocks=gone.deadlocks + sum(pool.deadlocks for pool in pools),
+            connects=gone.connects + sum(pool.connects for pool in pools),
+            connect_errors=gone.connect_errors + sum(pool.connect_errors for pool in pools),
+            closes=gone.closes + sum(sum(pool.closes.values()) for pool in pools),
+        )

@@ -1,0 +1,1 @@
+"""How threads wait, who they are, and the threads that work in the background."""

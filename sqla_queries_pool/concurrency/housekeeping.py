@@ -1,0 +1,178 @@
+"""What happens when nobody calls: one thread that looks after pools when something is due, and one
+per pool that closes.
+
+Both are daemon threads that exist only while there is something to do.  They are fed through
+``queue.SimpleQueue``, whose ``put`` may be called from a finalizer in any thread at any moment, so
+nothing here can block or deadlock a check-in.
+"""
+
+from __future__ import annotations
+
+import _thread
+import heapq
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from queue import Empty, SimpleQueue
+from typing import Any, Protocol
+
+from ..logs import logger
+from ..try_lock import TryLock
+
+LONGEST_SLEEP = 3600.0
+"""Seconds; Python can wait for some centuries at most, and people write larger numbers."""
+
+
+class Sweepable(Protocol):
+    """What the housekeeper looks after: a pool."""
+
+    def sweep(self) -> None:
+        """Do what is due."""
+
+    def neglected(self) -> None:
+        """Nobody looks after it any more: it is to schedule itself at its next use."""
+
+
+class _PartTimeThread:
+    """A daemon thread that runs ``body`` when there is mail and ends when ``body`` returns.
+
+    Who finds the lock free starts the thread; the thread has it for as long as it lives.  It looks
+    at its mail once more after having let go of the lock: mail that came in between found the lock
+    taken and relied on it.
+    """
+
+    def __init__(self, name: str, body: Callable[[SimpleQueue[Any]], None]) -> None:
+        self._name = name
+        self._body = body
+        self._mail: SimpleQueue[Any] = SimpleQueue()
+        self._running = TryLock(threading.Lock())
+
+    def post(self, item: Any) -> None:
+        self._mail.put(item)
+        self.start()
+
+    def start(self) -> None:
+        """Start the thread unless it runs."""
+        # Whoever takes it has the lock to let go of: the thread, or this one if it could not start it.
+        # An asynchronous exception can come when the thread has been started already.
+        token = [True]
+        if self._running.taken_now:
+            try:
+                # threading.Thread.start() takes a lock of the module's own and waits for the thread: a
+                # finalizer that runs inside threading.enumerate() would deadlock there.  So a bare
+                # thread starts the real one, which has a name and is seen by threading.enumerate().
+                _thread.start_new_thread(self._launch, (token,))
+            except BaseException as error:
+                if _taken(token):
+                    self._running.release()
+                # Too many threads, or the interpreter is about to end: the next post tries again.
+                if not isinstance(error, RuntimeError):
+                    raise
+
+    def _launch(self, token: list[bool]) -> None:
+        if not _taken(token):
+            return
+        try:
+            threading.Thread(target=self._run, name=self._name, daemon=True).start()
+        except BaseException:
+            self._running.release()
+
+    def _run(self) -> None:
+        try:
+            self._body(self._mail)
+        finally:
+            self._running.release()
+            if not self._mail.empty():
+                self.start()
+
+
+def _taken(token: list[bool]) -> bool:
+    """Take the token: one of those who try gets it."""
+    try:
+        return token.pop()
+    except IndexError:
+        return False
+
+
+class Housekeeper:
+    """Calls ``sweep()`` of pools at the times they asked for.  It keeps no pool alive."""
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, weakref.ref[Sweepable]]] = []
+        """(when, tie-breaker, pool); touched by the thread alone."""
+        self._thread = _PartTimeThread("sqla_queries_pool housekeeper", self._run)
+
+    def schedule(self, pool: Sweepable, delay: float) -> None:
+        """Have ``pool`` swept in ``delay`` seconds; callable from a finalizer."""
+        # A pool that dies is mail, too: the thread need not stay until its time would have come.
+        ref = weakref.ref(pool, self._thread.post)
+        self._thread.post((time.monotonic() + max(0.0, delay), id(ref), ref))
+
+    def _run(self, mail: SimpleQueue[Any]) -> None:
+        try:
+            self._look_after(mail)
+        except BaseException:
+            # The next checkout of one of them starts the thread again.
+            for pool in [entry[2]() for entry in self._heap]:
+                if pool is not None:
+                    pool.neglected()
+            raise
+
+    def _look_after(self, mail: SimpleQueue[Any]) -> None:
+        heap = self._heap
+        deaths = False
+        while True:
+            try:
+                pause = min(LONGEST_SLEEP, max(0.0, heap[0][0] - time.monotonic())) if heap else 0.0
+                item = mail.get(timeout=pause)
+            except Empty:
+                if not heap:
+                    return
+            else:
+                if isinstance(item, tuple):
+                    heapq.heappush(heap, item)
+                else:
+                    deaths = True
+                if not mail.empty():
+                    continue
+            if deaths:
+                heap[:] = [entry for entry in heap if entry[2]() is not None]
+                heapq.heapify(heap)
+                deaths = False
+            while heap and heap[0][0] <= time.monotonic():
+                self._sweep(heapq.heappop(heap)[2])
+
+    @staticmethod
+    def _sweep(ref: weakref.ref[Sweepable]) -> None:
+        pool = ref()
+        if pool is not None:
+            try:
+                pool.sweep()
+            except Exception:
+                logger.exception("Exception in the housekeeping of %r", pool)
+
+
+class Worker:
+    """Runs one pool's closes, one after the other, so that a socket that blocks stops no other pool."""
+
+    def __init__(self) -> None:
+        self._thread = _PartTimeThread("sqla_queries_pool worker", self._work)
+
+    def submit(self, job: Callable[[], None]) -> None:
+        """Run ``job`` soon; callable from a finalizer."""
+        self._thread.post(job)
+
+    @staticmethod
+    def _work(mail: SimpleQueue[Any]) -> None:
+        while True:
+            try:
+                job = mail.get_nowait()
+            except Empty:
+                return
+            try:
+                job()
+            except BaseException:  # a listener's, and there is nobody else to tell
+                logger.exception("Exception while closing connections")
+            # Not before the next job: nothing of this one may stay alive in a local variable.
+            del job

@@ -1,0 +1,1 @@
+"""SQLAlchemy's side: the pool class, its records, and one checkout."""

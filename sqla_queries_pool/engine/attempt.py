@@ -1,0 +1,186 @@
+"""One checkout that takes the long way: it waits for a slot, opens a connection, or probes an idle one."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from typing import Any
+
+from sqlalchemy import exc
+
+from ..budget.slots import Permit, Rejected
+from ..concurrency.threads import ThreadWaiter
+from ..errors import PoolDeadlock
+from ..insight import deadlock, stacks
+from ..insight.diagnosis import rejected
+from ..insight.report import checkout_timeout
+from ..insight.snapshot import Diagnosis
+from ..labels import checkout_label
+from ..pool.manager import everywhere
+from . import probe
+from .records import Record
+from .settings import IGNORE, RAISE
+from .stages import OPENING, PROBING, WAITING, Stages
+
+
+class Refused(Exception):
+    """The server has refused a connection, or did so a moment ago, and it is worth trying again."""
+
+    def __init__(self, refusal: Any) -> None:
+        # Without the traceback, which would keep the record alive for as long as it is waited.
+        self.refusal: Exception | None = None if refusal is None else refusal.with_traceback(None)
+
+
+class Attempt:
+    """One checkout of an engine.
+
+    :param pool: the engine's ``QueriesPool``.
+    :param found: where it was asked for (stacks.py).
+    """
+
+    def __init__(self, pool: Any, found: stacks.Calls) -> None:
+        timeout = pool.settings.timeout
+        self._pool = pool
+        self._core = pool._core
+        self._found = found
+        self._timeout = math.inf if timeout is None else timeout
+        self._since = self._core.now()
+        """Since when it waits, by the pool's clock: its place in the queue."""
+        self._deadline = time.monotonic() + self._timeout
+        """When its time is over, by ``time.monotonic``."""
+        self._stages = Stages()
+        self._refusal: Exception | None = None
+        """The last error of the server that it could not use."""
+        self._told = False
+        """Has the log been told of a deadlock?"""
+
+    def run(self, entry: Any) -> Record:
+        """Return a record whose connection can be used.
+
+        :param entry: what ``Checkouts.take()`` has returned.
+        :raises CheckoutTimeout: there was none within ``timeout``.
+        :raises Exception: the driver's, if one can't be opened.
+        """
+        checkouts, again = self._core.checkouts, False
+        while True:
+            try:
+                left = max(0.0, self._deadline - time.monotonic())
+                if again:
+                    entry = checkouts.take(self._pool._attachment, self._since) if left else None
+                if entry.__class__ is ThreadWaiter:
+                    entry = self._wait(entry, left, again)
+                if entry is None:
+                    raise self._refusal or self._known_refusal() or self._got_nothing(self._timeout)
+                slot = entry.slot
+                slot.label, slot.stack = checkout_label.get(), self._found
+                if isinstance(entry, Permit):
+                    self._stages.enter(OPENING)
+                    return open_connection(self._pool, entry)
+                return self._usable(entry)
+            except Refused as error:
+                again, self._refusal = True, error.refusal or self._refusal
+            except Exception as error:
+                self._refusal = None  # its traceback refers to this frame
+                self._stages.note(error, self._core.section.label)
+                raise
+
+    def _wait(self, waiter: ThreadWaiter, left: float, again: bool) -> Any:
+        self._stages.enter(WAITING)
+        watch = None if self._pool.settings.on_deadlock == IGNORE else self._watch
+        entry = self._core.checkouts.wait(waiter, left, self._pool.settings.gc_on_wait, watch, again)
+        if isinstance(entry, Rejected):
+            raise self._got_nothing(self._core.now() - self._since, rejected(entry))
+        return entry
+
+    def _got_nothing(self, seconds: float, found: Diagnosis | None = None) -> Exception:
+        """Return the error of a checkout that waited in vain, for so long; ``found``: why no longer."""
+        error = checkout_timeout(self._pool._shared, self._pool._attachment, seconds, found)
+        level = logging.WARNING if isinstance(error, PoolDeadlock) else logging.INFO
+        self._pool.logger.log(level, "%s", error.args[0].partition("\n")[0])
+        return error
+
+    def _watch(self) -> Any:
+        """Return what looks for a deadlock when a checkout waits in vain."""
+        watch = deadlock.Watch(everywhere, self._pool.settings.deadlock_grace)
+
+        def in_vain(waiter: ThreadWaiter, now: float) -> None:
+            found = None if self._told else watch.hopeless(waiter, now)
+            if found is None:
+                return
+            if self._pool.settings.on_deadlock == RAISE:
+                raise self._got_nothing(self._core.now() - self._since, found)
+            self._told = True
+            text = f"{found.cause}: {'; '.join(found.details.splitlines())}. {found.remedy}"
+            self._pool.logger.warning("%s: most likely %s", self._core.section.label, text)
+
+        return in_vain
+
+    def _known_refusal(self) -> Exception | None:
+        """Why the pool was refused, if it is an error of this engine's driver, as callers catch it."""
+        error: Exception | None = self._core.admission.refusal()
+        driver = getattr(self._pool._dialect, "loaded_dbapi", None)
+        return error if driver is None or isinstance(error, driver.Error) else None
+
+    def _usable(self, record: Record) -> Record:
+        """Return the record when its connection is known to be alive, or else was replaced."""
+        pool, slot = self._pool, record.slot
+        # What was handed over was in use a moment ago, so a poll is enough; unless all is to be pinged
+        # (ping_after=0), or replaced by the time of day (pool_recycle), which probe.staleness() knows.
+        enough = pool._attachment.ping_after and pool._recycle < 0
+        if enough and not slot.suspect and not slot.poll(0) and not slot.suspect:
+            return record
+        core = self._core
+        try:
+            if record.dbapi_connection is not None:
+                self._stages.enter(PROBING)
+                self._probe(record)
+            if record.dbapi_connection is None:
+                if not core.admission.may_connect():
+                    raise Refused(None)
+                self._stages.enter(OPENING)
+                record.get_connection()
+                core.checkouts.opened(slot)
+        except BaseException as error:
+            refused = not isinstance(error, Refused) and core.admission.refused(error)
+            slot.holder = None  # nobody had it: no checkout
+            record.return_hollow(error)
+            if refused:
+                raise Refused(error) from error
+            raise
+        return record
+
+    def _probe(self, record: Record) -> None:
+        """Close a record's connection if it is dead, or is to be replaced."""
+        why = probe.staleness(record)
+        alive = why is not None or probe.alive(record, self._deadline)
+        # Another thread may have found a disconnect meanwhile.
+        if alive and (why := why or probe.staleness(record)):
+            self._pool.logger.info("Connection %r %s; recycling", record.dbapi_connection, why)
+            record.slot.reason = why
+            record.close()
+        elif not alive:
+            self._core.connections.found_dead(record.slot)
+            record.invalidate(exc.DisconnectionError("found dead before it was used"))
+
+
+def open_connection(pool: Any, permit: Permit) -> Record:
+    """Open a connection by a permit; the caller holds it then.
+
+    :raises Refused: the server has refused, and it is worth trying again.
+    :raises Exception: the driver's; the slot was given back.
+    """
+    core = pool._core
+    try:
+        core.checkouts.close_evicted(permit)
+        record = Record(pool, permit.slot)
+        core.checkouts.bind(record.slot, record)
+        record.get_connection()
+    except BaseException as error:
+        refused = core.admission.refused(error)
+        core.checkouts.failed(permit)
+        if refused:
+            raise Refused(error) from error
+        raise
+    core.checkouts.opened(record.slot)
+    return record

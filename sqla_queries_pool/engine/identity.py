@@ -1,0 +1,175 @@
+"""Which database is it?  The pool id of an engine, and what people call it.
+
+A pool never sees the URL: ``create_engine`` hands it a creator.  The connect arguments of the engine's
+own creator can be had without connecting: see :func:`~sqla_queries_pool.engine.seams.connect_arguments`.
+
+The id is a digest of what the database *is*: backend, hosts and ports, database, user.  The password
+is not in it, so rotating one keeps the pool, and the id gives nobody anything to guess it with;
+neither is the driver, so that two drivers share one budget.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import sys
+import uuid
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sqlalchemy import exc
+
+from . import seams
+
+_IN_MEMORY = re.compile(r"^file:.*\?(.*&)?(mode=memory|vfs=memdb)(&|$)")
+"""A file name of SQLite's that means no file: https://www.sqlite.org/inmemorydb.html"""
+
+_PACKAGE = __name__.partition(".")[0]
+
+
+class Identity(NamedTuple):
+    """Which pool an engine uses."""
+
+    pid: str
+    """The pool id."""
+    label: str
+    """For people: backend, user, host, port and database; never a password."""
+    private: bool
+    """Can no other engine have the same?"""
+    in_memory: bool = False
+    """A database that lives and dies with its one connection."""
+
+
+def private(label: str, in_memory: bool = False) -> Identity:
+    """An identity that is shared with nobody."""
+    return Identity(f"private-{uuid.uuid4().hex}", label, private=True, in_memory=in_memory)
+
+
+def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identity:
+    """Find out what an engine connects to, without connecting.
+
+    :param creator: what ``create_engine`` hands to a pool class; one of the user's own makes the identity
+        private.
+    :param dialect: the engine's dialect, None for a pool without an engine.
+    :param pool_id: the id that the user states.  It wins, unless the database is the one connection: in
+        a pool with others, that would give way one day, and the database with it.
+    """
+    arguments = seams.connect_arguments(creator, dialect)
+    found = None if arguments is None else of_arguments(dialect.name, *arguments)
+    if found is not None and found.in_memory:
+        return found
+    if pool_id is not None:
+        return Identity(pool_id, pool_id, private=False)
+    if found is not None:
+        return found
+    if dialect is None or not seams.made_by_engine(creator):
+        return private("custom creator")
+    warnings.warn(
+        f"QueriesPool can't tell which {dialect.name} database this engine connects to, so the engine "
+        "shares no limit with others. Pass the same pool_id='…' to all engines that are to share one",
+        exc.SAWarning,
+        stacklevel=_callers_level(),
+    )
+    return private(dialect.name)
+
+
+def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity | None:
+    """Return the identity behind the arguments of a DBAPI's ``connect``, None if it can't be told."""
+    if backend == "sqlite":
+        return _of_sqlite(arguments, options)
+    options = dict(options)
+    if backend == "postgresql":
+        for dsn in [*arguments, options.pop("dsn", None), options.pop("conninfo", None)]:
+            if isinstance(dsn, str) and dsn:
+                # As the drivers do: keywords win over what the string says.
+                options = {**_parse_dsn(dsn), **options}
+        return _of_postgresql(options)
+    database = _first(options, "database", "dbname", "db", "service_name", "sid")
+    host = _first(options, "host", "hostname", "server", "unix_socket")
+    if any(arguments) or (host is None and database is None):
+        return None
+    user = _first(options, "user", "username")
+    port = _first(options, "port")
+    return _identity(backend, [(_text(host).lower(), _text(port))], _text(database), _text(user))
+
+
+def _of_sqlite(arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity:
+    file = _text(arguments[0] if arguments else options.get("database"))
+    if file in ("", ":memory:") or file.startswith("file::memory:") or _IN_MEMORY.search(file):
+        return private("sqlite://", in_memory=True)
+    path = file if file.startswith("file:") else os.path.abspath(file)
+    return _identity("sqlite", [], path, "")
+
+
+def _of_postgresql(options: Mapping[str, Any]) -> Identity:
+    """libpq's rules and defaults: https://www.postgresql.org/docs/current/libpq-connect.html"""
+    service = _first(options, "service") or os.environ.get("PGSERVICE", "")
+    user = _text(_first(options, "user") or os.environ.get("PGUSER") or _os_user())
+    database = _first(options, "dbname", "database") or os.environ.get("PGDATABASE") or user
+    env = os.environ.get
+    host = _first(options, "hostaddr") or env("PGHOSTADDR") or _first(options, "host") or env("PGHOST", "")
+    port = _first(options, "port") or os.environ.get("PGPORT", "")
+    hosts = [h.strip() if h.startswith("/") else h.strip().lower() for h in _text(host).split(",")]
+    ports = [p.strip() or "5432" for p in _text(port).split(",")]
+    if len(ports) == 1:
+        ports *= len(hosts)
+    return _identity(
+        "postgresql",
+        list(zip(hosts, ports, strict=False)),
+        _text(database),
+        user,
+        f"service {service}" if service else "",
+    )
+
+
+def _identity(
+    backend: str, hosts: list[tuple[str, str]], database: str, user: str, more: str = ""
+) -> Identity:
+    canonical = json.dumps([backend, hosts, database, user, more])
+    where = ",".join(_host_and_port(host, port) for host, port in hosts)
+    who = f"{user}@" if user else ""
+    label = f"{backend}://{who}{where}/{database.lstrip('/')}" + (f" ({more})" if more else "")
+    return Identity(hashlib.sha256(canonical.encode()).hexdigest()[:32], label, private=False)
+
+
+def _host_and_port(host: str, port: str) -> str:
+    bracketed = f"[{host}]" if ":" in host or "/" in host else host
+    return f"{bracketed}:{port}" if port else bracketed
+
+
+def _parse_dsn(dsn: str) -> dict[str, str]:
+    from psycopg2.extensions import parse_dsn
+
+    try:
+        parsed: dict[str, str] = parse_dsn(dsn)
+    except Exception:  # the driver will say what is wrong with it, when it connects
+        return {}
+    return parsed
+
+
+def _callers_level() -> int:
+    """The ``stacklevel`` at which a warning points at who made the engine."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("sqlalchemy.", _PACKAGE)):
+        level, frame = level + 1, frame.f_back
+    return level
+
+
+def _os_user() -> str:
+    try:
+        import pwd
+
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except (ImportError, KeyError):
+        return os.environ.get("USERNAME", "")
+
+
+def _first(options: Mapping[str, Any], *names: str) -> Any:
+    return next((options[name] for name in names if options.get(name) not in (None, "")), None)
+
+
+def _text(value: Any) -> str:
+    return "" if value is None else str(value)

@@ -1,0 +1,83 @@
+"""Is this connection alive, and still to be used?  Asked before one that was idle is handed out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from ..sockets import liveness
+
+LEAST_PING = 0.5
+"""Seconds that a server has for the answer to a ping, however little is left of a checkout's timeout."""
+
+
+def staleness(record: Any) -> str | None:
+    """Return why SQLAlchemy would replace a record's connection next, in its words, or None.
+
+    There, one that can't be opened is an error at once; here it can be tried again.
+    """
+    pool = record.owner
+    if -1 < pool._recycle < time.time() - record.starttime:
+        return "exceeded timeout"
+    if pool._invalidate_time > record.starttime:
+        return "invalidated due to pool invalidation"
+    if record._soft_invalidate_time > record.starttime:
+        return "invalidated due to local soft invalidation"
+    return None
+
+
+def alive(record: Any, deadline: float) -> bool:
+    """Is a record's connection alive?  Asks the server only where the socket does not tell.
+
+    :param deadline: when the checkout's time is over, by ``time.monotonic``.
+    """
+    pool, slot = record.owner, record.slot
+    if pool._attachment.ping_after == 0:
+        slot.suspect = True
+    if slot.poll(0):
+        verdict = liveness.look(slot.handle, slot.poll)
+        if verdict is liveness.DEAD:
+            return False
+        # What another database's server has sent may mean anything.
+        if verdict is liveness.DOUBT or getattr(pool._dialect, "name", None) != "postgresql":
+            slot.suspect = True
+    if pool._pre_ping:  # SQLAlchemy asks next; it knows no limit of time, but this one
+        slot.suspect = False
+        record.ping_timeout = _start_timeout(record, deadline)
+        return True
+    return not slot.suspect or _answers(record, deadline)
+
+
+def _start_timeout(record: Any, deadline: float) -> liveness.PingTimeout:
+    """Have the connection hung up if a ping takes too long."""
+    pool = record.owner
+    timeout = liveness.PingTimeout(record.slot.handle)
+    longest = pool.settings.ping_timeout
+    if longest is not None:
+        left = max(deadline - time.monotonic(), LEAST_PING)
+        timeout.start(pool._core.housekeeper.schedule, min(longest, left))
+    return timeout
+
+
+def _answers(record: Any, deadline: float) -> bool:
+    """Ask the server, for as long as a ping may take."""
+    pool, slot = record.owner, record.slot
+    timeout = _start_timeout(record, deadline)
+    try:
+        # A pool without an engine has no dialect to ask with.
+        answers = not hasattr(pool._dialect, "do_ping") or pool._dialect.do_ping(slot.handle)
+    except NotImplementedError:  # so says that of SQLAlchemy's first 2.0
+        answers = True
+    except Exception as error:
+        pool.logger.info("%s: %r does not answer the ping: %r", pool._shared.label, slot, error)
+        answers = _is_answer(pool._dialect, error, slot.handle)
+    finally:
+        timeout.cancel()
+    slot.suspect = not answers or timeout.expired
+    return not slot.suspect
+
+
+def _is_answer(dialect: Any, error: Exception, handle: Any) -> bool:
+    """Does the error not say that the connection is lost?  One in a transaction can't be pinged."""
+    of_driver = isinstance(error, dialect.loaded_dbapi.Error)
+    return of_driver and not dialect.is_disconnect(error, handle, None)

@@ -1,0 +1,376 @@
+"""``QueriesPool``: SQLAlchemy's side.
+
+Few overrides, at the seams where SQLAlchemy lets a pool see what it does (design 15): a checkout is
+``connect``, a check-in :meth:`Proxy.close`, a detach ``_do_return_conn``; every opening goes through
+the wrapped creator and every closing through ``_close_connection``, also those that SQLAlchemy does by
+itself for ``recycle``, ``pre_ping`` and invalidation.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+from sqlalchemy import event, exc
+from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
+from sqlalchemy.pool import Pool as SQLAlchemyPool
+
+from .. import logs, parameters
+from ..budget.audit import Audit
+from ..budget.slots import HELD, LOCKED, OPENING, Attachment, Permit, Quota
+from ..budget.stats import Statistics
+from ..insight import stacks
+from ..insight.report import log_leak
+from ..insight.snapshot import Snapshot, snapshot
+from ..labels import checkout_label
+from ..parameters import Unstated
+from ..pool import Pool
+from ..pool.manager import attach
+from ..runtime.jitter import lifetime
+from . import identity, seams
+from .attempt import Attempt, Refused, open_connection
+from .records import Proxy, Record
+from .settings import OPTIONS, Settings
+
+_label = checkout_label.get
+
+
+class QueriesPool(SQLAlchemyPool):
+    """A pool whose limit belongs to the database: all engines of one URL in a process share it.
+
+    :param creator: returns a DBAPI connection; ``create_engine`` passes its own.
+
+    :param others: here stands what settings.py says of each of the others.
+    :param kw: what :class:`sqlalchemy.pool.Pool` takes.
+    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a value means nothing.
+    :raises TypeError: for a parameter that nobody knows.
+    """
+
+    _is_asyncio = False
+    _sqla_logger_namespace = logs.NAME
+
+    def __init__(
+        self,
+        creator: Any,
+        max_size: int | Unstated | None = Settings.max_size,
+        idle_ttl: float | None = Settings.idle_ttl,
+        timeout: float | None = Settings.timeout,
+        pool_id: str | None = Settings.pool_id,
+        use_lifo: bool = Settings.use_lifo,
+        pool_size: int | Unstated = Settings.pool_size,
+        max_overflow: int | Unstated = Settings.max_overflow,
+        gc_on_wait: bool = Settings.gc_on_wait,
+        ping_after: float | None = Settings.ping_after,
+        ping_timeout: float | None = Settings.ping_timeout,
+        close_timeout: float = Settings.close_timeout,
+        min_size: int = Settings.min_size,
+        track_stacks: bool = Settings.track_stacks,
+        leak_after: float | None = Settings.leak_after,
+        deadlock_grace: float = Settings.deadlock_grace,
+        on_deadlock: str = Settings.on_deadlock,
+        read_only_is_disconnect: bool = Settings.read_only_is_disconnect,
+        max_waiting: int | None = Settings.max_waiting,
+        queue_target: float | None = Settings.queue_target,
+        **kw: Any,
+    ) -> None:
+        self.settings = Settings.read(locals())
+        """What was stated for this engine."""
+        # Not a parameter, because create_engine would take it for one.
+        predecessor: QueriesPool | None = kw.pop("_predecessor", None)
+        self.records_out: set[Any] = set()
+        """The records that are out.  Where a proxy dies in a cycle with its record, its weak reference is
+        told only if something outside leads to it; not the slot, for the registry must lead to no engine."""
+        self._disposed = False
+        """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
+        super().__init__(creator, **parameters.of_sqlalchemys(kw))
+        if self._dialect.is_async:  # SQLAlchemy says so too, but for its oldest 2.0
+            raise exc.ArgumentError(
+                f"Pool class {type(self).__name__} cannot be used with asyncio engine", code="pcls"
+            )
+        self._identity = who = self._identify(predecessor)
+        if predecessor is not None and predecessor._identity == who:
+            quota = predecessor._attachment.quota
+        else:
+            quota = self._make_quota(who)
+        told = self.settings.of_ledger()
+        if self._pre_ping:
+            told["ping_after"] = 0.0
+        if who.in_memory:  # its one connection is the database
+            told |= {"idle_ttl": math.inf, "ping_after": math.inf}
+        self._attachment: Attachment = Attachment(quota, **told)
+        self._attachment.opener = weakref.WeakMethod(self._open)
+        if self.settings.read_only_is_disconnect:
+            listen_for_read_only(self._dialect)
+        if self._pre_ping and _ping_is_over not in self.dispatch.checkout:  # a successor has it already
+            event.listen(self, "checkout", _ping_is_over, insert=True)
+        self._track_stacks = self.settings.track_stacks
+        self._shared: Pool = attach(who.pid, who.label, self._attachment)
+        self._core = self._shared.core
+        self._checkouts = self._core.checkouts
+        self._core.on_leak = log_leak
+        if quota.stated == math.inf:
+            self._core.warn_of_no_limit()
+
+    def _identify(self, predecessor: QueriesPool | None) -> identity.Identity:
+        if predecessor is not None:
+            who = predecessor._identity
+            if who.private and not predecessor._disposed:
+                return identity.private(who.label, who.in_memory)
+            return who
+        return identity.of_engine(self._creator, self.__dict__.get("_dialect"), self.settings.pool_id)
+
+    def _make_quota(self, who: identity.Identity) -> Quota:
+        if who.in_memory:  # a second connection would be a second, empty database
+            return Quota(1.0)
+        stated = self.settings.max_size
+        if isinstance(stated, Unstated):
+            return Quota(None)
+        return Quota(math.inf if stated is None else stated)
+
+    @property
+    def pid(self) -> str:
+        """The id of the pool in the :class:`~sqla_queries_pool.pool.PoolManager`."""
+        return self._shared.id
+
+    # -- checkout ----------------------------------------------------------------------------------
+
+    def connect(self) -> PoolProxiedConnection:
+        """Check a connection out.
+
+        What SQLAlchemy's does, without its ``_checkout()``, ``checkout()`` and ``get_connection()``: what the
+        last one looks for makes a slot suspect, so ``_do_get()`` has seen to it.
+
+        :raises CheckoutTimeout: there was none within ``timeout``.
+        :raises Exception: the driver's, if one can't be opened.
+        """
+        record: Any = self._do_get()
+        # Recycling goes by the time of day; and who closed it may have been interrupted.
+        if self._recycle > -1 or record.dbapi_connection is None:
+            try:
+                record.get_connection()
+            except BaseException as error:
+                record.return_hollow(error)
+                raise
+        echo = self.logger.isEnabledFor(logging.DEBUG)
+        proxy = Proxy(self, record, echo)
+        record.fairy_ref = weakref.ref(proxy, record.abandoned)
+        self.records_out.add(record)
+        if echo:
+            self.logger.debug("Connection %r checked out from pool", proxy.dbapi_connection)
+        if self._pre_ping or self.dispatch.checkout:
+            proxy._counter = 0
+            return Proxy._checkout(self, None, proxy)
+        return proxy
+
+    def _do_get(self) -> ConnectionPoolEntry:
+        record = self._checkouts.take(self._attachment)
+        if record.__class__ is Record:
+            slot = record.slot
+            slot.label = _label()
+            if self._track_stacks:
+                slot.stack = stacks.calls(sys._getframe(1))
+            # Twice, for other threads run during the poll, and one may find that the server is gone.
+            if not slot.suspect and not slot.poll(0) and not slot.suspect:
+                return record
+        return Attempt(self, stacks.calls(sys._getframe(1)) if self._track_stacks else ()).run(record)
+
+    def _open(self, permit: Permit) -> Record:
+        """Open a connection by a permit, for the housekeeper: :func:`.open_connection`."""
+        return open_connection(self, permit)
+
+    def _should_wrap_creator(self, creator: Any) -> Callable[[ConnectionPoolEntry], Any]:
+        create = super()._should_wrap_creator(creator)
+
+        def connect(record: ConnectionPoolEntry) -> Any:
+            # Read before connecting: what a dispose overtakes is of the old generation.
+            generation, core = self._attachment.generation, self._core
+            core.admission.wait_for_room(self.settings.close_timeout)
+            begin = time.monotonic()
+            try:
+                dbapi_connection = create(record)
+            except Exception as error:
+                core.admission.failed(error)
+                raise
+            if isinstance(record, Record):
+                took = time.monotonic() - begin
+                core.admission.last_error = None
+                core.connections.opened(
+                    record.slot, dbapi_connection, generation, lifetime(self._recycle), took
+                )
+                if self._invalidate_time > record.starttime:
+                    # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
+                    # once; here it is looked at, next time.
+                    record.starttime = time.time()
+                    record.slot.suspect = True
+                self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
+            return dbapi_connection
+
+        return connect
+
+    # -- what happens to what is out; Record.checkin is the way home --------------------------------
+
+    def _invalidate(
+        self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
+    ) -> None:
+        # SQLAlchemy replaces all that are older, each at its next checkout, and what can't be opened there is
+        # an error at once; here it is tried again.  So before, and for those looked at meanwhile, after.
+        self._core.suspect_own(self._attachment)
+        super()._invalidate(connection, exception, _checkin)
+        self._core.suspect_own(self._attachment)
+
+    def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
+        # SQLAlchemy's checkin() would come by here, Record's does not: this is a proxy that detaches.
+        self._checkouts.let_go(record.slot)  # type: ignore[attr-defined]
+
+    def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        try:
+            with self._core.connections.lingering.closing(connection, self.settings.close_timeout):
+                super()._close_connection(connection, terminate=terminate)
+        finally:
+            self._core.connections.closed(connection)
+
+    # -- what it says of itself -------------------------------------------------------------------
+
+    def statistics(self) -> Statistics:
+        """Return what the whole pool has now, and has done; takes no lock."""
+        return self._shared.statistics()
+
+    def snapshot(self) -> Snapshot:
+        """Return the holders and the waiting checkouts of the whole pool; takes no lock."""
+        return snapshot(self._shared)
+
+    # -- the life of the pool ----------------------------------------------------------------------
+
+    def dispose(self) -> None:
+        """Close this engine's idle connections; the pool stays usable."""
+        self._disposed = True
+        self._core.dispose(self._attachment)
+        self.logger.info("Pool disposed. %s", self.status())
+
+    def warm_up(self) -> None:
+        """Open connections now, until there are ``min_size``, or as many as the limit leaves room for.
+
+        :raises Exception: the driver's, if one can't be opened.
+        """
+        permits: list[Permit] = []
+        try:
+            # All at once: the housekeeper might begin to open some of them, too.
+            while (permit := self._checkouts.reserve(self._attachment)) is not None:
+                permits.append(permit)
+            while permits:
+                self._checkouts.give_unused(self._attachment, self._open(permits.pop()))
+        except Refused as error:
+            raise error.refusal or error from None
+        finally:
+            for permit in permits:
+                self._checkouts.failed(permit)
+
+    def expire(self, rolling: bool = False) -> None:
+        """Replace this engine's connections without an error to anybody, as when credentials were rotated.
+
+        :param rolling: renew them one after the other in the background; else what is idle is closed at once.
+            What is checked out is replaced when it is returned, either way.
+        """
+        if rolling:
+            self._core.expire_rolling(self._attachment)
+        else:
+            self._core.dispose(self._attachment)
+            self._core.retire(self._attachment)
+
+    def audit(self) -> Audit:
+        """Compare the bookkeeping of the whole pool with the facts: see :meth:`.Pool.audit`."""
+        return self._shared.audit()
+
+    def recreate(self) -> QueriesPool:
+        """Return a pool with the same parameters, listeners, limit and id.
+
+        After :meth:`dispose`, as ``Engine.dispose()`` calls it, what this pool's connections were
+        out then close when they are returned.
+        """
+        self.logger.info("Pool recreating")
+        if self._disposed:
+            self._attachment.min_size = 0  # its successor keeps connections in readiness
+            self._core.retire(self._attachment)
+        return self.__class__(
+            self._creator,
+            **self.settings.as_arguments(),
+            recycle=self._recycle,
+            echo=self.echo,
+            logging_name=self._orig_logging_name,
+            reset_on_return=self._reset_on_return,
+            pre_ping=self._pre_ping,
+            dialect=self._dialect,
+            _dispatch=self.dispatch,
+            _predecessor=self,
+        )
+
+    # -- what tools read: of this engine -----------------------------------------------------------
+
+    def size(self) -> int:
+        """This engine's ``max_size``, or the pool's where it states none; 0 for no limit."""
+        stated = self._attachment.quota.stated
+        size = self._shared.max_size if stated is None else stated
+        return 0 if size is None or size == math.inf else int(size)
+
+    def checkedin(self) -> int:
+        """How many connections this engine has idle."""
+        return len(self._attachment.idle) + len(self._attachment.hollow)
+
+    def checkedout(self) -> int:
+        """How many connections of this engine are out, or being opened."""
+        ref = self._attachment.ref
+        states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home is ref]
+        return sum(state in (HELD, LOCKED, OPENING) for state in states)
+
+    def overflow(self) -> int:
+        """QueuePool's: how many connections there are above ``size()``; here, zero or less."""
+        return self.checkedin() + self.checkedout() - self.size() if self.size() else 0
+
+    def timeout(self) -> float | None:
+        """Seconds that a checkout waits, None for ever."""
+        return self.settings.timeout
+
+    def status(self) -> str:
+        """The state of the pool, and this engine's part of it."""
+        return (
+            f"{self._shared}; this engine: size {self.size()}, "
+            f"checked in {self.checkedin()}, checked out {self.checkedout()}"
+        )
+
+    def __repr__(self) -> str:
+        return f"<QueriesPool {self.status()}>"
+
+
+if QueriesPool.__doc__:  # None under -OO
+    QueriesPool.__doc__ = QueriesPool.__doc__.replace(
+        "    :param others: here stands what settings.py says of each of the others.\n",
+        "".join(f"    :param {name}: {option.doc}\n" for name, option in OPTIONS.items()),
+    )
+
+
+if not seams.KNOWS_PROXY:
+    del QueriesPool.connect  # SQLAlchemy's own, then, which asks _do_get()
+
+
+def _ping_is_over(_: Any, record: Any, __: Any) -> None:
+    """A listener of ``checkout``, the first: what SQLAlchemy does next after its ping."""
+    if record.ping_timeout is not None:
+        record.ping_timeout.cancel()
+        record.ping_timeout = None
+
+
+def listen_for_read_only(dialect: Any) -> None:
+    """Have a dialect take "read only" for a disconnect, which SQLAlchemy answers by replacing everything."""
+    if not event.contains(dialect, "handle_error", _read_only_is_disconnect):
+        event.listen(dialect, "handle_error", _read_only_is_disconnect)
+
+
+def _read_only_is_disconnect(context: Any) -> None:
+    error = context.original_exception
+    if (getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)) == "25006":
+        context.is_disconnect = True

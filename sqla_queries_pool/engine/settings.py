@@ -1,0 +1,283 @@
+"""What can be stated about an engine's pool: each parameter once, with its default and what text means.
+
+A new parameter is a field of :class:`Settings`, a parameter of ``QueriesPool.__init__`` (whose signature
+``create_engine`` reads) and a key of :class:`QueriesPoolOptions` (which type checkers read); its row in
+``docs/configuration.rst`` is for people.  ``tests/test_settings.py`` compares the four.  The URL plugin,
+``recreate()`` and what the ledger is told follow from the field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, NamedTuple, TypedDict
+
+from sqlalchemy.pool import Pool
+
+from .. import parameters
+from ..parameters import UNSTATED, Unstated
+
+RAISE, WARN, IGNORE = "raise", "warn", "ignore"
+"""What to do about a deadlock: ``on_deadlock``."""
+
+
+class Option(NamedTuple):
+    """What is known of a parameter besides its type and its default."""
+
+    read: Callable[[str, Any], Any]
+    """Makes the value of what was stated, which may be text; raises ``ParameterError``."""
+    doc: str
+    """One line, for people."""
+    name: str = ""
+    """What ``create_engine`` calls it, where that is another name."""
+    ledger: bool = False
+    """Is it the ledger's?  It has ``inf`` for ``None``."""
+
+
+def _as_stated(_: str, value: Any) -> Any:
+    """Three parameters mean one number; :meth:`Settings.read` makes it of them."""
+    return value
+
+
+def _on_deadlock(name: str, value: object) -> str:
+    return parameters.one_of(name, value, (RAISE, WARN, IGNORE))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The parameters of one ``QueriesPool``."""
+
+    max_size: Annotated[
+        int | Unstated | None,
+        Option(
+            _as_stated,
+            "The largest number of connections, None for no limit. The database's pool has the "
+            "largest that its engines state, 15 where none does; no engine exceeds its own.",
+        ),
+    ] = UNSTATED
+    idle_ttl: Annotated[
+        float | None,
+        Option(
+            parameters.seconds,
+            "Seconds after which an idle connection is closed, None for never.",
+            ledger=True,
+        ),
+    ] = 60.0
+    timeout: Annotated[
+        float | None,
+        Option(
+            parameters.seconds,
+            "Seconds that a checkout waits for a slot, None for ever, 0 not at all.",
+            name="pool_timeout",
+        ),
+    ] = 30.0
+    pool_id: Annotated[
+        str | None,
+        Option(
+            parameters.pool_id,
+            "Names the pool, in place of the id that follows from the URL.",
+        ),
+    ] = None
+    use_lifo: Annotated[
+        bool,
+        Option(
+            parameters.flag,
+            "Use the connection that was returned last, so that those not needed age out; else "
+            "the one idle for longest.",
+            name="pool_use_lifo",
+            ledger=True,
+        ),
+    ] = True
+    pool_size: Annotated[
+        int | Unstated,
+        Option(
+            _as_stated,
+            "QueuePool's; with max_overflow it is read as max_size, their sum.",
+        ),
+    ] = UNSTATED
+    max_overflow: Annotated[
+        int | Unstated,
+        Option(
+            _as_stated,
+            "QueuePool's; see pool_size.",
+        ),
+    ] = UNSTATED
+    gc_on_wait: Annotated[
+        bool,
+        Option(
+            parameters.flag,
+            "Ask the garbage collector for abandoned connections while waiting.",
+        ),
+    ] = True
+    ping_after: Annotated[
+        float | None,
+        Option(
+            parameters.seconds,
+            "Seconds for which a connection may be idle and is still used without a ping; None "
+            "never pings, 0 always. Whether the server has hung up is seen in any case, without a "
+            "round trip.",
+            ledger=True,
+        ),
+    ] = 30.0
+    ping_timeout: Annotated[
+        float | None,
+        Option(
+            parameters.seconds,
+            "Seconds that the server has for its answer to a ping, None for as long as it takes.",
+        ),
+    ] = 5.0
+    close_timeout: Annotated[
+        float,
+        Option(
+            parameters.finite_seconds,
+            "Seconds for which an opening at the limit waits until the server has let go of a "
+            "connection that was closed before, so that there are never more than the limit on "
+            "the server either; 0 does not wait.",
+        ),
+    ] = 1.0
+    min_size: Annotated[
+        int,
+        Option(
+            parameters.min_size,
+            "How many connections are kept open for this engine, once one was opened, as far as "
+            "the limit allows; they have no idle_ttl, and others are opened in the background "
+            "where some are lost.",
+            ledger=True,
+        ),
+    ] = 0
+    track_stacks: Annotated[
+        bool,
+        Option(
+            parameters.flag,
+            "Remember where each connection was checked out, for reports; costs some microseconds.",
+        ),
+    ] = False
+    leak_after: Annotated[
+        float | None,
+        Option(
+            parameters.seconds,
+            "Seconds after which a connection that is out is logged, once, with its holder; None for never.",
+            ledger=True,
+        ),
+    ] = None
+    deadlock_grace: Annotated[
+        float,
+        Option(
+            parameters.finite_seconds,
+            "Seconds for which nothing may have moved among checkouts that wait for each other.",
+        ),
+    ] = 1.0
+    on_deadlock: Annotated[
+        str,
+        Option(
+            _on_deadlock,
+            "What to do then: 'raise' a PoolDeadlock in the newest of them, 'warn' in the log, or "
+            "'ignore' it.",
+        ),
+    ] = RAISE
+    read_only_is_disconnect: Annotated[
+        bool,
+        Option(
+            parameters.flag,
+            "Take an error that says that the server is read only (SQLSTATE 25006) for a "
+            "disconnect: all connections are replaced, and new ones go where the URL points. For "
+            "a primary that may be demoted while connections stay open.",
+        ),
+    ] = False
+    max_waiting: Annotated[
+        int | None,
+        Option(
+            parameters.max_waiting,
+            "How many checkouts of this engine may wait; one more is rejected at once, with "
+            "TooManyRequests; None for any number.",
+            ledger=True,
+        ),
+    ] = None
+    queue_target: Annotated[
+        float | None,
+        Option(
+            parameters.queue_target,
+            "Seconds within which a waiting checkout is to be served; where none was for twenty "
+            "times as long, those that have waited for longer are rejected, with TooManyRequests, "
+            "until the queue is empty, so that those served are served in time; None rejects "
+            "none.",
+            ledger=True,
+        ),
+    ] = None
+
+    @classmethod
+    def read(cls, stated: Mapping[str, Any]) -> Settings:
+        """Return what was stated, as text or not; what else is in there is left alone.
+
+        :raises ParameterError: a value means nothing.
+        """
+        found = {name: option.read(name, stated[name]) for name, option in OPTIONS.items()}
+        found["max_size"] = parameters.stated_max_size(
+            found["max_size"], found.pop("pool_size"), found.pop("max_overflow")
+        )
+        return cls(**found)
+
+    def of_ledger(self) -> dict[str, Any]:
+        """What an attachment is told: the ledger counts to ``inf`` where people write ``None``."""
+        values = {name: getattr(self, name) for name, option in OPTIONS.items() if option.ledger}
+        return {name: math.inf if value is None else value for name, value in values.items()}
+
+    def as_arguments(self) -> dict[str, Any]:
+        """The arguments of a ``QueriesPool`` with the same settings."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+
+OPTIONS: dict[str, Option] = {
+    field.name: typing.get_type_hints(Settings, include_extras=True)[field.name].__metadata__[0]
+    for field in dataclasses.fields(Settings)
+}
+"""What is known of each parameter, by its name."""
+OF_SQLALCHEMY = (
+    "pool_recycle",
+    "pool_pre_ping",
+    "pool_reset_on_return",
+    "pool_logging_name",
+    "echo_pool",
+)
+"""What SQLAlchemy's own pools take, by the names of ``create_engine``."""
+NAMES = (*(option.name or name for name, option in OPTIONS.items()), *OF_SQLALCHEMY)
+"""What can be stated, by the names of ``create_engine``; a URL with ``plugin=queries`` takes them."""
+
+
+class QueriesPoolOptions(TypedDict, total=False):
+    """The options of ``create_engine`` that are the pool's, for type checkers.
+
+    .. code-block:: python
+
+        options: QueriesPoolOptions = {"max_size": 10, "idle_ttl": 60}
+        engine = create_engine(url, poolclass=QueriesPool, **options)
+    """
+
+    poolclass: type[Pool]
+    max_size: int | None
+    idle_ttl: float | None
+    pool_timeout: float | None
+    pool_id: str | None
+    pool_use_lifo: bool
+    pool_size: int
+    max_overflow: int
+    gc_on_wait: bool
+    ping_after: float | None
+    ping_timeout: float | None
+    close_timeout: float
+    min_size: int
+    track_stacks: bool
+    leak_after: float | None
+    deadlock_grace: float
+    on_deadlock: str
+    read_only_is_disconnect: bool
+    max_waiting: int | None
+    queue_target: float | None
+    pool_recycle: float
+    pool_pre_ping: bool
+    pool_reset_on_return: Any
+    pool_logging_name: str
+    echo_pool: Any

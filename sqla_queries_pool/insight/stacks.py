@@ -1,0 +1,94 @@
+"""Where in the application a thread is, without the frames of this package and of SQLAlchemy."""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterable
+from types import CodeType, FrameType
+
+import sqlalchemy
+
+from ..concurrency.threads import Caller
+
+DEEPEST = 20
+"""How many calls are kept, the innermost ones."""
+Calls = tuple[tuple[CodeType, int], ...]
+Place = tuple[str, str, str]
+"""File, line, function."""
+_PYTHONS = os.path.dirname(os.__file__) + os.sep
+_HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
+"""The package, not this room."""
+# SQLAlchemy also makes functions at run time, in "files" of these names.
+_OURS = (_HERE, os.path.dirname(sqlalchemy.__file__) + os.sep, "<sqlalchemy", "<string>")
+_APPLICATIONS = (os.path.join(_HERE, "demo", ""), os.path.join(_HERE, "monitor", ""))
+_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)")
+_PLACE = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
+
+
+def calls(frame: FrameType | None) -> Calls:
+    """Return the calls of this thread's stack, innermost first, as they are; told() makes text of them."""
+    found: list[tuple[CodeType, int]] = []
+    while frame is not None and len(found) < DEEPEST:
+        file = frame.f_code.co_filename  # _is_applications() by hand: this is done at each checkout
+        if not file.startswith(_OURS) or file.startswith(_APPLICATIONS):
+            found.append((frame.f_code, frame.f_lineno))
+        frame = frame.f_back
+    return tuple(found)
+
+
+def as_text(found: Calls) -> tuple[str, ...]:
+    """Return the same as text, outermost call first, without those of Python's own library."""
+    return _as_text((code.co_filename, str(line), code.co_name) for code, line in found)
+
+
+def _as_text(places: Iterable[Place]) -> tuple[str, ...]:
+    found = [place for place in places if _is_applications(place[0])][:DEEPEST]
+    own = [place for place in found if not _is_pythons(place[0])] or found[:1]
+    return tuple(f"{file}:{line} in {name}" for file, line, name in reversed(own))
+
+
+def _is_applications(file: str) -> bool:
+    return not file.startswith(_OURS) or file.startswith(_APPLICATIONS)
+
+
+def _is_pythons(file: str) -> bool:
+    return file.startswith(_PYTHONS) and "site-packages" not in file
+
+
+class Threads:
+    """The threads of the process at this moment."""
+
+    def __init__(self) -> None:
+        self._names = {thread.ident: thread.name for thread in threading.enumerate()}
+        self._at: dict[int, list[Place]] = {}
+        with contextlib.suppress(OSError):  # there is nowhere to write
+            self._look()
+
+    def _look(self) -> None:
+        # In C, in one go.  Other threads run between two steps of Python, and to follow the frames of one
+        # that runs is not safe: in Python 3.11 `f_back` of such a frame was seen to be something else.
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            text = file.read().decode(errors="replace")
+        places: list[Place] = []
+        for line in text.splitlines():
+            if thread := _THREAD.match(line):
+                places = self._at[int(thread[1], 16)] = []
+            elif place := _PLACE.match(line):
+                places.append((place[1], place[2], place[3]))
+
+    def name(self, caller: Caller) -> str:
+        """The name of a thread."""
+        if not caller.alive:
+            return f"thread {caller.ident}, which has ended"
+        return self._names.get(caller.ident) or f"thread {caller.ident}"
+
+    def at(self, caller: Caller | None) -> tuple[str, ...]:
+        """Where it is, outermost call first; empty where it has ended, or can't be said."""
+        return _as_text(self._at.get(caller.ident, ())) if caller is not None and caller.alive else ()

@@ -1,0 +1,65 @@
+"""After a fork the child starts empty, and the parent notices nothing (design 13).
+
+A forked child has a copy of everything, sockets included.  What it sent on one of them, be it a rollback or
+the Terminate message of a polite close, would arrive in the parent's session; and of the parent's threads
+only the one that forked is here, so a lock that another one had is taken for ever.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import stat
+import threading
+from typing import Any
+
+from ..budget.stats import ManagerStatistics
+from ..concurrency.housekeeping import Housekeeper
+from ..runtime import garbage
+from ..runtime.core import Core
+from .manager import PoolManager
+from .pool import every_pool
+
+
+def after_fork_in_child() -> None:
+    """In the child: forget all connections, and have locks and threads of its own."""
+    PoolManager._lock = threading.RLock()
+    PoolManager._gone = ManagerStatistics()
+    Core.housekeeper = Housekeeper()
+    garbage.after_fork_in_child()
+    for pool in list(every_pool):
+        for thing in pool.core.after_fork_in_child():
+            _keep(thing)
+            _keep(handle := getattr(thing, "handle", None))
+            _cut_off(handle)
+            if hasattr(thing, "cut_off"):
+                thing.cut_off()
+
+
+def _keep(thing: Any) -> None:
+    """Never finalize it, not even when the process ends: drivers close a connection then, or complain, and
+    SQLite would roll back what the parent is doing."""
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+
+
+def _cut_off(handle: Any) -> None:
+    """Let the descriptor of a connection lead nowhere: nothing can be sent to the parent's server any more.
+
+    Whoever still has the connection here finds it broken.  The descriptor stays for the life of the child:
+    closed, its number would soon be that of something else.
+    """
+    try:
+        fd = handle.fileno()
+        if not stat.S_ISSOCK(os.fstat(fd).st_mode):
+            return
+        nowhere = os.open(os.devnull, os.O_RDWR)
+        try:
+            os.dup2(nowhere, fd, inheritable=False)
+        finally:
+            os.close(nowhere)
+    except Exception:  # closed already, or of a driver that has no descriptor to tell
+        return
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork either
+    os.register_at_fork(after_in_child=after_fork_in_child)

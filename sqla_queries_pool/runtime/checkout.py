@@ -1,0 +1,271 @@
+"""Checkouts and returns: taking a slot, waiting for one, and giving it back."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
+
+from ..budget import choice
+from ..budget.audit import UNDER_WAY
+from ..budget.choice import PATIENCE, SPARE
+from ..budget.ledger import GAVE_WAY, Ledger
+from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot
+from ..budget.work import Wake, Work
+from ..concurrency.threads import ThreadWaiter, here
+from ..labels import checkout_label
+from .connections import Connections
+from .critical_section import CriticalSection
+from .garbage import GC_AFTER, collect_garbage
+from .upkeep import Upkeep
+
+InVain: TypeAlias = Callable[[ThreadWaiter, float], None]
+
+
+def looks(alone: bool, gc_after: float) -> Iterator[float]:
+    """After how many seconds a waiter looks for something, if not earlier.
+
+    :param alone: are there no other engines, whose idle connections may be had after a while?
+    :param gc_after: after how many seconds it looks for what is wrong.
+    """
+    yield from () if alone else (SPARE, PATIENCE)
+    yield from itertools.count(gc_after, 1.0)  # so that nothing depends on one wake-up
+
+
+class Checkouts:
+    """What engines do with a pool's slots.  They keep it, so it is the same one after a fork.
+
+    :param on_opened: called when an engine has opened a connection.
+    """
+
+    def __init__(self, on_opened: Callable[[], None]) -> None:
+        self._on_opened = on_opened
+
+    def use(self, section: CriticalSection, ledger: Ledger, connections: Connections, upkeep: Upkeep) -> None:
+        """Use these from now on.
+
+        :param section: the pool's critical section.
+        :param ledger: the pool's ledger.
+        :param connections: closes what gave way.
+        :param upkeep: mends what keeps a slot from a waiter.
+        """
+        self._section = section
+        self._ledger = ledger
+        self._connections = connections
+        self._upkeep = upkeep
+        self._lock = section.lock
+        self._attempt = section.attempt
+        self._inbox = section.inbox
+        self._clock = section.clock
+
+    def take(self, attachment: Attachment, since: float | None = None) -> Any:
+        """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or, where there
+        is no slot, a :class:`ThreadWaiter`: the caller is in the queue, and has to :meth:`wait` with it.
+
+        :param since: since when it waits, by the pool's clock, if it was in the queue before: it has its
+            place again.
+        :raises CheckoutReentered: this thread is inside the pool already.
+        """
+        # section.decide() written out: 0.2 of the 0.9 microseconds that a checkout takes in here.
+        section, ledger = self._section, self._ledger
+        try:
+            with self._lock:
+                if section.inside:
+                    raise section.reentered()
+                section.inside = True
+                try:
+                    now = self._clock()
+                    entry = ledger.take(attachment, here.caller, now)
+                    if entry is None:  # at once, lest others come and go before it looks again
+                        entry = ThreadWaiter(attachment, here.caller, checkout_label.get())
+                        ledger.enqueue(entry, now, since)
+                finally:
+                    section.inside = False
+        finally:
+            if self._inbox:
+                section.settle()
+        if now > ledger.due:
+            self._upkeep.remind()
+        return entry
+
+    def wait(
+        self,
+        waiter: ThreadWaiter,
+        timeout: float,
+        gc_on_wait: bool,
+        watch: Callable[[], InVain] | None = None,
+        again: bool = False,
+    ) -> Any:
+        """Wait in the queue for what :meth:`take` returns.
+
+        :param timeout: seconds, ``inf`` for as long as it takes; with 0 it may still have a slot that
+            another engine can give up.
+        :param gc_on_wait: ask the collector for abandoned connections meanwhile.
+        :param watch: makes what is called with the waiter and ``time.monotonic`` when the collector and a
+            look for what is to be mended have changed nothing; that may raise.
+        :param again: it was in the queue before, and so is not rejected by ``max_waiting``.
+        :return: None if ``timeout`` was over first, :class:`Rejected` if it may not wait, or for no
+            longer.
+        :raises CheckoutReentered: this thread is inside the pool already.
+        """
+        attachment, ledger, section = waiter.attachment, self._ledger, self._section
+        rejected: Rejected | None = None
+        try:
+            begin = time.monotonic()
+            alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
+            gc_after = min(GC_AFTER, timeout / 2)
+            if len(attachment.queue) > attachment.max_waiting and timeout and not again:
+                # One that may not wait is served as one that can't: by what can be opened, or is spare.
+                section.run(ledger.insist, waiter, self._clock(), True)
+                rejected = section.decide(ledger.reject, waiter, self._clock(), True)
+            elif waiter.answer is None:
+                # Nearly all are served before there is anything to be looked for.
+                pause = gc_after if alone else SPARE
+                if attachment.pace.price or attachment.queue_target < math.inf:
+                    pause = min(pause, choice.look_in(ledger, waiter, self._clock()))
+                waiter.wait(max(0.0, min(pause, timeout)))
+            if rejected is None and waiter.answer is None:
+                times = (begin + after for after in looks(alone, gc_after))
+                rejected = self._look_while_waiting(
+                    waiter, times, begin + gc_after, begin + timeout, gc_on_wait, watch
+                )
+                if rejected is None and waiter.answer is None:
+                    section.decide(ledger.leave, waiter)
+            return rejected or waiter.answer
+        except BaseException:
+            entry = section.decide(ledger.leave, waiter)
+            if entry is not None:
+                self._hand_back(attachment, entry)
+            raise
+
+    def _look_while_waiting(
+        self,
+        waiter: ThreadWaiter,
+        times: Iterator[float],
+        gc_at: float,
+        deadline: float,
+        gc_on_wait: bool,
+        watch: Callable[[], InVain] | None,
+    ) -> Rejected | None:
+        attachment, ledger, section = waiter.attachment, self._ledger, self._section
+        in_vain: InVain | None = None
+        look = next(times)
+        while True:
+            now = time.monotonic()
+            section.run(ledger.insist, waiter, self._clock(), now >= deadline)
+            if waiter.answer is None and attachment.queue_target < math.inf:
+                rejected = section.decide(ledger.reject, waiter, self._clock())
+                if rejected is not None:
+                    return rejected
+            if waiter.answer is None and now >= min(max(gc_at, look), deadline):
+                # Where others were served meanwhile, threads run, and the collector with them.
+                moved, waiter.before = attachment.answered != waiter.before, attachment.answered
+                if not moved and gc_on_wait and now >= gc_at:
+                    collect_garbage()
+                if not moved and self._upkeep.mend_in_passing(now):
+                    waiter.wait(2 * UNDER_WAY)
+                    self._upkeep.mend()
+                if not moved and watch is not None and waiter.answer is None:
+                    in_vain = in_vain or watch()
+                    in_vain(waiter, now)
+            if waiter.answer is not None or now >= deadline:
+                return None
+            while look <= now:
+                look = next(times)
+            pause = min(look - now, choice.look_in(ledger, waiter, self._clock()))
+            if ledger.backoff.refusals and (until := ledger.backoff.retry_at - self._clock()) > 0:
+                pause = min(pause, max(0.01, until))
+            waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
+
+    def _hand_back(self, attachment: Attachment, entry: Any) -> None:
+        """Pass on what a waiter was given that can't use it."""
+        if isinstance(entry, Permit):
+            self.failed(entry)
+        else:
+            self.give_unused(attachment, entry)
+
+    def give(self, attachment: Attachment, entry: Any) -> None:
+        """Take an entry back.  Never waits, may be called by a finalizer.
+
+        :raises NotHeld: nobody has it.
+        """
+        # section.post() written out for when the lock is free: saves 0.3 of 0.8 microseconds.
+        section = self._section
+        if not self._attempt.taken_now:
+            self._give_later(attachment, entry)
+            return
+        work: Work | None = None
+        try:
+            try:
+                if section.inside:  # a finalizer of this very thread: the outer call settles
+                    self._give_later(attachment, entry)
+                    return
+                section.inside = True
+                try:
+                    work = self._ledger.give(attachment, entry, self._clock())
+                finally:
+                    section.inside = False
+            finally:
+                self._attempt.release()
+        finally:
+            if self._inbox:
+                section.settle()
+        if work:
+            if len(work) == 1 and work[0].__class__ is Wake:  # the one that is woken waits for the GIL
+                work[0].waiter.wake()
+            else:
+                section.effects.do(work)
+
+    def give_hollow(self, attachment: Attachment, entry: Any) -> None:
+        """Take an entry back whose connection is not to be used again, and is closed if it is open.
+
+        :raises NotHeld: nobody has it.
+        """
+        try:
+            self._connections.drop(entry.slot)
+        finally:
+            self.give(attachment, entry)
+
+    def give_unused(self, attachment: Attachment, entry: Any) -> None:
+        """:meth:`give`, of what was taken to be opened or passed on: no checkout."""
+        self._section.post(self._ledger.give_unused, attachment, entry)
+
+    def _give_later(self, attachment: Attachment, entry: Any) -> None:
+        # Its holder alone may give it back, so its state can be read without the lock.
+        if entry.slot.state is not HELD:
+            raise NotHeld(f"{entry!r} was returned, but it was not checked out: it is {entry.slot.state}")
+        self._section.post(self._ledger.give, attachment, entry)
+
+    def reserve(self, attachment: Attachment) -> Permit | None:
+        """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
+        return self._section.decide(self._ledger.reserve, attachment, self._clock())
+
+    def bind(self, slot: Slot, entry: Any) -> None:
+        """Say what stands for a slot from now on.  Called by who holds it, so without the lock."""
+        self._ledger.bind(slot, entry)
+
+    def opened(self, slot: Slot) -> None:
+        """The caller of :meth:`take` has opened the connection, and holds it now."""
+        self._on_opened()
+        self._section.run(self._ledger.opened, slot, self._clock())
+
+    def failed(self, permit: Permit) -> None:
+        """The caller of :meth:`take` could not open it; the slot goes to the next waiter."""
+        try:
+            self.close_evicted(permit)
+            self._connections.drop(permit.slot)
+        finally:
+            self._section.post(self._ledger.failed, permit.slot)
+
+    def close_evicted(self, permit: Permit) -> None:
+        """Close what gave way, before the permit is used: at no time are there two sockets."""
+        entry, permit.evicts = permit.evicts, None
+        if entry is not None:
+            self._connections.close(entry.slot, entry, GAVE_WAY)
+
+    def let_go(self, slot: Slot) -> None:
+        """The holder of a connection detaches it: it is its own from now on, and does not count."""
+        self._connections.let_go(slot)
+        self._section.post(self._ledger.let_go, slot)

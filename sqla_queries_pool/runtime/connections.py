@@ -1,0 +1,158 @@
+"""The DBAPI connections of a pool: which are open, for which slot, and how they are closed."""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import weakref
+from typing import Any
+
+from ..budget.ledger import Ledger
+from ..budget.slots import CLOSING, Slot
+from ..logs import logger
+from ..sockets import liveness
+from ..sockets.lingering import LONGEST, Lingering
+from .critical_section import CriticalSection
+
+DEAD = "found dead before it was used"
+INVALIDATED = "invalidated by its holder"
+LIFETIME = "older than pool_recycle"
+
+
+class Connections:
+    """Knows each open DBAPI connection by its ``id()``.
+
+    Without the lock: who has a slot writes its connection, and nobody else does.
+
+    :param section: the pool's critical section.
+    :param ledger: the pool's ledger, for its totals.
+    :param lingering: waits for the server to let go of what was closed.
+    """
+
+    def __init__(self, section: CriticalSection, ledger: Ledger, lingering: Lingering) -> None:
+        self._section = section
+        self._ledger = ledger
+        self.lingering = lingering
+        self.by_handle: dict[int, Any] = {}
+        """id(handle) -> slot, for as long as the slot refers to the handle."""
+        self.detached: dict[int, weakref.ref[Any] | None] = {}
+        """id(handle) of connections that were detached and are, as far as one can see, open."""
+        self.last_open = -math.inf
+        """When one was closed last, by the pool's clock: until then, at least, the database was there."""
+
+    def find(self, handle: Any) -> Any:
+        """Return the slot of a DBAPI connection, None if it is not in the pool."""
+        slot = self.by_handle.get(id(handle))
+        return slot if slot is not None and slot.handle is handle else None
+
+    def opened(self, slot: Slot, handle: Any, generation: int, lifetime: float, seconds: float) -> None:
+        """A slot's holder has opened a connection for it.
+
+        :param generation: the attachment's when the connecting began.
+        :param lifetime: seconds after which it is to be renewed, ``inf`` for never.
+        :param seconds: how long it took to open it.
+        """
+        if slot.handle is not None:  # the one that closed it was interrupted
+            self.by_handle.pop(id(slot.handle), None)
+        slot.expires = self._section.clock() + lifetime
+        slot.poll = liveness.poll_of(handle)
+        slot.suspect = False
+        slot.generation = generation
+        slot.process = os.getpid()
+        self.detached.pop(id(handle), None)  # the id of one that died unseen
+        self.by_handle[id(handle)] = slot
+        slot.handle = handle
+        self._section.post(self._ledger.totals.connected, seconds)
+
+    def closed(self, handle: Any) -> None:
+        """A connection was closed, by the holder of its slot or by who detached it."""
+        slot = self.find(handle)
+        if slot is None:
+            self.detached.pop(id(handle), None)
+            return
+        self.last_open = self._section.clock()
+        del self.by_handle[id(handle)]
+        slot.handle = slot.poll = None
+        slot.suspect = True
+        if slot.state is not CLOSING:  # else the one that closes it says so once, for this and for its slot
+            reason, slot.reason = slot.reason or INVALIDATED, None
+            self._section.post(self._ledger.totals.closed, reason)
+
+    def let_go(self, slot: Slot) -> None:
+        """The holder of a connection detaches it: it is its own from now on, and closes it."""
+        handle = slot.handle
+        if handle is None:
+            return
+        self.last_open = self._section.clock()
+        key = id(handle)
+        self.by_handle.pop(key, None)  # before the slot forgets it: nothing may keep the key of the dead
+        slot.handle = None
+
+        def died(_: weakref.ref[Any]) -> None:
+            self.detached.pop(key, None)
+
+        try:
+            self.detached[key] = weakref.ref(handle, died)
+        except TypeError:  # a DBAPI whose connections know no weak references: till it is closed
+            self.detached[key] = None
+
+    def found_dead(self, slot: Slot) -> None:
+        """A connection was found dead before it was used: older ones are suspect."""
+        slot.reason = DEAD
+        self._section.post(self._ledger.totals.one_more, "dead")
+        liveness.hang_up(slot.handle, socket.SHUT_WR)
+        self._section.decide(self._ledger.suspect, self._section.clock())
+
+    def close(self, slot: Slot, entry: Any, reason: str) -> None:
+        """Close a slot's connection: as SQLAlchemy does where there is a record, and in any case.
+
+        :param entry: what its holder had in hand; None where that has died.
+        """
+        slot.reason = reason
+        logger_of(entry).info("%s: closing %r: %s", self._section.label, slot, reason)
+        try:
+            if entry is not None and entry is not slot and slot.process == os.getpid():
+                entry.close()
+        except Exception:
+            logger_of(entry).exception("%s: exception while closing %r", self._section.label, slot)
+        finally:
+            self.drop(slot)
+
+    def drop(self, slot: Slot) -> None:
+        """Close the DBAPI connection itself, where nobody did."""
+        handle = slot.handle
+        if handle is None:
+            return
+        self.closed(handle)
+        slot.handle = None
+        if slot.process == os.getpid():
+            self.close_handle(handle)
+
+    def close_handle(self, handle: Any) -> None:
+        """Close a DBAPI connection, and follow it until the server has let go of it."""
+        with self.lingering.closing(handle, LONGEST):
+            close_quietly(handle, self._section.label)
+
+    def strays(self) -> list[Any]:
+        """Return the slots whose connection is open and that count nowhere."""
+        counted = set(self._ledger.slots.copy())
+        counted |= {slot.instead_of for slot in counted if slot.instead_of is not None}
+        slots = list(self.by_handle.values())
+        return [slot for slot in slots if slot not in counted and slot.handle is not None]
+
+
+def logger_of(entry: Any) -> Any:
+    """An engine's own logger, whose level its ``echo_pool`` may have lowered, where it is an engine's."""
+    return getattr(entry, "logger", logger)
+
+
+def close_quietly(handle: Any, label: str) -> None:
+    """Close a DBAPI connection that nobody wants; failing to is logged.
+
+    :param label: which pool it is.
+    """
+    try:
+        handle.close()
+    except Exception as error:
+        logger.debug("%s: exception while closing a connection: %r", label, error)

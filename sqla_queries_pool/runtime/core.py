@@ -1,0 +1,183 @@
+"""The engine room of one pool: the ledger and what stands around it."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+from ..budget import closing
+from ..budget.ledger import Ledger
+from ..budget.slots import REJECTED, Attachment, EntryRef, Numbers, Slot
+from ..budget.work import Leaked, Returned, Work
+from ..concurrency.housekeeping import Housekeeper, Worker
+from ..concurrency.recent import Recent
+from ..logs import logger
+from ..sockets.lingering import Lingering
+from .admission import Admission
+from .checkout import Checkouts
+from .connections import Connections
+from .critical_section import CriticalSection
+from .effects import Effects
+from .upkeep import Upkeep
+
+MOST_TIMEOUTS = 20
+"""How many checkouts that got nothing are remembered."""
+
+
+class Core:
+    """Puts the parts of one pool together, and tells them which engines there are.
+
+    :param label: for people: which pool it is.
+    :param clock: a monotonic clock in seconds, ``time.monotonic`` by default.
+    :param new_slot: makes a slot.
+    :param on_opened: called when an engine has opened a connection.
+    :param on_vacant: called by the housekeeper when there were no slots and no engines for the idle TTL.
+    """
+
+    housekeeper: ClassVar[Housekeeper] = Housekeeper()
+    """The process's; a forked child has one of its own."""
+
+    section: CriticalSection
+    """The lock, and the inbox for what may not wait for it."""
+    ledger: Ledger
+    """Who has which slot, and who waits; touched inside the section alone."""
+    connections: Connections
+    """The open DBAPI connections."""
+    admission: Admission
+    """May one connect now?"""
+    effects: Effects
+    """Does what the ledger decided."""
+    upkeep: Upkeep
+    """Does what is due, and mends."""
+    checkouts: Checkouts
+    """What engines do with slots."""
+
+    def __init__(
+        self,
+        label: str,
+        clock: Callable[[], float] | None,
+        new_slot: Callable[[], Slot],
+        on_opened: Callable[[], None],
+        on_vacant: Callable[[], None],
+    ) -> None:
+        self._clock = clock or time.monotonic
+        self.checkouts = Checkouts(on_opened)
+        self._on_vacant = on_vacant
+        self.on_leak: Callable[[Core, Leaked | Returned], None] = _ignore
+        """Called by the housekeeper when a connection is out for long, or was returned after all."""
+        self.timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
+        """Snapshots of the last checkouts that got nothing, the newest last."""
+        self._warned_of_no_limit = False
+        self._build(label, Ledger(self._entry_died, new_slot))
+
+    def _build(self, label: str, ledger: Ledger) -> None:
+        """Make all parts: at first, and again in a forked child.
+
+        There all threads but one are gone, and a lock that another one had would be taken for ever.
+        """
+        self.ledger = ledger
+        self.section = section = CriticalSection(label, self._clock)
+        self.recent_snapshot: Recent[Any] = Recent()
+        """The last snapshot that was made for an error: see insight/report.py."""
+        worker = Worker()
+        self.connections = Connections(section, ledger, Lingering(self.housekeeper.schedule))
+        self.admission = Admission(section, ledger, self.connections)
+        self.upkeep = Upkeep(section, ledger, self.connections, worker, self.housekeeper, self._on_vacant)
+        self.effects = Effects(
+            section, ledger, self.connections, self.admission, worker, self.upkeep.schedule, self._leaked
+        )
+        self.checkouts.use(section, ledger, self.connections, self.upkeep)
+
+    def _entry_died(self, ref: EntryRef) -> None:
+        self.section.post(self.ledger.lost, ref.slot)
+
+    def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
+        self.section.post(self.ledger.detach, ref)
+
+    def _leaked(self, item: Leaked | Returned) -> None:
+        self.on_leak(self, item)
+
+    def now(self) -> float:
+        """The time in seconds by the pool's clock."""
+        return self._clock()
+
+    @property
+    def numbers(self) -> Numbers:
+        """How many connections are in which state; takes no lock."""
+        return self.ledger.numbers()
+
+    def got_nothing(self, seen: Any) -> None:
+        """A checkout got nothing within its time, or was rejected; ``seen`` is a snapshot of why."""
+        self.count("rejected" if seen.diagnosis.kind in REJECTED else "timeouts")
+        if seen.diagnosis.kind == "deadlock":
+            self.count("deadlocks")
+        if not self.timeouts or self.timeouts[-1].taken_at != seen.taken_at:  # not one that is shared
+            self.timeouts.append(seen)
+
+    def count(self, what: str) -> None:
+        """One more of what is just counted in :class:`.Totals`."""
+        self.section.post(self.ledger.totals.one_more, what)
+
+    # -- engines -----------------------------------------------------------------------------------
+
+    def attach(self, attachment: Attachment) -> Work:
+        """An engine begins to use the pool; the work is the caller's to have done."""
+        before = self.ledger.limit
+        work = self.section.decide(self.ledger.attach, attachment, self._engine_died, self._clock())
+        self.log_limit(before)
+        return work
+
+    def log_limit(self, before: float) -> None:
+        """Log the limit if it is another one than before."""
+        if (limit := self.ledger.limit) != before:
+            logger.info("%s: the limit is now %g, was %g", self.section.label, limit, before)
+
+    def warn_of_no_limit(self) -> None:
+        """Say once what a limit is good for: an engine has lifted it."""
+        if not self._warned_of_no_limit:
+            self._warned_of_no_limit = True
+            logger.warning(
+                "%s: an engine sets no limit, so all engines of this database have none. A peak of load then "
+                "opens a connection for each checkout, until the server refuses all clients "
+                "(max_connections). With max_size=… checkouts above it wait their turn instead.",
+                self.section.label,
+            )
+
+    def dispose(self, attachment: Attachment) -> None:
+        """Close an engine's idle connections, and end its generation of connections."""
+        self.section.run(closing.dispose, self.ledger, attachment)
+
+    def retire(self, attachment: Attachment) -> None:
+        """Let an engine's connections of before its last dispose close; those out when they are returned."""
+        self.section.run(closing.retire, self.ledger, attachment)
+
+    def expire_rolling(self, attachment: Attachment) -> None:
+        """Renew an engine's connections one after the other, those out when they are returned."""
+        self.section.run(self.ledger.expire_now, attachment, self._clock())
+
+    def suspect_own(self, attachment: Attachment) -> None:
+        """Have all that an engine has looked at before they are used again."""
+        self.section.decide(self.ledger.suspect_own, attachment)
+
+    # -- processes ---------------------------------------------------------------------------------
+
+    def after_fork_in_child(self) -> list[Any]:
+        """In a forked child: forget the parent's connections, and have locks and threads of its own.
+
+        :return: all that knew the connections, none of which may be finalized in this process.
+        """
+        slots = {*self.ledger.slots, *self.connections.by_handle.values()}
+        slots |= {slot.instead_of for slot in slots if slot.instead_of is not None}
+        entries = [slot.entry() for slot in slots if slot.entry is not None]
+        self.connections.lingering.forget()
+        self.timeouts.clear()
+        ledger, work = self.ledger.in_child(self._clock())
+        self._build(self.section.label, ledger)
+        self.effects.do(work)
+        return [*slots, *entries]
+
+
+def _ignore(_: Core, __: Leaked | Returned) -> None: ...

@@ -1,0 +1,154 @@
+"""Does what the ledger decided: wakes, closes, resets, renews and opens, outside the critical section."""
+
+from __future__ import annotations
+
+import functools
+import weakref
+from collections import deque
+from collections.abc import Callable
+from typing import Any
+
+from ..budget import closing, locks
+from ..budget.ledger import Ledger
+from ..budget.slots import Attachment, Slot
+from ..budget.work import Close, Due, Fill, Leaked, Renew, Reset, Resetter, Returned, Wake, Work
+from ..concurrency.housekeeping import Worker
+from ..logs import logger
+from .admission import Admission
+from .connections import LIFETIME, Connections, logger_of
+from .critical_section import CriticalSection
+
+AT_ONCE = (Wake, Due, Leaked, Returned)
+"""Work that takes no time."""
+
+
+class Effects:
+    """Does the work of one pool.
+
+    :param section: the pool's critical section, which hands the work over.
+    :param ledger: the pool's ledger, which is told when work is done.
+    :param remind: has somebody call :meth:`.Ledger.expire` in so many seconds.
+    :param on_leak: called when a connection is out for long, or was returned after all.
+    """
+
+    def __init__(
+        self,
+        section: CriticalSection,
+        ledger: Ledger,
+        connections: Connections,
+        admission: Admission,
+        worker: Worker,
+        remind: Callable[[float], None],
+        on_leak: Callable[[Leaked | Returned], None],
+    ) -> None:
+        self._section = section
+        self._ledger = ledger
+        self._connections = connections
+        self._admission = admission
+        self._worker = worker
+        self._remind = remind
+        self._on_leak = on_leak
+        section.effects = self
+
+    def do(self, work: Work) -> None:
+        """Do what the ledger decided, in order; an exception leaves none of it undone."""
+        todo = deque(work)
+        try:
+            while todo:
+                item = todo.popleft()
+                if isinstance(item, Wake):
+                    item.waiter.wake()
+                elif isinstance(item, Due):
+                    self._remind(item.at - self._section.clock())
+                elif isinstance(item, Close):
+                    self._close(item)
+                elif isinstance(item, Renew):
+                    self._worker.submit(functools.partial(self._renew, item))
+                elif isinstance(item, Fill):
+                    self._worker.submit(functools.partial(self._fill, item.attachment))
+                elif isinstance(item, Reset):
+                    self.reset(item.slot, if_stale=True)
+                else:
+                    self._on_leak(item)
+        except BaseException:
+            self.do_soon(list(todo))
+            raise
+
+    def do_soon(self, work: Work) -> None:
+        """Do at once what takes no time; the worker closes and resets."""
+        self.do([item for item in work if isinstance(item, AT_ONCE)])
+        slow: Work = [item for item in work if not isinstance(item, AT_ONCE)]
+        if slow:
+            self._worker.submit(lambda: self.do(slow))
+
+    def _close(self, item: Close) -> None:
+        slot, was_open = item.slot, item.slot.handle is not None
+        try:
+            self._connections.close(slot, item.entry, item.reason)
+        finally:
+            if slot.handle is None:  # else the next look for something to mend has it closed again
+                slot.reason = None
+                self._section.post(self._ledger.closed, slot, item.reason if was_open else None)
+
+    def reset(self, slot: Slot, if_stale: bool = False) -> None:
+        """Take a session's lock, roll back what it left, then give the connection back; or close it."""
+        section, ledger, me = self._section, self._ledger, Resetter()
+        if not section.decide(locks.unlock, ledger, slot, weakref.ref(me), if_stale):
+            return
+        handle = slot.handle
+        if handle is None:  # closed by force meanwhile
+            return
+        try:
+            if slot.entry is not None and (record := slot.entry()) is not None:
+                record.reset()
+            elif _in_transaction(handle) is not False:
+                handle.rollback()
+            if _in_transaction(handle):
+                # BEGIN in autocommit mode, where psycopg2's rollback() does nothing.
+                handle.cursor().execute("ROLLBACK")
+        except BaseException as error:
+            logger.warning("%s: closing %r: rollback failed: %r", section.label, slot, error)
+            section.post(ledger.totals.one_more, "failed_resets")
+            section.run(closing.close_one, ledger, slot, True)
+            if not isinstance(error, Exception):
+                raise
+        else:
+            section.run(locks.give_back, ledger, slot, section.clock())
+
+    def reset_stale(self, attachment: Attachment) -> None:
+        """Reset what sessions have locked that have died."""
+        for slot in self._section.decide(locks.stale, self._ledger, attachment):
+            self.reset(slot, if_stale=True)
+
+    def _renew(self, item: Renew) -> None:
+        section, slot, entry = self._section, item.slot, item.entry
+        slot.reason = LIFETIME
+        logger_of(entry).info("%s: closing %r: %s", section.label, slot, LIFETIME)
+        try:
+            entry.close()
+            entry.get_connection()
+        except Exception as error:
+            self._admission.refused(error)
+            self._connections.drop(slot)
+            logger_of(entry).warning("%s: could not renew %r: %r", section.label, slot, error)
+        finally:
+            section.run(self._ledger.renewed, slot, entry, item.since, section.clock())
+
+    def _fill(self, attachment: Attachment) -> None:
+        """Open what an engine's ``min_size`` asks for, as far as there is room."""
+        section, ledger, opener = self._section, self._ledger, attachment.opener()
+        try:
+            while opener is not None:
+                permit = section.decide(ledger.reserve, attachment, section.clock())
+                if permit is None:
+                    return
+                section.post(ledger.give_unused, attachment, opener(permit))
+        except Exception as error:
+            why = error.__cause__ or error
+            logger.warning("%s: could not open a connection for min_size: %r", section.label, why)
+
+
+def _in_transaction(handle: Any) -> bool | None:
+    """What the driver knows without asking the server: psycopg2 and psycopg do, None for others."""
+    status = getattr(getattr(handle, "info", None), "transaction_status", None)
+    return None if status is None else int(status) != 0

@@ -1,0 +1,143 @@
+"""Connections that were closed, and that the server may not have let go of yet (design 20).
+
+PostgreSQL goes on counting a backend for some milliseconds after its client has said goodbye.  It leaves the
+socket open until the process has ended, so that a client that cares can wait for the end of the stream: see
+``socket_close()`` in its ``src/backend/libpq/pqcomm.c``.  Here a duplicate of the descriptor waits, and who
+opens a connection waits for it where there would be one too many otherwise.  So nobody waits who closes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ..try_lock import TryLock
+from .liveness import AVAILABLE, borrowed, hang_up
+
+LONGEST = 1.0
+"""Seconds for which the server is waited for where no engine says otherwise."""
+_SLICE = 0.05
+"""Seconds after which who waits counts anew: what is open may have become less, too."""
+
+
+class Lingering:
+    """The closed connections of a pool that the server may still count.
+
+    A close may happen in a finalizer, in any thread, so nobody waits for a lock here.  Who finds it free
+    looks at the descriptors and closes them, alone: the number of one that another thread has closed would
+    soon be that of a new connection, whose bytes a look would take away.
+
+    :param schedule: has :meth:`sweep` called in so many seconds.
+    """
+
+    def __init__(self, schedule: Callable[[Lingering, float], None]) -> None:
+        self._schedule = schedule
+        self._ends: dict[int, float] = {}
+        """The duplicate of a descriptor -> until when it is waited for, by ``time.monotonic``."""
+        self._scheduled = False
+        self._looking = TryLock(threading.Lock())
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @contextlib.contextmanager
+    def closing(self, handle: Any, seconds: float) -> Iterator[None]:
+        """The block closes a DBAPI connection; the server is then waited for, for so many seconds at most."""
+        fd = -1
+        try:
+            if AVAILABLE:
+                own = handle.fileno()
+                if not _takes_more(own):
+                    hang_up(handle, socket.SHUT_WR)  # else a driver that says goodbye blocks
+                fd = os.dup(own) if seconds > 0 else -1
+        except Exception:  # it is closed already, or the driver has no descriptor to tell
+            pass
+        try:
+            yield
+        finally:
+            if fd >= 0:
+                self._follow(fd, seconds)
+
+    def _follow(self, fd: int, seconds: float) -> None:
+        # A close ends the stream; with a duplicate open it has to be said.
+        with contextlib.suppress(OSError), borrowed(fd) as end:
+            end.shutdown(socket.SHUT_WR)
+        if _is_gone(fd):
+            os.close(fd)
+            return
+        self._ends[fd] = time.monotonic() + seconds  # from now on it is in the hands of who looks
+        if not self._scheduled:
+            self._scheduled = True
+            self._schedule(self, seconds)
+
+    def wait(self, room: Callable[[], float], seconds: float) -> None:
+        """Wait until no more are left than there is room for, for so many seconds at most."""
+        deadline = time.monotonic() + seconds
+        while len(self._ends) > room():
+            self._prune()
+            left = deadline - time.monotonic()
+            if len(self._ends) <= room() or left <= 0:
+                return
+            poll = select.poll()
+            for fd in list(self._ends):
+                poll.register(fd, select.POLLIN)
+            poll.poll(1000 * min(left, _SLICE))
+
+    def sweep(self) -> None:
+        """Forget those that are gone, and those that have had their time."""
+        self._scheduled = False
+        self._prune()
+        if self._ends and not self._scheduled:
+            self._scheduled = True
+            self._schedule(self, max(0.0, min(self._ends.copy().values(), default=0.0) - time.monotonic()))
+
+    def neglected(self) -> None:
+        """The housekeeper's thread has died: the next one that is closed comes back to it."""
+        self._scheduled = False
+
+    def forget(self) -> None:
+        """Wait for none of them any more.  Nobody else may use this object by now."""
+        for fd in list(self._ends):
+            self._drop(fd)
+
+    def _prune(self) -> None:
+        if self._looking.taken_now:
+            try:
+                now = time.monotonic()
+                for fd, until in self._ends.copy().items():
+                    if now >= until or _is_gone(fd):
+                        self._drop(fd)
+            finally:
+                self._looking.release()
+
+    def _drop(self, fd: int) -> None:
+        if self._ends.pop(fd, None) is not None:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.forget()
+
+
+def _takes_more(fd: int) -> bool:
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(0))
+
+
+def _is_gone(fd: int) -> bool:
+    """Has the server closed its side?  What it has said before that is of no interest."""
+    try:
+        with borrowed(fd) as end:
+            while end.recv(4096, socket.MSG_DONTWAIT):
+                pass
+        return True
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
