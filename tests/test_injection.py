@@ -238,7 +238,7 @@ class Stage:
         shared = inside.shared(self.pools[0])
 
         def work() -> None:
-            eventually(lambda: inside.ledger(shared).lines or self.ended, "somebody waits")
+            eventually(lambda: inside.ledger(shared).queues or self.ended, "somebody waits")
             do()
 
         self.threads.append(Thread(work))
