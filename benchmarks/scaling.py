@@ -241,12 +241,12 @@ def _visit(connections: int) -> tuple[float, float, float]:
         clock.now += 0.001
         connection.close()
     clock.now = ttl
-    look_at_all = _seconds(pool.sweep)
+    look_at_all = _seconds(pool.core.upkeep.sweep)
     counts = []
     for _ in range(3):  # the fewest: this thread may have to hear, too, of what the worker has closed
         clock.now += DUE * 0.001
-        counts.append(instructions(pool.sweep))
+        counts.append(instructions(pool.core.upkeep.sweep))
     clock.now += DUE * 0.001
-    seconds = _seconds(pool.sweep)
+    seconds = _seconds(pool.core.upkeep.sweep)
     engines.dispose()
     return float(min(counts)), look_at_all, seconds

@@ -24,7 +24,7 @@ from .errors import (
     QueriesException,
     TooManyRequests,
 )
-from .insight.diagnostics import Diagnosis, Holder, Snapshot, Waiting, snapshot
+from .insight.snapshot import Diagnosis, Holder, Snapshot, Waiting, snapshot
 from .labels import checkout_label, labelled
 from .pool import Connection, Pool, PoolManager
 
@@ -61,4 +61,4 @@ __all__ = [
     "labelled",
     "snapshot",
 ]
-__version__ = "0.1.0"
+__version__ = "0.2.0"

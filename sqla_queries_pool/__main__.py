@@ -18,11 +18,11 @@ EXTRA = 'pip install "sqla-queries-pool[demo]"'
 
 
 class _Usage(Exception):
-    """What the user can mend: the text says how, without secrets."""
+    """What the user can fix: the text says how, without secrets."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; return the exit status: 2 where the user can mend it."""
+    """Run one command; return the exit status: 2 where the user can fix the problem."""
     chosen = _parser().parse_args(arguments)
     try:
         chosen.command(chosen)
@@ -43,43 +43,43 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     demo = commands.add_parser(
         "demo",
-        help="measure what QueriesPool does, beside QueuePool",
-        description="Measure what QueriesPool does, beside QueuePool, on a PostgreSQL. Takes half a minute, "
-        "creates nothing in the database, opens some 25 connections.",
+        help="compare QueriesPool with QueuePool",
+        description="Compare QueriesPool with QueuePool on a PostgreSQL server. This takes half a minute, "
+        "opens about 25 connections and creates nothing in the database.",
     )
     demo.add_argument(
         "--url",
-        help="the database, postgresql://user:password@host:port/database (default: what the environment "
-        "variable DATABASE_URL says, else a PostgreSQL of the demo's own)",
+        help="the database, postgresql://user:password@host:port/database (default: the environment variable "
+        "DATABASE_URL; without it the demo starts a PostgreSQL server of its own)",
     )
-    demo.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    demo.add_argument("--json", action="store_true", help="print JSON instead of a table")
     demo.add_argument("--seconds", type=_seconds, metavar="S", help="measure each load for S seconds (4)")
     demo.set_defaults(command=_demo)
     monitor = commands.add_parser(
         "monitor",
-        help="look at pools, live, in a browser or in the terminal",
-        description="Look at pools, live: serve a page with those of a demonstration, or show these, or "
-        "those of a monitor that is served elsewhere, in the terminal.",
+        help="show pools live, in a browser or in the terminal",
+        description="Show pools live. With --demo: a page with the pools of a demonstration, or the same in "
+        "the terminal (--text). With --text --url: the pools of a monitor that another process serves.",
     )
-    monitor.add_argument("--demo", action="store_true", help="a shop at work on a PostgreSQL, to look at")
+    monitor.add_argument("--demo", action="store_true", help="demonstrate it: a small shop on PostgreSQL")
     monitor.add_argument(
         "--database",
         metavar="URL",
-        help="the demo's database (default: DATABASE_URL, else a PostgreSQL of the demo's own)",
+        help="the demo's database (default: DATABASE_URL; without it the demo starts a PostgreSQL server)",
     )
     monitor.add_argument(
-        "--port", type=_port, default=PORT, help=f"serve at this port of 127.0.0.1 ({PORT}; 0: any)"
+        "--port", type=_port, default=PORT, help=f"the port on 127.0.0.1 (default: {PORT}; 0: any free port)"
     )
-    monitor.add_argument("--text", action="store_true", help="show it in the terminal")
+    monitor.add_argument("--text", action="store_true", help="show the pools in the terminal")
     monitor.add_argument("--url", help="with --text: the address of a monitor's page")
-    monitor.add_argument("--once", action="store_true", help="with --text: once, not again each second")
+    monitor.add_argument("--once", action="store_true", help="with --text: show them once, then exit")
     monitor.set_defaults(command=_monitor)
     return parser
 
 
 def _port(text: str) -> int:
     if not text.isascii() or not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a port, 0 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r}: write a port from 0 to 65535")
     return int(text)
 
 
@@ -89,7 +89,7 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r}: write a number of seconds, {LONGEST} at most")
+        raise argparse.ArgumentTypeError(f"{text!r}: write a number of seconds above 0, {LONGEST} at most")
     return seconds
 
 
@@ -111,9 +111,9 @@ def _demo(chosen: argparse.Namespace) -> None:
 
 def _monitor(chosen: argparse.Namespace) -> None:
     if chosen.url and (chosen.demo or not chosen.text):
-        raise _Usage("--url goes with --text, and without --demo")
+        raise _Usage("--url needs --text, and can't be used with --demo")
     if not chosen.demo and not chosen.url:
-        raise _Usage("write --demo, for something to look at here, or --text --url for a monitor elsewhere")
+        raise _Usage("write --demo for a demonstration, or --text --url=… for the monitor of another process")
     if chosen.text or sys.stderr.isatty():
         _need("rich")
     from .demo.server import DemoError
@@ -132,9 +132,9 @@ def _monitor(chosen: argparse.Namespace) -> None:
 
 
 def _need(module: str) -> None:
-    """See that a package of the extra is there, before the work begins."""
+    """Check that a package of the extra is installed, before the work begins."""
     if importlib.util.find_spec(module) is None:
-        raise _Usage(f"this needs {module}: {EXTRA}")
+        raise _Usage(f"this command needs {module}: {EXTRA}")
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class ActivePoolError(PoolException):
 
 
 class ConnectionBusyError(ConnectionException):
-    """The connection is executing, or somebody has it."""
+    """The connection is executing, or a session or an engine has it."""
 
     def __str__(self) -> str:
         return f"Connection {self.cid} is busy"
@@ -72,21 +72,22 @@ class PoolFullError(PoolException):
 
 
 class CheckoutTimeout(exc.TimeoutError):
-    """No connection became free within the ``timeout`` of the engine that asked.
+    """A checkout got no connection within the ``timeout`` of its engine.
 
     It is what QueuePool raises, a :class:`sqlalchemy.exc.TimeoutError`.  The first line of its message names
-    the pool, its numbers, the likeliest cause and what to do; a report of holders and waiters follows.
+    the pool, its numbers, the likeliest cause and what to do; a report of the holders and the waiting
+    checkouts follows.
     """
 
     snapshot: Any = None
-    """The same as data: a :class:`~sqla_queries_pool.insight.diagnostics.Snapshot`."""
+    """The same as data: a :class:`~sqla_queries_pool.insight.snapshot.Snapshot`."""
 
 
 class TooManyRequests(CheckoutTimeout):
-    """A checkout was refused before its ``timeout``, for too many wait: ``max_waiting`` and ``queue_target``.
+    """The pool rejected a checkout before its ``timeout``: ``max_waiting`` or ``queue_target`` was exceeded.
 
-    Who is told early has time left to do something else, and leaves the connections to those whose callers
-    still wait for an answer.
+    A caller that fails early has time left to do something else, and leaves the connections to those that can
+    still use one in time.
     """
 
 
@@ -98,13 +99,13 @@ class PoolDeadlock(CheckoutTimeout):
 
 
 class CheckoutReentered(exc.InvalidRequestError):
-    """A finalizer asked the pool for something while its own thread was inside the pool.
+    """A finalizer called the pool while its own thread was inside the pool.
 
     The garbage collector may run a finalizer, and with it an event listener, in a thread that is
-    in the pool's critical section.  A check-in from there is put aside and done a moment later; a
-    checkout or a dispose has to wait for that critical section, which waits for it.
+    in the pool's critical section.  A check-in from there is done a moment later; a checkout or a dispose
+    would have to wait for the critical section, which waits for the finalizer.
     """
 
 
 class ParameterError(exc.ArgumentError, ValueError):
-    """A parameter has a value that means nothing; the text says which, what it was, what to write."""
+    """A parameter has an invalid value; the text says which, what it was, and what to write."""

@@ -39,7 +39,7 @@ def seconds(name: str, value: object) -> float | None:
     """
     number = _number(value)
     if number is not None and not number >= 0:
-        raise _error(name, value, "a number of seconds, zero or more, or None for no end")
+        raise _error(name, value, "a number of seconds, zero or more, or None for no limit")
     return number
 
 
@@ -157,7 +157,7 @@ def queuepool_max_size(pool_size: object, max_overflow: object) -> int | Unstate
     if size == 0 or overflow == -1:
         return None
     if size + overflow == math.inf:
-        raise _error("pool_size", pool_size, "a whole number of connections that there may be")
+        raise _error("pool_size", pool_size, "a smaller number of connections, or 0 for no limit")
     return int(size + overflow)
 
 
@@ -206,8 +206,8 @@ def stated_max_size(
     if not isinstance(sums, Unstated):
         other = "max_overflow" if pool_size is UNSTATED else "pool_size"
         raise ParameterError(
-            f"max_size={shown(limit)} and {other} can't both be stated: max_size is the "
-            "sum of pool_size and max_overflow, write it alone"
+            f"max_size={shown(limit)} and {other} can't both be set: max_size is the sum of pool_size and "
+            "max_overflow. Set max_size alone"
         )
     return max_size("max_size", limit)
 

@@ -26,10 +26,10 @@ libpq and of the drivers that SQLAlchemy knows are all below it."""
 class QueriesPlugin(CreateEnginePlugin):
     """Has ``create_engine`` use :class:`~sqla_queries_pool.QueriesPool` with what the URL says.
 
-    A ``poolclass`` or ``pool`` that the code states stays: then the URL's parameters of the pool mean
-    nothing, and are only taken off, so that the driver does not get them.
+    A ``poolclass`` or ``pool`` in the code wins.  The URL's pool parameters are then ignored, and removed so
+    that the driver does not get them.
 
-    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a parameter is misspelt, or stands
+    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a parameter is misspelt, or given
         twice: in the URL, or in the URL and in the code.
     """
 
@@ -37,7 +37,7 @@ class QueriesPlugin(CreateEnginePlugin):
         super().__init__(url, kwargs)
         said = {name: _values(url.query, name) for name in url.query}
         if [*said.get("plugin", ()), *kwargs.get("plugins", ())].count("queries") > 1:
-            raise ParameterError("plugin=queries stands twice: leave one of them out")
+            raise ParameterError("plugin=queries is given twice: remove one of them")
         # Flask-SQLAlchemy states echo_pool=False where its user states nothing.
         in_code = {name for name in kwargs if name != "echo_pool" or kwargs[name]}
         for name, values in said.items():
@@ -45,10 +45,10 @@ class QueriesPlugin(CreateEnginePlugin):
                 _refuse_misspelt(name)
             elif len(values) > 1 or name in in_code:
                 where = "in the URL" if len(values) > 1 else "in the URL and in the code"
-                raise ParameterError(f"{name} stands twice, {where}: leave one of them out")
+                raise ParameterError(f"{name} is given twice, {where}: remove one of them")
         stated = kwargs.get("poolclass")
         if kwargs.get("pool") is not None or not issubclass(stated or QueriesPool, QueriesPool):
-            logger.info("plugin=queries: another pool class is stated in the code, and stays")
+            logger.info("plugin=queries: the code sets another pool class, which is used")
             return
         kwargs["poolclass"] = stated or QueriesPool
         kwargs.update({name: said[name][0] for name in NAMES if name in said})
@@ -70,8 +70,8 @@ def _refuse_misspelt(name: str) -> None:
     known = {_plain(ours): ours for ours in NAMES}
     if close := difflib.get_close_matches(_plain(name), known, 1, LIKENESS):
         raise ParameterError(
-            f"the URL's parameter {shown(name)} is not valid: write {known[close[0]]}, which is the nearest "
-            f"of what plugin=queries takes ({', '.join(NAMES)})"
+            f"the URL parameter {shown(name)} is not known: did you mean {known[close[0]]}? plugin=queries "
+            f"takes {', '.join(NAMES)}"
         )
 
 

@@ -34,13 +34,28 @@ LONGEST = ("test_soak", "test_injection")
 _numbers = itertools.count(1)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    """The order of files is the one below: pytest-xdist's own would begin the soak, one test, last."""
-    config.option.loadscopereorder = False
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``pytest --exhaustive`` leaves nothing out."""
+    help = "run the sweeps that leave nothing out, too (marked exhaustive); with -m exhaustive, those alone"
+    parser.addoption("--exhaustive", action="store_true", help=help)
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One more process than processors, since many tests wait for a server; none for a file or two."""
+    files = sum(".py" in argument for argument in config.args)
+    if 0 < files < 4:
+        config.option.dist = "no"
+        return 0
+    return (os.cpu_count() or 1) + 1
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Those that take longest come first, or several processes would wait for one in the end."""
+    if not config.option.exhaustive and "exhaustive" not in (config.option.markexpr or ""):
+        left_out = [item for item in items if item.get_closest_marker("exhaustive")]
+        if left_out:
+            config.hook.pytest_deselected(items=left_out)
+            items[:] = [item for item in items if item not in left_out]
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path]))
 

@@ -31,7 +31,7 @@ def shared(pool: Any) -> Pool:
     """The pool of the database that an engine uses."""
     if isinstance(pool, Engine):
         pool = pool.pool
-    return pool._shared if isinstance(pool, QueriesPool) else pool  # type: ignore[no-any-return]
+    return pool._shared if isinstance(pool, QueriesPool) else pool
 
 
 def core(pool: Any) -> Any:
@@ -64,7 +64,7 @@ def ledger(pool: Any) -> Any:
     return core(pool).ledger
 
 
-def attachment(pool: QueriesPool) -> Any:
+def attachment(pool: Any) -> Any:
     """One engine's side of the ledger."""
     return pool._attachment
 
@@ -247,11 +247,6 @@ def replace_managers_lock(monkeypatch: pytest.MonkeyPatch, new: Any) -> None:
 def set_on_vacant(pool: Any, act: Callable[[Any], None]) -> None:
     """What is called when the pool has been of no use for its idle TTL."""
     shared(pool)._on_vacant = act
-
-
-def look_anew(pool: Any) -> None:
-    """Have the next error take a snapshot of its own."""
-    core(pool).looked_for = 0.0, 0.0
 
 
 def unset(pool: Any) -> None:

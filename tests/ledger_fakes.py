@@ -59,7 +59,7 @@ class NumberedSlot(Slot):
     @property
     def state(self) -> str:
         """The slot's own, and what it changes from and to is written down in :data:`SEEN`."""
-        return STATE.__get__(self)  # type: ignore[no-any-return]
+        return STATE.__get__(self)
 
     @state.setter
     def state(self, state: str) -> None:
@@ -108,7 +108,11 @@ class CheckedWaiter:
         self.queue.remove(self)
         self._answer = entry
 
-    def open(self) -> None:
+    def wait(self, seconds: float) -> None:
+        """Nothing waits in virtual time."""
+        raise AssertionError("the ledger waits for nothing")
+
+    def wake(self) -> None:
         """Wake it."""
         assert self._answer is not None, "woken for nothing"
         assert not self.opened, "woken twice"
@@ -480,10 +484,10 @@ class Simulator:
         """Do one piece of work; a reset may fail."""
         self.todo.remove(item)
         if isinstance(item, Wake):
-            item.waiter.open()
+            item.waiter.wake()
         elif isinstance(item, Close):
             self.unplug(item.slot)
-            self.decide(self.ledger.closed, item.slot, self.now)
+            self.decide(self.ledger.closed, item.slot, None, self.now)
         else:
             resetter = self.unlocked.pop(item.slot, None)
             if resetter is None:

@@ -132,7 +132,7 @@ class Log(logging.Handler):
     EXPECTED = (
         "Exception during reset or similar",
         "%s: could not renew",
-        "%s: could not open a spare connection",
+        "%s: could not open a connection for min_size",
         "%s: closing %r: rollback failed",
     )
 

@@ -109,7 +109,7 @@ def tables(engine: Engine) -> set[str]:
 
 def held(engine: Engine) -> int:
     """How many connections of an engine's pool somebody has."""
-    numbers: dict[str, int] = inside.shared(engine.pool).report()["connections"]  # type: ignore[attr-defined]
+    numbers: dict[str, int] = inside.shared(engine.pool).report()["connections"]
     return numbers["held"] + numbers["opening"]
 
 
@@ -265,7 +265,7 @@ class Busy:
         self.go = threading.Event()
         self._engine = engine
         ready = [threading.Event() for _ in names]
-        self.threads = [Task(lambda r=r: self._work(r), n) for r, n in zip(ready, names, strict=True)]
+        self.threads = [Task(lambda r=r: self._work(r), n) for r, n in zip(ready, names, strict=True)]  # type: ignore[misc]
         for event in ready:
             assert event.wait(SECONDS)
 
@@ -471,7 +471,7 @@ def test_a_migration_outside_a_transaction_brings_the_connection_home_as_it_was(
     [(migrations, backend)] = seen
     with migrations.connect() as connection:
         assert connection.get_isolation_level() == "READ COMMITTED"
-        assert connection.connection.dbapi_connection.autocommit is False  # type: ignore[union-attr]
+        assert connection.connection.dbapi_connection.autocommit is False
         assert connection.scalar(text("SELECT pg_backend_pid()")) == backend
         connection.execute(text("CREATE TABLE two ()"))
         connection.rollback()

@@ -209,7 +209,7 @@ def test_tests_reach_what_is_private_through_inside_alone(path: Path) -> None:
     helpers = [ast.parse(other.read_text(encoding="utf-8")) for other in HELPERS]
     ours_alone -= set().union(*map(private_names, (tree, *helpers)))  # the tests' own
     reached = [
-        f"line {node.lineno}: {name}"
+        f"line {node.lineno}: {name}"  # type: ignore[attr-defined]
         for node in ast.walk(tree)
         for name in _reached(node)
         if name in ours_alone
@@ -223,9 +223,9 @@ def _reached(node: ast.AST) -> list[str]:
     ):
         return [node.attr]
     patches = isinstance(node, ast.Call) and isinstance(node.func, ast.Name | ast.Attribute)
-    if patches and (getattr(node.func, "attr", "") or getattr(node.func, "id", "")) in (
+    if patches and (getattr(node.func, "attr", "") or getattr(node.func, "id", "")) in (  # type: ignore[attr-defined]
         *("setattr", "getattr", "hasattr", "delattr"),
     ):
-        texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+        texts = [a.value for a in node.args if isinstance(a, ast.Constant) and isinstance(a.value, str)]  # type: ignore[attr-defined]
         return [text.rpartition(".")[2] for text in texts]
     return []

@@ -21,7 +21,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
 from sqla_queries_pool.budget import closing
-from sqla_queries_pool.budget.audit import COLLECTED, Audit, Finding, check
+from sqla_queries_pool.budget.audit import COLLECTED, PROXY_GONE, Audit, Finding, check
 from sqla_queries_pool.budget.audit import mend as audit_mend
 from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LOCKED, OPENING, Permit
 from sqla_queries_pool.concurrency.threads import ThreadWaiter
@@ -112,9 +112,9 @@ STRAY = object()
 def a_record_that_died_unheard(scene: Scene) -> str:
     """A checkout was lost together with the callback of the record."""
     with scene.deaf():
-        slot = inside.do_get(scene.pool).slot  # type: ignore[attr-defined]
+        slot = inside.do_get(scene.pool).slot
     assert slot.state == HELD
-    return "held, but its holder is gone"
+    return "held, but its holder no longer exists"
 
 
 def a_permit_that_died_unheard(scene: Scene) -> str:
@@ -122,20 +122,20 @@ def a_permit_that_died_unheard(scene: Scene) -> str:
     with scene.deaf():
         slot = inside.checkouts(scene.shared).take(inside.attachment(scene.pool)).slot
     assert slot.state == OPENING
-    return "opening, but its holder is gone"
+    return "opening, but its holder no longer exists"
 
 
 def a_permit_without_an_entry(scene: Scene) -> str:
     """Interrupted before it was said what stands for the slot."""
     permit = inside.checkouts(scene.shared).take(inside.attachment(scene.pool))
     permit.slot.entry = None
-    return "opening, but its holder is gone"
+    return "opening, but its holder no longer exists"
 
 
 def an_idle_connection_in_no_list(scene: Scene) -> str:
     """Interrupted on the way from one list to the other; the record lives."""
     scene.taken_away()
-    return "idle, but in no list"
+    return "idle, but not in the list of idle connections"
 
 
 def an_idle_connection_whose_record_died(scene: Scene) -> str:
@@ -143,7 +143,7 @@ def an_idle_connection_whose_record_died(scene: Scene) -> str:
     with scene.deaf():
         scene.idle()
     inside.attachment(scene.pool).idle.clear()
-    return "idle, but in no list"
+    return "idle, but not in the list of idle connections"
 
 
 def a_hollow_entry_in_no_list(scene: Scene) -> str:
@@ -151,7 +151,7 @@ def a_hollow_entry_in_no_list(scene: Scene) -> str:
     fairy = scene.pool.connect()
     fairy.invalidate()
     scene.kept.append(inside.attachment(scene.pool).hollow.pop())
-    return "idle, but in no list"
+    return "idle, but not in the list of idle connections"
 
 
 def a_stale_lock_in_no_list(scene: Scene) -> str:
@@ -159,7 +159,7 @@ def a_stale_lock_in_no_list(scene: Scene) -> str:
     slot, session = scene.added()
     scene.kept.remove(session)
     del scene.ledger.by_hand.locked[slot]
-    return "locked, but in no list"
+    return "locked, but not in the list of locked connections"
 
 
 def an_engines_stale_lock_in_no_list(scene: Scene) -> str:
@@ -168,14 +168,14 @@ def an_engines_stale_lock_in_no_list(scene: Scene) -> str:
     PoolManager.lock(scene.pid, record.dbapi_connection, Session())
     scene.kept.append(record)
     inside.attachment(scene.pool).locked.clear()
-    return "locked, but in no list"
+    return "locked, but not in the list of locked connections"
 
 
 def a_close_that_was_dropped(scene: Scene) -> str:
     """The work of closing has got lost; the record lives."""
     scene.kept.append(scene.idle())
     inside.decide(scene.shared, scene.ledger.close_idle, inside.attachment(scene.pool), "test")
-    return "to be closed, but nobody does"
+    return "due to be closed, but nobody closes it"
 
 
 def a_close_of_what_was_added_by_hand_that_was_dropped(scene: Scene) -> str:
@@ -183,19 +183,19 @@ def a_close_of_what_was_added_by_hand_that_was_dropped(scene: Scene) -> str:
     handle = scene.driver.connect()
     PoolManager.add(scene.pid, handle)
     inside.decide(scene.shared, closing.close_one, scene.ledger, inside.by_handle(scene.shared)[id(handle)])
-    return "to be closed, but nobody does"
+    return "due to be closed, but nobody closes it"
 
 
 def a_close_that_nobody_knows(scene: Scene) -> str:
     """Interrupted before the work was noted."""
     scene.taken_away().slot.state = CLOSING
-    return "to be closed, but nobody does"
+    return "due to be closed, but nobody closes it"
 
 
 def a_slot_that_is_gone_and_counts(scene: Scene) -> str:
     """Interrupted while it was removed."""
     scene.taken_away().slot.state = GONE
-    return "gone, but counted"
+    return "removed, but still counted"
 
 
 LOSSES = [
@@ -218,7 +218,7 @@ LOSSES = [
 def an_opening_too_many(scene: Scene) -> str:
     """Of an idle connection it stands that it is being opened."""
     scene.ledger.opening.add(scene.idle().slot)
-    return "what is being opened was miscounted"
+    return "the connections being opened were miscounted"
 
 
 def an_opening_too_few(scene: Scene) -> str:
@@ -226,13 +226,13 @@ def an_opening_too_few(scene: Scene) -> str:
     permit = inside.checkouts(scene.shared).take(inside.attachment(scene.pool))
     scene.kept.append(permit)
     scene.ledger.opening.clear()
-    return "what is being opened was miscounted"
+    return "the connections being opened were miscounted"
 
 
 def a_closing_too_many(scene: Scene) -> str:
     """Of an idle connection it stands that it is being closed."""
-    scene.ledger.closing[scene.idle().slot] = weakref.ref(Session())  # type: ignore[assignment]
-    return "what is being closed was miscounted"
+    scene.ledger.closing[scene.idle().slot] = weakref.ref(Session())
+    return "the connections being closed were miscounted"
 
 
 def a_closing_of_what_is_gone(scene: Scene) -> str:
@@ -242,13 +242,13 @@ def a_closing_of_what_is_gone(scene: Scene) -> str:
     inside.connections(scene.shared).drop(slot)
     slot.state = GONE
     scene.ledger.slots.discard(slot)
-    return "what is being closed was miscounted"
+    return "the connections being closed were miscounted"
 
 
 def an_idle_list_with_what_is_out(scene: Scene) -> str:
     """The next checkout would get what somebody has."""
     inside.attachment(scene.pool).idle.append(scene.out())
-    return "a list of idle connections had others in it"
+    return "a list of idle connections contained others"
 
 
 def an_idle_list_with_what_is_gone(scene: Scene) -> str:
@@ -256,20 +256,20 @@ def an_idle_list_with_what_is_gone(scene: Scene) -> str:
     record = scene.idle()
     inside.connections(scene.shared).drop(record.slot)
     inside.step(scene.ledger, "remove")(record.slot)
-    return "a list of idle connections had others in it"
+    return "a list of idle connections contained others"
 
 
 def a_hollow_list_with_what_is_out(scene: Scene) -> str:
     """The same without a connection."""
     inside.attachment(scene.pool).hollow.append(scene.out())
-    return "a list of idle connections had others in it"
+    return "a list of idle connections contained others"
 
 
 def a_lock_of_what_is_idle(scene: Scene) -> str:
     """Interrupted while it was locked: it is in both lists."""
     record = scene.idle()
     inside.attachment(scene.pool).locked[record.slot] = record
-    return "a list of locked connections had others in it"
+    return "a list of locked connections contained others"
 
 
 def an_answered_one_in_a_queue(scene: Scene) -> str:
@@ -278,7 +278,7 @@ def an_answered_one_in_a_queue(scene: Scene) -> str:
     waiter.answer = scene.idle()
     inside.attachment(scene.pool).queue[waiter] = None
     scene.ledger.queues[inside.attachment(scene.pool)] = None
-    return "a waiter that had its answer was still in the queue"
+    return "a checkout that had its answer was still in the queue"
 
 
 def a_quota_with_what_is_gone(scene: Scene) -> str:
@@ -347,7 +347,7 @@ def test_what_gave_way_to_a_checkout_that_died_unheard_is_closed_with_it(eventua
         assert permit.evicts is not None
         del permit
     audit = scene.shared.audit()
-    assert any("opening, but its holder is gone" in said for said in audit.mended)
+    assert any("opening, but its holder no longer exists" in said for said in audit.mended)
     eventually(lambda: len(scene.driver.live) == 1, "the socket of what gave way is closed")
     assert scene.shared.audit().mended == ()
     scene.assert_right(eventually)
@@ -366,7 +366,9 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
         PoolManager.lock(scene.pid, record.dbapi_connection, session)
         scene.kept.append(inside.attachment(scene.pool).locked.popitem())
     handle: Any = slot.handle
-    assert any("locked, but in no list" in said for said in scene.shared.audit().mended)
+    assert any(
+        "locked, but not in the list of locked connections" in said for said in scene.shared.audit().mended
+    )
     assert not handle.closed
     assert slot.state == LOCKED
     assert slot.session is not None
@@ -445,7 +447,7 @@ def test_a_queue_that_was_not_known_is_known_again(eventually: Eventually) -> No
     waiting = Thread(lambda: scene.pool.connect())
     eventually(lambda: inside.attachment(scene.pool).queue)
     scene.ledger.queues.clear()
-    assert any("a queue was not known" in said for said in scene.shared.audit().mended)
+    assert any("a queue with waiting checkouts was not known" in said for said in scene.shared.audit().mended)
     handle = held[0].dbapi_connection
     held.pop(0).close()
     got = waiting.join()
@@ -503,7 +505,7 @@ def test_what_was_mended_is_told_once_and_logged(caplog: pytest.LogCaptureFixtur
     (record,) = [r for r in caplog.records if "mended" in r.message]
     assert record.levelname == "WARNING"
     assert record.name == "sqlalchemy.pool.QueriesPool"
-    assert "postgresql://me@host/shop: mended: <Connection" in record.message
+    assert "postgresql://me@host/shop: mended the bookkeeping: <Connection" in record.message
     assert len(scene.shared.audit().mended) == 1
     assert scene.shared.audit().mended == ()
 
@@ -536,8 +538,8 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
         assert scene.shared.audit() == Audit(before.total, 0, ())
     assert scene.shared.numbers == before
     assert handle is not None
-    assert not handle.closed  # type: ignore[attr-defined]
-    inside.post(scene.shared, scene.ledger.closed, work.slot)
+    assert not handle.closed
+    inside.post(scene.shared, scene.ledger.closed, work.slot, None)
     waiting.join()
     inside.checkouts(scene.shared).failed(permit)
     out.close()
@@ -744,7 +746,7 @@ def test_idle_connections_that_the_server_has_ended_are_closed_and_counted(
     eventually(lambda: shared.numbers.total == 1, "the dead are closed")
     assert shared.audit() == Audit(1, 0, ())
     out.invalidate()
-    with engines[1].connect() as connection:
+    with engines[1].connect() as connection:  # type: ignore[assignment]
         assert connection.exec_driver_sql("SELECT 1").scalar() == 1
     assert PoolManager.audit(shared.id).mended == ()
 
@@ -798,7 +800,7 @@ def test_what_has_come_right_since_it_was_found_is_left_alone(eventually: Eventu
     scene = Scene()
     connection: Any = scene.pool.connect()
     slot = inside.record(connection).slot
-    found = [Finding(slot, "held, but its proxy is gone", COLLECTED)]
+    found = [Finding(slot, PROXY_GONE, COLLECTED)]
     wrong, work = inside.decide(scene.shared, audit_mend, scene.ledger, found, 0.0)
     assert (wrong, work) == ([], [])
     connection.close()
@@ -860,7 +862,7 @@ def test_a_pool_that_was_made_by_hand_is_audited_too() -> None:
     ledger = inside.ledger(inside.pools()[pid])
     ledger.by_hand.idle.clear()
     assert [said.rpartition(": ")[2] for said in PoolManager.audit(pid).mended] == [
-        "idle, but in no list"
+        "idle, but not in the list of idle connections"
     ] * 2
     assert driver.live == {handles[0]}
     assert [slot.state for slot in ledger.slots] == [LOCKED]

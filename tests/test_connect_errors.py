@@ -379,7 +379,7 @@ def bouncer(small_server: EmbeddedPostgres, eventually: Eventually) -> Iterator[
     if PGBOUNCER is None:
         pytest.skip("there is no pgbouncer")
     running: list[subprocess.Popen[bytes]] = []
-    account = {"user": "nobody", "group": None, "extra_groups": []} if os.geteuid() == 0 else {}
+    account = {"user": "nobody", "group": None, "extra_groups": []} if os.geteuid() == 0 else {}  # type: ignore[var-annotated]
 
     def start(port: int, **settings: object) -> int:
         with socket.create_server(("127.0.0.1", 0)) as probe:
@@ -549,7 +549,7 @@ def test_a_permanent_error_comes_at_once_although_the_database_is_there(
         with pytest.raises(exc.OperationalError, match="failed: FATAL") as caught:
             Task(bad.connect).result()
         assert type(caught.value.orig) is {"psycopg2": psycopg2, "psycopg": psycopg}[driver].OperationalError
-        with pytest.raises(type(caught.value.orig)):
+        with pytest.raises(type(caught.value.orig)):  # type: ignore[type-var]
             Task(pool_of(bad).connect).result()
     # The first one of SQLAlchemy's engine reads the server's version and the like, by the same connection.
     assert outside.attempts[bad] == 2
@@ -910,7 +910,7 @@ def test_a_server_with_fewer_connections_than_the_pool_may_have_makes_no_errors(
             if len(served) == 40 and min(served.values()) >= 5:
                 stop.set()
 
-    tasks = [Task(lambda number=number: work(number)) for number in range(40)]
+    tasks = [Task(lambda number=number: work(number)) for number in range(40)]  # type: ignore[misc]
     for task in tasks:
         try:
             task.result()

@@ -181,10 +181,10 @@ def test_a_detached_connection_is_beyond_dispose(
     connection.detach()
     engine.dispose()
     assert driver.numbers() == [1]
-    assert report(engine.pool)["connections"]["detached"] == 1
+    assert report(engine.pool)["connections"]["detached"] == 1  # type: ignore[arg-type]
     connection.close()
     assert driver.numbers() == []
-    assert report(engine.pool)["connections"]["detached"] == 0
+    assert report(engine.pool)["connections"]["detached"] == 0  # type: ignore[arg-type]
 
 
 def test_who_waits_during_a_dispose_is_served(
@@ -203,11 +203,11 @@ def test_who_waits_during_a_dispose_is_served(
 
     tasks = []
     for number in range(4):
-        tasks.append(Task(lambda number=number: work(number)))
-        eventually(lambda n=number + 1: report(old)["waiting"] == n)
+        tasks.append(Task(lambda number=number: work(number)))  # type: ignore[misc]
+        eventually(lambda n=number + 1: report(old)["waiting"] == n)  # type: ignore[arg-type]
     engine.dispose()
     newcomer = Task(engine.connect)
-    eventually(lambda: report(old)["waiting"] == 5)
+    eventually(lambda: report(old)["waiting"] == 5)  # type: ignore[arg-type]
     out.close()
     for task in tasks:
         task.result()
@@ -374,11 +374,11 @@ def test_a_dropped_engine_gives_its_budget_back(
     for connection in [dropped.connect() for _ in range(3)]:
         connection.close()
     pid = keeper.pool.pid  # type: ignore[attr-defined]
-    assert report(keeper.pool)["max_size"] == 3
+    assert report(keeper.pool)["max_size"] == 3  # type: ignore[arg-type]
     del dropped, connection
     gc.collect()
     eventually(lambda: PoolManager.size(pid) == 0 and not driver.live, "the connections are closed")
-    assert report(keeper.pool)["max_size"] == 1
+    assert report(keeper.pool)["max_size"] == 1  # type: ignore[arg-type]
 
 
 def test_who_waits_gets_the_slot_of_a_dropped_engine(
@@ -389,7 +389,7 @@ def test_who_waits_gets_the_slot_of_a_dropped_engine(
     dropped = make_engine(max_size=1)
     connection = dropped.connect()
     task = Task(waiting.connect)
-    eventually(lambda: report(waiting.pool)["waiting"] == 1)
+    eventually(lambda: report(waiting.pool)["waiting"] == 1)  # type: ignore[arg-type]
     del dropped, connection
     gc.collect()
     task.result().close()
@@ -408,5 +408,5 @@ def test_many_engines_made_and_dropped_leave_nothing(
     del engine
     gc.collect()
     eventually(lambda: not driver.live and PoolManager.size(pid) == 0, "nothing is left")
-    assert len(inside.ledger(keeper.pool).attachments) == 1  # type: ignore[attr-defined]
+    assert len(inside.ledger(keeper.pool).attachments) == 1
     assert driver.peak <= 4

@@ -22,7 +22,8 @@ import inside
 import psycopg2
 import pytest
 from conftest import Observer
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, pool_of
+from fakes import FakeDriver
+from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, pool_of
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -622,6 +623,26 @@ def test_disposing_in_the_child_stays_harmless(close: bool, parent: Parent, even
 
     assert_apart(parent.own, in_children(work))
     parent.assert_unharmed(eventually)
+
+
+def test_a_child_makes_snapshots_for_errors_of_its_own() -> None:
+    """A thread of the parent makes one during the fork: the child neither waits for it nor has it."""
+    pool = QueriesPool(FakeDriver().connect, max_size=1, timeout=0, pool_id=new_pid())
+    recent, stop = inside.core(pool).recent_snapshot, Stop()
+    with contextlib.closing(pool.connect()), pytest.raises(CheckoutTimeout):
+        pool.connect()
+    maker = Thread(lambda: recent.get(stop.here, 0.0, inside.core(pool).now))
+    stop.reached()
+
+    def work() -> str:
+        with contextlib.closing(pool.connect()), pytest.raises(CheckoutTimeout) as caught:
+            pool.connect()
+        return str(caught.value)
+
+    said = in_a_child(work)
+    stop.go()
+    maker.join()
+    assert "this thread already holds 1 of them" in said
 
 
 def test_who_waits_in_the_child_asks_the_collector(

@@ -268,7 +268,7 @@ def test_a_creator_of_ones_own_is_private_and_never_called() -> None:
 
 def test_arguments_that_tell_no_database_make_a_private_pool_with_a_warning() -> None:
     """An engine that shares no limit although its URL looks as if it did says so once, with the remedy."""
-    with pytest.warns(exc.SAWarning, match=r"can't tell which fake database .* state pool_id="):
+    with pytest.warns(exc.SAWarning, match=r"can't tell which fake database .* Pass the same pool_id="):
         pool: Any = engine("fake://", module=FakeDriver()).pool
     assert pool.pid.startswith("private-")
     with warnings.catch_warnings():

@@ -214,6 +214,9 @@ def kill(housekeeper: Housekeeper, eventually: Eventually) -> object:
             self.swept = True
             raise SystemExit
 
+        def neglected(self) -> None:
+            pass
+
     deadly = Deadly()
     housekeeper.schedule(deadly, 0.0)
     eventually(lambda: deadly.swept and not inside.thread_runs(housekeeper), "it died")

@@ -268,8 +268,8 @@ def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at
     simulator.give(own, spare)
     assert waiter.answer is None
     assert served_after(simulator, waiter) == pytest.approx(0.05, abs=0.011)
-    assert waiter.answer.evicts is spare
-    simulator.use_permit(other, waiter.answer)
+    assert waiter.answer.evicts is spare  # type: ignore[attr-defined]
+    simulator.use_permit(other, waiter.answer)  # type: ignore[arg-type]
 
     (waiter,) = waiting(simulator, other)
     for _ in range(9):  # it is out and in all the time
@@ -279,7 +279,7 @@ def test_a_connection_that_is_about_to_be_used_again_is_not_closed_for_others_at
     assert waiter.answer is None
     simulator.now += 0.011
     simulator.give(own, busy)
-    assert waiter.answer.evicts is busy
+    assert waiter.answer.evicts is busy  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("wanted", [True, False])
@@ -304,7 +304,7 @@ def test_a_caller_that_can_not_wait_may_have_any_idle_connection(simulator: Simu
     (waiter,) = waiting(simulator, other)
     assert waiter.answer is None
     simulator.insist(waiter, last=True)
-    assert waiter.answer.evicts is record
+    assert waiter.answer.evicts is record  # type: ignore[attr-defined]
 
 
 def test_nobody_overtakes_by_insisting(simulator: Simulator) -> None:

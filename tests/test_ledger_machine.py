@@ -180,7 +180,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if isinstance(item, Opening):
             self.go_on_opening(item)
         else:
-            self.waiting.remove(item)
+            self.waiting.remove(item)  # type: ignore[arg-type]
             self.received(item[0], item[1].answer, phases, item[1].since)
 
     @precondition(lambda self: self.waiting)
@@ -244,7 +244,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.failed(item)
         else:
             engine, since = item[0], self.simulator.now - waited
-            self.held.remove(item)
+            self.held.remove(item)  # type: ignore[arg-type]
             self.simulator.give(engine.attachment, item[1])
         del item
         if not again:
@@ -290,7 +290,7 @@ class LedgerMachine(RuleBasedStateMachine):
         """The child has engines and limits, and no refusals."""
         self.simulator.fork()
         for things in (self.waiting, self.opening, self.held, self.locks):
-            things.clear()  # type: ignore[attr-defined]
+            things.clear()
         assert not self.ledger.slots
 
     # -- what is held ------------------------------------------------------------------------------

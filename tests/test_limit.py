@@ -180,7 +180,7 @@ def test_the_limit_holds_whatever_goes_on(
                         " WHERE backend_type = 'client backend' AND datname = %s",
                         (name,),
                     )
-                    most.append(cursor.fetchone()[0])  # type: ignore[index]
+                    most.append(cursor.fetchone()[0])
 
     most: list[int] = []
     raw = []

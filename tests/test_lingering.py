@@ -34,7 +34,7 @@ class Refusals:
         self.connects = 0
 
     def of(self, engine: Engine) -> Engine:
-        connect = engine.dialect.loaded_dbapi.connect  # type: ignore[attr-defined]
+        connect = engine.dialect.loaded_dbapi.connect
 
         @event.listens_for(engine, "do_connect")
         def counted(_: Any, __: Any, arguments: Any, options: Any) -> Any:
@@ -137,7 +137,7 @@ def test_who_connects_at_the_limit_waits_for_the_server(
     engine = refusals.of(limited(close_timeout=30))
     held = [engine.connect() for _ in range(LIMIT - 1)]
     goes_on = last_words(engine)
-    lingering: Any = inside.lingering(engine.pool)  # type: ignore[attr-defined]
+    lingering: Any = inside.lingering(engine.pool)
     connects = refusals.connects
     looks = itertools.count()
     wait = lingering.wait
@@ -172,7 +172,7 @@ def test_without_it_the_server_refuses(
 def test_nobody_waits_who_closes(limited: Callable[..., Engine], eventually: Eventually) -> None:
     """Closing returns while the server has the connection, and below the limit one is opened at once."""
     engine = limited()
-    lingering: Any = inside.lingering(engine.pool)  # type: ignore[attr-defined]
+    lingering: Any = inside.lingering(engine.pool)
     waited: list[float] = []
     lingering.wait = lambda room, _: waited.append(len(lingering) - room())
     for connection in [engine.connect() for _ in range(2)]:
@@ -340,7 +340,7 @@ def test_forgetting_closes_the_descriptors() -> None:
 def test_a_fork_waits_for_nothing_of_its_parents(pg_url: str) -> None:
     """The child has no descriptor of what the parent has closed, and may connect at once."""
     engine = create_engine(pg_url, poolclass=QueriesPool, max_size=1)
-    shared: Any = inside.shared(engine.pool)  # type: ignore[attr-defined]
+    shared: Any = inside.shared(engine.pool)
     wire = closed(inside.lingering(shared))
     assert len(inside.lingering(shared)) == 1
     child = os.fork()

@@ -464,7 +464,7 @@ def end(observer: Observer, datname: str) -> int:
 
 def slots(engine: Engine) -> list[Any]:
     """The connections of an engine's pool."""
-    return list(inside.shared(engine.pool).connections)  # type: ignore[attr-defined]
+    return list(inside.shared(engine.pool).connections)
 
 
 def fill(engine: Engine, number: int) -> list[int]:
@@ -509,7 +509,7 @@ class Pings:
         self.before: Callable[[Any], object] = lambda handle: None
         self.after: Callable[[Any], object] = lambda handle: None
         self._ping = engine.dialect.do_ping
-        engine.dialect.do_ping = self  # type: ignore[method-assign]
+        engine.dialect.do_ping = self  # type: ignore[assignment, method-assign]
 
     def __call__(self, handle: Any) -> bool:
         self.number += 1
@@ -617,7 +617,7 @@ def test_a_waiter_is_not_given_a_dead_one(way: Way, new_engine: NewEngine, pg_ob
     held = engine.raw_connection()
     dead = backend(held)
     waiter = Task(lambda: next_one(engine))
-    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")
     end(pg_observer, way.datname)
     way.arrived()
     held.close()
@@ -916,7 +916,7 @@ def test_what_is_handed_over_is_pinged_where_everything_is(pg_url: str, new_engi
     held = engine.raw_connection()
     living = backend(held)
     waiter = Task(lambda: next_one(engine))
-    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")  # type: ignore[attr-defined]
+    eventually(lambda: inside.shared(engine.pool).numbers.waiting, "somebody waits")
     held.close()
     assert waiter.result() == living
     assert pings.number == 1
@@ -1100,8 +1100,8 @@ def test_a_ping_that_hangs_is_felt_by_nobody_else(
             assert [Task(lambda e=engine: next_one(e)).result() for _ in range(10)]  # type: ignore[misc]
             held = engine.raw_connection()
             waiter = Task(lambda e=engine: next_one(e))  # type: ignore[misc]
-            numbers = inside.shared(engine.pool)  # type: ignore[attr-defined]
-            eventually(lambda n=numbers: n.numbers.waiting, "somebody waits")
+            numbers = inside.shared(engine.pool)
+            eventually(lambda n=numbers: n.numbers.waiting, "somebody waits")  # type: ignore[misc]
             held.close()
             assert waiter.result()
         assert checkout.is_alive()

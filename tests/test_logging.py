@@ -167,7 +167,7 @@ def test_why_a_connection_was_closed_is_in_its_engines_log(
     clock.now += 1
     other.raw_connection().close()
     reasons = [message.rpartition(": ")[2] for name, _, message in kept.lines if ": closing " in message]
-    assert reasons == (["idle for its idle_ttl", "gave way to another engine"] if echo else [])
+    assert reasons == (["idle for longer than idle_ttl", "gave way to another engine"] if echo else [])
     assert {name for name, _, _ in kept.lines} <= {f"{NAME}.web"}
 
 
@@ -179,7 +179,7 @@ def test_what_fails_in_closing_is_logged_as_an_error(kept: Kept, engine: Callabl
     def refuse() -> None:
         raise FakeDriver.OperationalError("no")
 
-    fairy.dbapi_connection.close = refuse
+    fairy.dbapi_connection.close = refuse  # type: ignore[method-assign]
     fairy.close()
     mine.dispose()
     ((name, level, message),) = kept.lines
@@ -199,7 +199,7 @@ def test_a_new_limit_and_a_checkout_in_vain_are_a_line_each(kept: Kept) -> None:
         pool.connect()
     fairy.close()
     said = [message for _, level, message in kept.lines if pid in message and level == logging.INFO]
-    assert said[:2] == [f"{pid}: limit 3 instead of 15", f"{pid}: limit 1 instead of 3"]
+    assert said[:2] == [f"{pid}: the limit is now 3, was 15", f"{pid}: the limit is now 1, was 3"]
     assert said[2].startswith(f"{pid}: opened <Connection ")
     assert said[3].startswith(f"QueriesPool {pid} (pid {pid}) had no connection within 0 s: ")
     assert len(said) == 4

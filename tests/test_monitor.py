@@ -38,6 +38,7 @@ from sqlalchemy import create_engine, make_url, text
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.__main__ import main
 from sqla_queries_pool.budget.stats import BOUNDS, Histogram
+from sqla_queries_pool.insight.report import SHARED_FOR
 from sqla_queries_pool.labels import labelled
 from sqla_queries_pool.monitor import Monitor, access, markup, page, serving
 from sqla_queries_pool.monitor.data import MOST_CHARACTERS, MOST_HOLDERS, MOST_TIMEOUTS, clean, duration
@@ -78,7 +79,7 @@ def ask(application: Any, path: str = "/", method: str = "GET", query: str = "",
         said.append((status, headers))
         return lambda data: None
 
-    with closing(validator(application)(full, start_response)) as body:
+    with closing(validator(application)(full, start_response)) as body:  # type: ignore[type-var]
         text = b"".join(body).decode()
     [(status, headers)] = said
     assert len({name for name, _ in headers}) == len(headers)
@@ -87,7 +88,7 @@ def ask(application: Any, path: str = "/", method: str = "GET", query: str = "",
 
 def of_pool(pid: str, application: Any = None, path: str = "/data.json") -> Any:
     """What is told of one pool."""
-    answer = ask(application or Monitor(), path, query=f"pool={urllib.request.quote(pid, errors='replace')}")
+    answer = ask(application or Monitor(), path, query=f"pool={urllib.request.quote(pid, errors='replace')}")  # type: ignore[attr-defined]
     return answer.json()["pools"][0] if path == "/data.json" else answer.body
 
 
@@ -410,11 +411,14 @@ def test_who_waited_in_line_is_shown_with_a_label_of_its_own(eventually: Callabl
         thread.join()
 
 
-def test_the_last_timeouts_are_shown_with_their_reason_newest_first() -> None:
-    """Who held what at that moment, what was the matter, and what to do; and how many there were before."""
-    pool = new_pool(max_size=1, timeout=0)
+def test_the_last_timeouts_are_shown_with_their_reason_newest_first(clock: FakeClock) -> None:
+    """Who held what at that moment, the cause, and what to do; and how many there were before."""
+    pid = new_pid()
+    PoolManager.create(pid, None, 1, clock)
+    pool = new_pool(pid, timeout=0)
     with held(pool, "the culprit"):
         for _ in range(MOST_TIMEOUTS + 2):
+            clock.now += SHARED_FOR
             with pytest.raises(CheckoutTimeout):
                 pool.connect()
         told, html = of_pool(inside.shared(pool).id), of_pool(inside.shared(pool).id, path="/")
@@ -490,7 +494,7 @@ def test_neither_a_password_nor_a_query_is_shown(pg_url: str) -> None:
         connection.execute(text("SELECT 'a secret of the query'"))
         with pytest.raises(CheckoutTimeout):
             engine.connect()
-        pid = inside.shared(engine.pool).id  # type: ignore[attr-defined]
+        pid = inside.shared(engine.pool).id
         told = [of_pool(pid, monitor, "/"), json.dumps(of_pool(pid, monitor))]
     engine.dispose()
     for each in told:
@@ -570,7 +574,7 @@ def test_a_pool_that_is_not_there_is_said_to_be_gone() -> None:
     _kept = new_pool()
     answer = ask(Monitor(), query="pool=nobody")
     assert answer.status == "200 OK"
-    assert "no such pool" in answer.body
+    assert "no pool with this id" in answer.body
 
 
 def test_a_database_that_is_named_in_arabic_does_not_turn_the_page_around() -> None:
@@ -924,14 +928,14 @@ def test_the_terminal_shows_a_pool_with_its_holders_and_timeouts() -> None:
     pytest.importorskip("rich")
     from rich.console import Console
 
-    from sqla_queries_pool.monitor.data import look
+    from sqla_queries_pool.monitor.data import collect
     from sqla_queries_pool.monitor.text import picture
 
     pool = new_pool(pid=f"\x1b]0;title\x07[red]shop[/red] {new_pid()}", max_size=1, timeout=0)
     with held(pool, "[bold]order\x1b[2J 4711", "[red]web-\x1b[31m1"):
         with pytest.raises(CheckoutTimeout):
             pool.connect()
-        data = look(History(), inside.shared(pool).id)
+        data = collect(History(), inside.shared(pool).id)
     out = io.StringIO()
     Console(file=out, width=120, force_terminal=False).print(picture(data, "no answer; trying again"))
     said = out.getvalue()
@@ -967,11 +971,11 @@ def test_what_a_monitor_elsewhere_says_is_not_obeyed_either() -> None:
     [
         ((), "--demo"),
         (("--text",), "--url"),
-        (("--url", "http://127.0.0.1:1/"), "--url goes with --text"),
-        (("--demo", "--text", "--url", "http://127.0.0.1:1/"), "without --demo"),
+        (("--url", "http://127.0.0.1:1/"), "--url needs --text"),
+        (("--demo", "--text", "--url", "http://127.0.0.1:1/"), "can't be used with --demo"),
         (("--text", "--once", "--url", "http://127.0.0.1:1/"), "does not answer"),
-        (("--text", "--once", "--url", "127.0.0.1:1"), "write the address"),
-        (("--text", "--once", "--url", "file:///etc/passwd"), "write the address"),
+        (("--text", "--once", "--url", "127.0.0.1:1"), "write the URL"),
+        (("--text", "--once", "--url", "file:///etc/passwd"), "write the URL"),
         (("--text", "--once", "--url", "http://scott:s3cret@127.0.0.1:1/"), "without a password"),
         (("--demo", "--port", "70000"), "write a port"),
         (("--demo", "--database", "mysql://scott:s3cret@host/shop"), "needs PostgreSQL"),
@@ -999,7 +1003,11 @@ def test_an_address_that_is_no_monitor_s_is_refused(capsys: pytest.CaptureFixtur
         return [body]
 
     with served(other) as url:
-        for path, said in (("/json", "is no monitor's"), ("/html", "does not answer"), ("/none", "says 403")):
+        for path, said in (
+            ("/json", "is not a QueriesPool monitor"),
+            ("/html", "does not answer"),
+            ("/none", "answered 403"),
+        ):
             err = refused(capsys, "--text", "--once", "--url", f"{url}{path}")
             assert said in err
             assert len(err.splitlines()) == 1

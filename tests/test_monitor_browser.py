@@ -172,7 +172,7 @@ def test_a_server_that_goes_and_comes_back(tab: Tab, eventually: Callable[..., N
             tab.go(f"{url}/?pool={inside.shared(pool).id}")
             eventually(lambda: tab.text("#status") == "Live", "it is live")
         eventually(
-            lambda: f"no answer; this is process {os.getpid()} as of" in tab.text("#status"), "it is said"
+            lambda: f"no answer; showing process {os.getpid()} as of" in tab.text("#status"), "it is said"
         )
         assert "order 4711" in tab.text("main")
         assert tab.run("document.body.classList.contains('stale')") is True
@@ -188,7 +188,7 @@ def test_an_answer_that_is_no_page_is_said(tab: Tab, eventually: Callable[..., N
         tab.go(url)
         eventually(lambda: tab.text("#status") == "Live", "it is live")
         allowed[0] = False
-        eventually(lambda: "the server says 403" in tab.text("#status"), "it is said")
+        eventually(lambda: "the server answered 403" in tab.text("#status"), "it is said")
 
 
 def test_a_tab_that_nobody_sees_asks_for_nothing(tab: Tab, eventually: Callable[..., None]) -> None:
@@ -218,7 +218,7 @@ def test_a_reader_may_stop_it(tab: Tab, url: str, eventually: Callable[..., None
     tab.go(f"{url}/?pool={inside.shared(pool).id}")
     eventually(lambda: tab.text("#status") == "Live", "it is live")
     tab.click("#pause")
-    assert (tab.text("#pause"), tab.text("#status")) == ("Go on", "Paused")
+    assert (tab.text("#pause"), tab.text("#status")) == ("Resume", "Paused")
     with held(pool, "order 4711"):
         tab.run("new Promise(done => setTimeout(done, 2500))")
         assert "order 4711" not in tab.text("main")
@@ -335,7 +335,7 @@ def test_it_can_be_read_aloud(tab: Tab, url: str) -> None:
     }
     images = {name for role, name in named if role == "image"}
     assert "held 1, opening 0, closing 0, idle 0, waiting 0, limit 1" in images
-    assert any(name.startswith("Wait in line in the last minute") for name in images)
+    assert any(name.startswith("Wait in the queue in the last minute") for name in images)
     assert "" not in images
     assert ("table", "Held, longest first (1)") in named
     assert {("columnheader", name) for name in ("For", "Held by", "Label", "State")} <= named

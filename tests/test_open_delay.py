@@ -88,7 +88,7 @@ def test_a_caller_that_waits_in_vain_opens_after_the_price_of_a_connect(simulato
     out = priced(simulator, engine, 3)
     (waiter,) = crowd(simulator, engine, 1)
     begin = simulator.now
-    looks = []
+    looks = []  # type: ignore[var-annotated]
     while waiter.answer is None and len(looks) < 5:
         pause = look_in(simulator.ledger, waiter, simulator.now)
         looks.append(simulator.now - begin + pause)
@@ -322,7 +322,7 @@ class Stage:
         self.engine = create_engine(
             "fake://host/db", module=self.driver, poolclass=QueriesPool, pool_id=pool_id, **kw
         )
-        self.shared = inside.shared(self.engine.pool)  # type: ignore[attr-defined]
+        self.shared = inside.shared(self.engine.pool)
         event.listen(self.engine, "connect", self._connect)
 
     def _connect(self, *_: Any) -> None:

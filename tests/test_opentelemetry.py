@@ -208,7 +208,7 @@ def test_checkouts_that_got_nothing_are_counted(reader: InMemoryMetricReader, en
 
 def test_readers_of_one_provider_each_get_all_of_it(provide: Provide, pg_url: str) -> None:
     """One reads the sums and one what is new, whichever of them collects first."""
-    sums, news = InMemoryMetricReader(), InMemoryMetricReader(preferred_temporality=DELTA)
+    sums, news = InMemoryMetricReader(), InMemoryMetricReader(preferred_temporality=DELTA)  # type: ignore[arg-type]
     provide(sums, news)
     engine = create_engine(pg_url, poolclass=QueriesPool, max_size=2)
     name = pool_of(engine).label
@@ -343,7 +343,7 @@ def test_collections_at_the_same_time_tell_everything_once(
     for thread in threads:
         thread.join()
     sys.setswitchinterval(before)
-    scopes = other.get_metrics_data().resource_metrics[0].scope_metrics  # type: ignore[union-attr]
+    scopes = other.get_metrics_data().resource_metrics[0].scope_metrics
     [found] = [scope for scope in scopes if scope.scope.name == "feed"]
     [point] = [
         point

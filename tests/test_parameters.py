@@ -125,7 +125,7 @@ def test_seconds_are_zero_or_more_or_none(value: object, meaning: float | None) 
 @pytest.mark.parametrize("value", [*NOT_NUMBERS, -1, -0.001, "-1", UNSTATED], ids=kind)
 def test_anything_else_is_no_seconds(value: object) -> None:
     """Negative durations are refused rather than read as zero or as for ever: libraries differ about them."""
-    with pytest.raises(ParameterError, match=r"zero or more, or None for no end"):
+    with pytest.raises(ParameterError, match=r"zero or more, or None for no limit"):
         parameters.seconds("idle_ttl", value)
 
 
@@ -181,7 +181,7 @@ def test_anything_else_is_no_max_overflow(value: object) -> None:
 def test_the_error_names_the_parameter_the_value_and_what_to_write(name: str) -> None:
     """It is SQLAlchemy's ArgumentError and Python's ValueError, so that both kinds of callers catch it."""
     with pytest.raises(exc.ArgumentError, match=rf"^{name}='lots' is not valid: write a ") as raised:
-        QueriesPool(FakeDriver().connect, **{name: "lots"})
+        QueriesPool(FakeDriver().connect, **{name: "lots"})  # type: ignore[arg-type]
     assert isinstance(raised.value, ValueError)
 
 
@@ -236,7 +236,7 @@ def test_max_size_beside_queuepools_parameters_is_refused(
     max_size: Any, other: dict[str, Any], named: str
 ) -> None:
     """Which of the two would hold is nothing to guess, even where they happen to agree."""
-    message = rf"^max_size=.* and {named} can't both be stated: .* write it alone$"
+    message = rf"^max_size=.* and {named} can't both be set: .* Set max_size alone$"
     with pytest.raises(ParameterError, match=message):
         QueriesPool(FakeDriver().connect, max_size=max_size, **other)
 
@@ -258,7 +258,7 @@ def test_max_size_means_the_same_wherever_it_is_said(use: Callable[[str, Any], A
     """The engine's parameter and the queries API take, and refuse, the same values."""
     for value in (1, "8", None, "none"):
         use(f"everywhere-{next(_numbers)}", value)
-    for value in (0, -1, math.nan, True, "many"):
+    for value in (0, -1, math.nan, True, "many"):  # type: ignore[assignment]
         with pytest.raises(ParameterError, match=r"^max_size="):
             use(f"everywhere-{next(_numbers)}", value)
 

@@ -141,7 +141,7 @@ def crowd(engine: Engine, checkouts: int = CHECKOUTS // ROUNDS) -> list[str]:
 
 def waiting(engine: Engine) -> int:
     """How many wait for a connection of the pool."""
-    return int(inside.shared(engine.pool).numbers.waiting)  # type: ignore[attr-defined]
+    return int(inside.shared(engine.pool).numbers.waiting)
 
 
 # -- the pool does what it does without -------------------------------------------------------------

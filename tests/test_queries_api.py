@@ -205,7 +205,7 @@ def test_create_is_atomic(pid: str) -> None:
         else:
             created.append(number)
 
-    for task in [Task(lambda number=number: create(number)) for number in range(count)]:
+    for task in [Task(lambda number=number: create(number)) for number in range(count)]:  # type: ignore[misc]
         task.result()
     assert (len(created), len(refused)) == (1, count - 1)
     assert PoolManager.report()["pools"][pid]["max_size"] == created[0] + 1
@@ -300,7 +300,7 @@ def test_a_session_has_to_be_one_that_can_be_seen_dying(driver: FakeDriver, pid:
     handle = driver.connect()
     PoolManager.add(pid, handle)
     for call in (lambda: PoolManager.get(pid, session), lambda: PoolManager.lock(pid, handle, session)):
-        with pytest.raises(TypeError, match="pass an instance of a class of your own"):
+        with pytest.raises(TypeError, match="Pass an instance of a class of your own"):
             call()
     assert PoolManager.has_idle_connection(pid)
 
@@ -691,7 +691,7 @@ def test_what_an_engine_has_out_is_refused_to_all_others(engine: Engine, pid: st
         lambda: PoolManager.remove(pid),
     ):
         with pytest.raises(ConnectionBusyError, match=str(id(handle))):
-            call()
+            call()  # type: ignore[no-untyped-call]
     assert connection.execute(text("SELECT 1")).scalar() == 1
     connection.close()
 
@@ -886,7 +886,7 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
 
     def lock(engine_pool: QueriesPool, random: Random) -> None:
         session = Session()
-        connection = random.choice(found.connections or [None])  # type: ignore[list-item]
+        connection = random.choice(found.connections or [None])
         if connection is None or (handle := connection.handle) is None:
             return
         PoolManager.lock(pid, handle, session)
@@ -926,7 +926,7 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
     found = inside.pools()[pid]
     engines = [QueriesPool(driver.connect, pool_id=pid, timeout=30) for _ in range(2)]
     whats = [check_out] * 4 + [lock, get, meddle]
-    for task in [Task(lambda n=n: work(whats[n], engines[n % 2], n)) for n in range(len(whats))]:
+    for task in [Task(lambda n=n: work(whats[n], engines[n % 2], n)) for n in range(len(whats))]:  # type: ignore[misc]
         task.result()
     gc.collect()
     PoolManager.clean(pid)

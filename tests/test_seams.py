@@ -216,7 +216,7 @@ def test_a_check_in_calls_back_the_last_first_then_tells_the_listeners(spy: SpyP
 def test_a_records_reset_takes_a_connection_that_is_nobodys(driver: FakeDriver, spy: SpyPool) -> None:
     """``do_rollback`` of a dialect gets what looks like a fairy."""
     record = pool_base._ConnectionRecord(spy)
-    spy._dialect.do_rollback(seams.AdhocProxiedConnection(record.dbapi_connection, record))
+    spy._dialect.do_rollback(seams.AdhocProxiedConnection(record.dbapi_connection, record))  # type: ignore[arg-type]
     assert driver.connections[0].calls["rollback"] == 1
 
 

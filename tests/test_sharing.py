@@ -172,8 +172,10 @@ def test_a_limit_lifted_by_an_engine_is_warned_of_once(
         pools[0].dispose()
         pools[0].recreate()
     (record,) = caplog.records
-    assert record.message.startswith(f"{pools[0].pid}: an engine states no limit, which lifts it for all")
-    assert "max_size=… those above it wait their turn" in record.message
+    assert record.message.startswith(
+        f"{pools[0].pid}: an engine sets no limit, so all engines of this database have none"
+    )
+    assert "With max_size=… checkouts above it wait their turn" in record.message
 
 
 def test_raised_under_load_waiters_are_served_at_once(
@@ -194,7 +196,7 @@ def test_raised_under_load_waiters_are_served_at_once(
 
     tasks = []
     for number in range(4):
-        tasks.append(Task(lambda number=number: work(number)))
+        tasks.append(Task(lambda number=number: work(number)))  # type: ignore[misc]
         eventually(lambda n=number + 1: report(pid)["waiting"] == n)
     PoolManager.set_max_size(pid, 3)
     eventually(lambda: len(served) == 2)

@@ -14,14 +14,15 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parent.parent
-SECONDS = os.environ.get("SOAK_SECONDS") or "60"
+SHORT, LONG = "15", os.environ.get("SOAK_SECONDS") or "60"
 SEED = os.environ.get("SQLA_QUERIES_POOL_SEED")
 
 
-def test_nothing_is_lost_leaked_or_mixed_up_whatever_happens_to_64_threads() -> None:
+@pytest.mark.parametrize("seconds", [SHORT, pytest.param(LONG, marks=pytest.mark.exhaustive)])
+def test_nothing_is_lost_leaked_or_mixed_up_whatever_happens_to_64_threads(seconds: str) -> None:
     """All that `tests/soak.py` promises holds, in a process of its own, whose threads and files it counts."""
     faulthandler.cancel_dump_traceback_later()  # SOAK_SECONDS may be more; the soak has a watchdog of its own
-    command = [sys.executable, "-m", "tests.soak", "--seconds", SECONDS]
+    command = [sys.executable, "-m", "tests.soak", "--seconds", seconds]
     command += ["--seed", SEED] if SEED else []
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)

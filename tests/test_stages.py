@@ -18,7 +18,7 @@ from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.engine.default import DefaultDialect
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
-from sqla_queries_pool.insight.diagnostics import OPENING, PROBING, WAITING, Stages
+from sqla_queries_pool.engine.stages import OPENING, PROBING, WAITING, Stages
 
 Eventually = Callable[..., None]
 NewEngine = Callable[..., Engine]
@@ -78,7 +78,7 @@ def notes(error: BaseException | None) -> list[str]:
 def spent(error: BaseException | None) -> tuple[str, dict[str, float]]:
     """The stage in which an error came, and how many seconds each stage has taken."""
     (note,) = notes(error)
-    found = re.fullmatch(r"QueriesPool (\S+) was (.*); it has spent (.*)", note)
+    found = re.fullmatch(r"QueriesPool (\S+) was (.*)\. Time spent: (.*)", note)
     assert found, note
     each = [part.partition(" s ") for part in found[3].split(", ")]
     assert len({stage for _, _, stage in each}) == len(each), "a stage twice"
@@ -234,7 +234,7 @@ def test_a_note_names_the_pool_and_is_printed(new_engine: NewEngine) -> None:
         engine.connect()
     (note,) = notes(raised.value)
     assert note.startswith(
-        f"QueriesPool {inside.shared(engine.pool).label} was opening a connection; it has spent "
+        f"QueriesPool {inside.shared(engine.pool).label} was opening a connection. Time spent: "
     )
     assert str(raised.value.orig) == "the server is not there"
     printed = "".join(traceback.format_exception(raised.value))
@@ -244,7 +244,7 @@ def test_a_note_names_the_pool_and_is_printed(new_engine: NewEngine) -> None:
 def test_one_error_that_is_raised_again_has_one_note(new_engine: NewEngine) -> None:
     """The last; what others have noted stays, in its order."""
     error = ValueError("no such database")
-    error.__notes__ = ["the administrator's note"]  # type: ignore[attr-defined]
+    error.__notes__ = ["the administrator's note"]
 
     def creator() -> Any:
         raise error
@@ -277,7 +277,7 @@ def test_notes_of_two_pools_do_not_pile_up(new_engine: NewEngine) -> None:
 def test_the_seconds_are_those_of_each_stage(monkeypatch: pytest.MonkeyPatch) -> None:
     """A stage that is entered again adds up; the one that it is in counts until now."""
     now = [10.0]
-    monkeypatch.setattr("sqla_queries_pool.insight.diagnostics.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("sqla_queries_pool.engine.stages.time.monotonic", lambda: now[0])
     stages, error = Stages(), ValueError()
     for stage, seconds in [(WAITING, 1.0), (OPENING, 2.0), (WAITING, 4.0), (PROBING, 8.5)]:
         stages.enter(stage)
@@ -389,7 +389,7 @@ def test_a_pre_ping_that_answers_leaves_nothing_that_could_hang_up(
     engine = new_engine(url, pool_pre_ping=True, ping_timeout=0.05)
     engine.connect().close()
     held = engine.raw_connection()
-    record: Any = inside.record(held)  # type: ignore[attr-defined]
+    record: Any = inside.record(held)
     backend = held.cursor()
     backend.execute("SELECT pg_backend_pid()")
     (first,) = backend.fetchone()  # type: ignore[misc]
@@ -508,9 +508,9 @@ def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
     del dialect.do_ping
     assert seen == [True]
     assert engine.pool.checkedout() == 0
-    (record,) = [*inside.attachment(engine.pool).idle, *inside.attachment(engine.pool).hollow]
+    (record,) = [*inside.attachment(engine.pool).idle, *inside.attachment(engine.pool).hollow]  # type: ignore[misc]
     engine.connect().close()
-    assert record.ping_timeout is None
+    assert record.ping_timeout is None  # type: ignore[has-type]
     assert driver.numbers() == [2]
 
 

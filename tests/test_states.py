@@ -224,7 +224,7 @@ def closed_again(simulator: Simulator) -> None:
     gc.collect()
     found = audit.findings(simulator.ledger)
     wrong, work = audit.mend(simulator.ledger, found, simulator.now)
-    assert [finding.what for finding in found] == ["to be closed, but nobody does"]
+    assert [finding.what for finding in found] == ["due to be closed, but nobody closes it"]
     assert len(wrong) == 1
     simulator.decide(lambda: work)
 

@@ -267,7 +267,7 @@ def test_each_close_is_counted_under_its_reason(
     assert pool.statistics().evictions == 1
     first.dispose()
     assert closes()[DISPOSED] == 2
-    last = inside.attachment(second.pool).idle[0].slot.handle  # type: ignore[attr-defined]
+    last = inside.attachment(second.pool).idle[0].slot.handle
     PoolManager.remove_connection(pid, last)
     assert closes()[REMOVED] == 1
     numbers = pool.statistics()
@@ -475,7 +475,7 @@ def test_changing_what_one_was_given_changes_nothing_in_the_pool(pid: str) -> No
     pool.connect().invalidate()
     numbers = pool.statistics()
     with contextlib.suppress(TypeError):
-        numbers.closes["mine"] = 5  # type: ignore[index]
+        numbers.closes["mine"] = 5
     assert pool.statistics().closes == {INVALIDATED: 1}
 
 

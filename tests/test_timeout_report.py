@@ -9,6 +9,7 @@ import datetime
 import json
 import logging
 import pickle
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -33,7 +34,8 @@ from sqla_queries_pool import (
     Waiting,
     labelled,
 )
-from sqla_queries_pool.insight.diagnostics import LONG, LONGER, diagnose
+from sqla_queries_pool.insight.diagnosis import LONG, LONGER, diagnose
+from sqla_queries_pool.insight.report import SHARED_FOR
 from sqla_queries_pool.logs import NAME
 
 Eventually = Callable[..., None]
@@ -166,9 +168,9 @@ def test_the_likeliest_cause_follows_from_who_holds_and_who_waits(snapshot: Snap
 def test_a_nested_checkout_says_whose_and_how_many() -> None:
     """The asker's own where it has some, else those of all who wait."""
     mine = diagnose(seen(holder(ME), holder(ME), holder(OTHER)), ME)
-    assert "this thread holds 2" in mine.cause
+    assert "this thread already holds 2" in mine.cause
     theirs = diagnose(seen(holder(OTHER), holder(THIRD), waits=(waiter(OTHER), waiter(THIRD))), ME)
-    assert "threads that wait hold 2" in theirs.cause
+    assert "waiting threads already hold 2" in theirs.cause
 
 
 # -- the same in reality -----------------------------------------------------------------------------------
@@ -191,7 +193,7 @@ def test_a_connection_that_was_forgotten_is_named(pid: str, clock: FakeClock) ->
         with held(pool, "busy"):
             error = fails(pool)
     assert error.snapshot.diagnosis.kind == "leak"
-    assert "forgetful (60.0 s) looks like one that was forgotten" in str(error).splitlines()[0]
+    assert "forgetful (60.0 s) seems to have forgotten to return its connection" in str(error).splitlines()[0]
 
 
 def test_a_connection_whose_thread_has_ended_is_named_at_once(pid: str) -> None:
@@ -202,7 +204,7 @@ def test_a_connection_whose_thread_has_ended_is_named_at_once(pid: str) -> None:
     with held(pool, "busy"):
         error = fails(pool)
     assert error.snapshot.diagnosis.kind == "leak"
-    assert "which has ended (0.0 s) does not give it back" in str(error).splitlines()[0]
+    assert "which has ended (0.0 s) did not return its connection" in str(error).splitlines()[0]
     assert [holder.ended for holder in error.snapshot.holders if holder.thread is None] == [True]
     kept.pop().close()
 
@@ -213,7 +215,7 @@ def test_a_checkout_inside_another_is_told_as_such(pid: str) -> None:
     with held(pool, "other"), contextlib.closing(pool.connect()):
         error = fails(pool)
     assert error.snapshot.diagnosis.kind == "nested-checkout"
-    assert "this thread holds 1 of them" in str(error)
+    assert "this thread already holds 1 of them" in str(error)
 
 
 def test_connections_that_are_all_being_opened_are_told_as_slow(eventually: Eventually) -> None:
@@ -285,6 +287,60 @@ def test_a_statement_that_runs_for_long_is_told_with_its_backend(
     engine.dispose()
 
 
+# -- one snapshot for all errors of a moment ------------------------------------------------------------
+
+
+def test_errors_of_the_same_moment_share_a_snapshot_and_later_ones_do_not(pid: str, clock: FakeClock) -> None:
+    """To the end of :data:`SHARED_FOR`, by the pool's clock; each counts, and one is kept."""
+    pool = new_pool(pid, timeout=0)
+    with held(pool, "one"), held(pool, "two"):
+        first = fails(pool)
+        clock.now += SHARED_FOR * 0.99
+        shared = fails(pool)
+        clock.now += SHARED_FOR * 0.01
+        later = fails(pool)
+    assert shared.snapshot.taken_at == first.snapshot.taken_at
+    assert later.snapshot.taken_at > first.snapshot.taken_at
+    assert [holder.seconds for holder in later.snapshot.holders] == [pytest.approx(SHARED_FOR)] * 2
+    assert pool.statistics().timeouts == 3
+    assert [seen.taken_at for seen in inside.shared(pool).last_timeouts] == [
+        first.snapshot.taken_at,
+        later.snapshot.taken_at,
+    ]
+
+
+def test_a_shared_snapshot_says_nothing_of_what_the_asker_holds(pid: str, clock: FakeClock) -> None:
+    """It may have returned it since; with a snapshot of its own it is told."""
+    pool = new_pool(pid, timeout=0)
+    with held(pool, "other"):
+        mine = pool.connect()
+        before = fails(pool)
+        mine.close()
+        with held(pool, "new"):
+            shared = fails(pool)
+            clock.now += SHARED_FOR
+            own = fails(pool)
+    assert "this thread already holds 1" in str(before)
+    assert "this thread" not in str(shared)
+    assert shared.snapshot.diagnosis.kind == own.snapshot.diagnosis.kind == "too-small"
+    assert {holder.name for holder in own.snapshot.holders} == {"other", "new"}
+
+
+@pytest.mark.parametrize("waits", [(), (waiter(THIRD),), (waiter(threading.get_ident()), waiter(THIRD))])
+def test_an_error_with_a_shared_snapshot_counts_its_checkout_once(
+    pid: str, clock: FakeClock, waits: tuple[Waiting, ...]
+) -> None:
+    """Was it in the queue then, or has it come since?"""
+    pool = new_pool(pid, timeout=0.02)
+    before = seen(holder(), waits=waits)
+    inside.core(pool).recent_snapshot.get(lambda: before, SHARED_FOR, clock)
+    with held(pool, "one"), held(pool, "two"):
+        error = fails(pool)
+    assert error.snapshot.taken_at == before.taken_at
+    others = sum(waiting.thread == THIRD for waiting in waits)
+    assert error.snapshot.statistics.waiting == others + 1
+
+
 # -- text ------------------------------------------------------------------------------------------------
 
 
@@ -299,8 +355,8 @@ def test_the_first_line_has_the_numbers_who_the_cause_and_the_remedy(pid: str, c
     assert first == (
         f"QueriesPool {pid} (pid {pid}) had no connection within 0 s: open 2, held 2, opening 0, waiting 0, "
         "limit 2. Held by, longest first: nightly report [job 7] (3.0 s), import (1.0 s). Most likely "
-        "all are in use, and none for long. Raise max_size, which all engines of this database share, or "
-        "keep connections for less long."
+        "all connections are in use, and none for long. Raise max_size, which all engines of this database "
+        "share, or return connections sooner."
     )
 
 
@@ -314,7 +370,7 @@ def test_the_report_has_a_line_for_each_with_stacks_where_they_are_tracked(
         with held(pool, "two"):
             lines = str(fails(pool)).splitlines()
     at = lines.index("Holders, longest first:")
-    assert lines[at + 1] == "  one (1.0 s), used 1 times"
+    assert lines[at + 1] == "  one (1.0 s), used 1 time"
     assert any(line.startswith("    checked out at ") and line.endswith(" in hold") for line in lines)
     assert any(line.startswith("    now at ") and "hazards.py" in line for line in lines)
     assert [line for line in lines if line.startswith("  two (0.0 s)")]
@@ -345,10 +401,10 @@ def test_a_label_with_line_breaks_or_of_any_length_leaves_the_line_a_line(pid: s
     assert len(lines[0]) < 1000
 
 
-def test_who_waits_is_reported_with_its_time_and_the_asker_counts(
+def test_a_waiting_checkout_is_reported_with_its_time_and_the_asker_counts(
     pid: str, clock: FakeClock, eventually: Eventually
 ) -> None:
-    """One waits in line, longer than the one that gives up: two in the numbers, the other in the report."""
+    """One waits longer than the one that gives up: two in the numbers, the other in the report."""
     pool = new_pool(pid, timeout=None)
     asker = new_pool(pid, timeout=0.02)
     with held(pool, "one"), held(pool, "two"):
@@ -403,7 +459,7 @@ def test_the_error_carries_the_same_as_data(pid: str, clock: FakeClock) -> None:
     assert told["statistics"]["held"] == 2
     assert datetime.datetime.fromisoformat(told["taken_at"]).tzinfo is not None
     with pytest.raises(dataclasses.FrozenInstanceError):
-        found.holders = ()
+        found.holders = ()  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("through", [lambda e: pickle.loads(pickle.dumps(e)), copy.copy, copy.deepcopy])
@@ -418,11 +474,14 @@ def test_the_error_reaches_another_process_with_all_it_says(pid: str, through: C
     assert there.snapshot == error.snapshot
 
 
-def test_the_pool_keeps_the_last_twenty_the_newest_last(pid: str) -> None:
+def test_the_pool_keeps_the_last_twenty_the_newest_last(pid: str, clock: FakeClock) -> None:
     """And counts them all."""
     pool = new_pool(pid, timeout=0)
+    errors = []
     with held(pool, "a"), held(pool, "b"):
-        errors = [fails(pool) for _ in range(23)]
+        for _ in range(23):
+            clock.now += SHARED_FOR
+            errors.append(fails(pool))
     kept = inside.shared(pool).last_timeouts
     assert len(kept) == 20
     assert all(a is b.snapshot for a, b in zip(kept, errors[3:], strict=True))

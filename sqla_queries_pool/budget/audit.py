@@ -26,17 +26,18 @@ class Audit:
     """What :meth:`.Pool.audit` found."""
 
     connections: int
-    """How many slots were looked at."""
+    """How many slots were checked."""
     dead: int
-    """Idle connections that the server had hung up on; they were closed.  Nothing is wrong with that."""
+    """Idle connections that the server had closed; they were discarded.  That is no error of the pool."""
     mended: tuple[str, ...]
-    """What the bookkeeping had wrong, each in a sentence; it was put right."""
+    """What was wrong in the bookkeeping and was repaired, a sentence for each."""
 
 
 UNDER_WAY = 0.02
 """Seconds after which what looks wrong is looked at again: it may have been under way in another thread."""
 COLLECTED = 1.0
 """The same of what the garbage collector may be busy with."""
+PROXY_GONE = "held, but the connection object that was checked out no longer exists"
 
 
 class Finding(NamedTuple):
@@ -52,8 +53,8 @@ def findings(ledger: Ledger) -> list[Finding]:
     # Once for all, or else it would take a walk through a list for each of them.
     listed = {id(e) for a in ledger.everyone() for entries in (a.idle, a.hollow) for e in entries}
     found = [Finding(slot, what) for slot in ledger.slots if (what := _wrong(ledger, slot, listed))]
-    # The collector may have many proxies to report, one after the other; each may take a round trip.
-    return found + [Finding(s, "held, but its proxy is gone", COLLECTED) for s in ledger.slots if _left(s)]
+    # The collector may have many proxies to tell of, one after the other; each may take a round trip.
+    return found + [Finding(s, PROXY_GONE, COLLECTED) for s in ledger.slots if _left(s)]
 
 
 def _left(slot: Slot) -> bool:
@@ -66,18 +67,18 @@ def _wrong(ledger: Ledger, slot: Slot, listed: set[int]) -> str | None:
     state = slot.state
     entry = slot.entry() if slot.entry is not None else None
     if state in (HELD, OPENING):
-        return None if entry is not None else f"{state}, but its holder is gone"
+        return None if entry is not None else f"{state}, but its holder no longer exists"
     if state is CLOSING:
         item = ledger.closing.get(slot)
-        return None if item is not None and item() is not None else "to be closed, but nobody does"
+        return None if item is not None and item() is not None else "due to be closed, but nobody closes it"
     if state is GONE:
-        return "gone, but counted"
+        return "removed, but still counted"
     home = slot.home() if slot.home is not None else None
     if home is None:  # its engine has died; the entry does so next, and says so
-        return None if entry is not None else f"{state}, but its engine is gone"
+        return None if entry is not None else f"{state}, but its engine no longer exists"
     entry = slot if slot.entry is None else entry
     in_list = slot in home.locked if state is LOCKED else id(entry) in listed
-    return None if in_list else f"{state}, but in no list"
+    return None if in_list else f"{state}, but not in the list of {state} connections"
 
 
 def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], Work]:
@@ -99,13 +100,13 @@ def _recount(ledger: Ledger) -> Iterator[str]:
     slots = ledger.slots
     if ledger.opening != (opening := {slot for slot in slots if slot.state is OPENING}):
         ledger.opening = opening
-        yield "what is being opened was miscounted"
+        yield "the connections being opened were miscounted"
     if ledger.out != (out := sum(slot.state in (HELD, LOCKED) for slot in slots)):
         ledger.out = out
-        yield "what is out was miscounted"
+        yield "the connections checked out were miscounted"
     for slot in [slot for slot in ledger.closing if slot not in slots or slot.state is not CLOSING]:
         del ledger.closing[slot]
-        yield "what is being closed was miscounted"
+        yield "the connections being closed were miscounted"
     for ref in [ref for ref in ledger.attachments if ref() is None]:
         del ledger.attachments[ref]  # its last letter may just not have been read
     for attachment in ledger.everyone():
@@ -114,16 +115,16 @@ def _recount(ledger: Ledger) -> Iterator[str]:
             if len(right) != len(entries):
                 entries.clear()  # in place: attachment.pop is bound to it
                 entries.extend(right)
-                yield "a list of idle connections had others in it"
+                yield "a list of idle connections contained others"
         for slot in [slot for slot in attachment.locked if slot.state is not LOCKED or slot not in slots]:
             del attachment.locked[slot]
-            yield "a list of locked connections had others in it"
+            yield "a list of locked connections contained others"
         for waiter in [waiter for waiter in attachment.queue if waiter.answer is not None]:
             del attachment.queue[waiter]
-            yield "a waiter that had its answer was still in the queue"
+            yield "a checkout that had its answer was still in the queue"
         if attachment.queue and attachment not in ledger.queues:
             ledger.queues[attachment] = None
-            yield "a queue was not known"
+            yield "a queue with waiting checkouts was not known"
     for quota in {*ledger.attachments.values(), ledger.by_hand.quota}:
         if quota.slots != (its := {slot for slot in slots if slot.quota is quota}):
             quota.slots = its

@@ -100,14 +100,14 @@ def why_rejected(waiter: Waiter, now: float, new: bool) -> Rejected | None:
     if newest and list(queue).index(waiter) >= attachment.max_waiting:
         return Rejected(
             QUEUE_FULL,
-            f"the queue is full: {attachment.max_waiting} checkouts wait already (max_waiting)",
+            f"the queue is full (max_waiting={attachment.max_waiting})",
         )
     if now - waiter.since >= target and attachment.pace.overloaded(target, now):
         behind = now - attachment.pace.in_time
         return Rejected(
             OVERLOAD,
-            f"the pool is overloaded: for {behind:.1f} s the queue was never empty, and slower than "
-            f"queue_target={target:g} s; until it is empty no checkout waits for longer than that",
+            f"the pool is overloaded (for {behind:.1f} s the queue was never empty and slower than "
+            f"queue_target={target:g} s; until it is empty, no checkout waits longer than that)",
         )
     return None
 

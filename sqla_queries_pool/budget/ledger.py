@@ -45,11 +45,11 @@ from .state import DEFAULT_LIMIT, LedgerState
 from .stats import BOUNDS, SHORTEST
 from .work import Close, Fill, Renew, Reset, Resetter, Wake, Work
 
-IDLE_TTL = "idle for its idle_ttl"
-DISPOSED = "its generation has ended"
+IDLE_TTL = "idle for longer than idle_ttl"
+DISPOSED = "ended by dispose() or expire()"
 GAVE_WAY = "gave way to another engine"
 LOWERED = "max_size was lowered"
-ABANDONED = "its holder is gone"
+ABANDONED = "abandoned by its holder"
 REMOVED = "removed through the queries API"
 
 LOOK_EVERY = 5.0
@@ -89,7 +89,7 @@ class Ledger(LedgerState):
         """
         slot = entry.slot
         if slot.state is not HELD or slot.home is not attachment.ref:
-            raise NotHeld(f"{entry!r} was given back, but it is {slot.state}")
+            raise NotHeld(f"{entry!r} was returned, but it was not checked out: it is {slot.state}")
         slot.state = IDLE
         self.out -= 1
         if slot.holder is not None:
@@ -319,8 +319,13 @@ class Ledger(LedgerState):
         """A connection could not be opened: the next waiter may try for itself."""
         return self._free(slot, now)
 
-    def closed(self, slot: Slot, now: float) -> Work:
-        """A connection is closed: its slot is free.  One that gave way to another has no slot to free."""
+    def closed(self, slot: Slot, reason: str | None, now: float) -> Work:
+        """A connection is closed: its slot is free.  One that gave way to another has no slot to free.
+
+        :param reason: why, for the totals; None where there was no connection.
+        """
+        if reason is not None:
+            self.totals.closed(reason, now)
         return self._free(slot, now)
 
     def let_go(self, slot: Slot, now: float) -> Work:

@@ -59,11 +59,11 @@ path, in :meth:`Ledger.take` and :meth:`Ledger.give`, are written out: a call wo
 return a frame each, and tests/test_fast_path.py counts those.  A forked child removes its parent's slots."""
 
 REJECTED = QUEUE_FULL, OVERLOAD = "queue-full", "overload"
-"""Why a checkout is rejected."""
+"""Why the pool rejects a checkout."""
 
 
 class NotHeld(RuntimeError):
-    """A connection was returned by somebody who did not have it: twice, or another engine's."""
+    """A connection was returned by somebody who did not have it: twice, or another pool's."""
 
 
 class Quota:

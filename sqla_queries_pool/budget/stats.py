@@ -105,7 +105,7 @@ class Totals:
         self.closes: Counter[str] = Counter()
         """Reason -> how many connections were closed for it."""
         self.timeouts = 0
-        """Checkouts that got nothing within their time, deadlocks included."""
+        """Checkouts that got no connection within their timeout, deadlocks included."""
         self.rejected = 0
         """Checkouts that were rejected before their time was over; not among the timeouts."""
         self.deadlocks = 0
@@ -147,22 +147,22 @@ class Statistics:
     """Connections that are open, or still being closed."""
     idle: int
     held: int
-    """Connections that are out."""
+    """Connections that are checked out."""
     opening: int
     closing: int
     waiting: int
     """Blocked checkouts."""
     peak_held: int
-    """The most connections that were out at once."""
+    """The most connections that were checked out at once."""
     checkouts: int
-    """Connections that were handed out and returned, or left for good; not those that are out."""
+    """Connections that were checked out and returned, or detached; not those that are checked out now."""
     waits: int
-    """Checkouts that were served after a wait."""
+    """Checkouts that were served after a wait in the queue."""
     timeouts: int
-    """Checkouts that got nothing within their time, deadlocks included."""
+    """Checkouts that got no connection within their timeout, deadlocks included."""
     rejected: int
-    """Checkouts rejected before their time was over (``max_waiting``, ``queue_target``); not among the
-    timeouts."""
+    """Checkouts that the pool rejected before their timeout (``max_waiting``, ``queue_target``); not among
+    the timeouts."""
     deadlocks: int
     bypasses: int
     """How often a connection went to its own engine's waiter although another engine's had waited longer."""
@@ -177,7 +177,7 @@ class Statistics:
     failed_resets: int
     """Connections that could not be rolled back when they were returned."""
     mended: int
-    """What an audit, or a waiter, had to put right in the ledger."""
+    """Errors in the bookkeeping that were repaired, by an audit, the housekeeper or a waiting checkout."""
     wait_time: Histogram = field(repr=False)
     use_time: Histogram = field(repr=False)
     connect_time: Histogram = field(repr=False)

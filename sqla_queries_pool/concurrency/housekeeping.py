@@ -150,7 +150,7 @@ class Housekeeper:
             try:
                 pool.sweep()
             except Exception:
-                logger.exception("Exception while looking after %r", pool)
+                logger.exception("Exception in the housekeeping of %r", pool)
 
 
 class Worker:

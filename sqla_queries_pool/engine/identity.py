@@ -68,8 +68,8 @@ def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identit
     if dialect is None or not seams.made_by_engine(creator):
         return private("custom creator")
     warnings.warn(
-        f"QueriesPool can't tell which {dialect.name} database this engine connects to, so it "
-        "shares no limit with other engines; state pool_id='…' to have it share one",
+        f"QueriesPool can't tell which {dialect.name} database this engine connects to, so the engine "
+        "shares no limit with others. Pass the same pool_id='…' to all engines that are to share one",
         exc.SAWarning,
         stacklevel=_callers_level(),
     )

@@ -69,7 +69,7 @@ def _answers(record: Any, deadline: float) -> bool:
     except NotImplementedError:  # so says that of SQLAlchemy's first 2.0
         answers = True
     except Exception as error:
-        pool.logger.info("%s: %r does not answer: %r", pool._shared.label, slot, error)
+        pool.logger.info("%s: %r does not answer the ping: %r", pool._shared.label, slot, error)
         answers = _is_answer(pool._dialect, error, slot.handle)
     finally:
         timeout.cancel()

@@ -25,7 +25,8 @@ from ..budget.audit import Audit
 from ..budget.slots import HELD, LOCKED, OPENING, Attachment, Permit, Quota
 from ..budget.stats import Statistics
 from ..insight import stacks
-from ..insight.diagnostics import Snapshot, log_leak, snapshot
+from ..insight.report import log_leak
+from ..insight.snapshot import Snapshot, snapshot
 from ..labels import checkout_label
 from ..parameters import Unstated
 from ..pool import Pool
@@ -110,6 +111,7 @@ class QueriesPool(SQLAlchemyPool):
         self._track_stacks = self.settings.track_stacks
         self._shared: Pool = attach(who.pid, who.label, self._attachment)
         self._core = self._shared.core
+        self._checkouts = self._core.checkouts
         self._core.on_leak = log_leak
         if quota.stated == math.inf:
             self._core.warn_of_no_limit()
@@ -166,15 +168,16 @@ class QueriesPool(SQLAlchemyPool):
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:
-        found = stacks.calls(sys._getframe(1)) if self._track_stacks else ()
-        record = self._core.checkouts.take(self._attachment)
+        record = self._checkouts.take(self._attachment)
         if record.__class__ is Record:
             slot = record.slot
-            slot.label, slot.stack = _label(), found
+            slot.label = _label()
+            if self._track_stacks:
+                slot.stack = stacks.calls(sys._getframe(1))
             # Twice, for other threads run during the poll, and one may find that the server is gone.
             if not slot.suspect and not slot.poll(0) and not slot.suspect:
                 return record
-        return Attempt(self, found).run(record)
+        return Attempt(self, stacks.calls(sys._getframe(1)) if self._track_stacks else ()).run(record)
 
     def _open(self, permit: Permit) -> Record:
         """Open a connection by a permit, for the housekeeper: :func:`.open_connection`."""
@@ -222,7 +225,7 @@ class QueriesPool(SQLAlchemyPool):
 
     def _do_return_conn(self, record: ConnectionPoolEntry) -> None:
         # SQLAlchemy's checkin() would come by here, Record's does not: this is a proxy that detaches.
-        self._core.checkouts.let_go(record.slot)  # type: ignore[attr-defined]
+        self._checkouts.let_go(record.slot)  # type: ignore[attr-defined]
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
         try:
@@ -238,7 +241,7 @@ class QueriesPool(SQLAlchemyPool):
         return self._shared.statistics()
 
     def snapshot(self) -> Snapshot:
-        """Return who has the connections of the whole pool, and which checkouts wait; takes no lock."""
+        """Return the holders and the waiting checkouts of the whole pool; takes no lock."""
         return snapshot(self._shared)
 
     # -- the life of the pool ----------------------------------------------------------------------
@@ -257,21 +260,21 @@ class QueriesPool(SQLAlchemyPool):
         permits: list[Permit] = []
         try:
             # All at once: the housekeeper might begin to open some of them, too.
-            while (permit := self._core.checkouts.reserve(self._attachment)) is not None:
+            while (permit := self._checkouts.reserve(self._attachment)) is not None:
                 permits.append(permit)
             while permits:
-                self._core.checkouts.give_unused(self._attachment, self._open(permits.pop()))
+                self._checkouts.give_unused(self._attachment, self._open(permits.pop()))
         except Refused as error:
             raise error.refusal or error from None
         finally:
             for permit in permits:
-                self._core.checkouts.failed(permit)
+                self._checkouts.failed(permit)
 
     def expire(self, rolling: bool = False) -> None:
         """Replace this engine's connections without an error to anybody, as when credentials were rotated.
 
         :param rolling: renew them one after the other in the background; else what is idle is closed at once.
-            What is out is replaced when it is returned, either way.
+            What is checked out is replaced when it is returned, either way.
         """
         if rolling:
             self._core.expire_rolling(self._attachment)
@@ -286,8 +289,8 @@ class QueriesPool(SQLAlchemyPool):
     def recreate(self) -> QueriesPool:
         """Return a pool with the same parameters, listeners, limit and id.
 
-        After :meth:`dispose`, as ``Engine.dispose()`` calls it, the connections of this pool that
-        were out then close when they are returned.
+        After :meth:`dispose`, as ``Engine.dispose()`` calls it, what this pool's connections were
+        out then close when they are returned.
         """
         self.logger.info("Pool recreating")
         if self._disposed:

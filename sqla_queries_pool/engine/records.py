@@ -69,7 +69,7 @@ class Record(ConnectionRecord):
         fairy_ref, self.fairy_ref = self.fairy_ref, None
         if self.finalize_callback or owner.dispatch.checkin:
             self._tell_listeners(fairy_ref)
-        owner._core.checkouts.give(owner._attachment, self)
+        owner._checkouts.give(owner._attachment, self)
 
     def _tell_listeners(self, fairy_ref: weakref.ref[Any] | None) -> None:
         connection = self.dbapi_connection
@@ -92,7 +92,7 @@ class Record(ConnectionRecord):
             self.invalidate(error)
         finally:
             self.dbapi_connection = None  # a listener may have kept invalidate() from closing it
-            self.owner._core.checkouts.give_hollow(self.owner._attachment, self)
+            self.owner._checkouts.give_hollow(self.owner._attachment, self)
 
     def abandoned(self, proxy_ref: weakref.ref[Any]) -> None:
         """Its proxy has died without having been closed: return it, as its close would have."""
@@ -177,7 +177,7 @@ class Proxy(ConnectionFairy):
         self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
         pool.records_out.discard(record)
         record.fairy_ref = None
-        pool._core.checkouts.give(pool._attachment, record)
+        pool._checkouts.give(pool._attachment, record)
 
     _close_special = close
 
@@ -214,7 +214,7 @@ class LeftBehind:
     def cursor(self, *_: Any, **__: Any) -> Any:
         """Raise what the driver raises for a connection that is lost."""
         error = getattr(self._dbapi, "OperationalError", RuntimeError)
-        raise error("this connection belongs to the process that has forked this one")
+        raise error("this connection belongs to the parent process: check out a new one after the fork")
 
     def rollback(self) -> None:
         """Nothing is to be rolled back here."""

@@ -76,19 +76,19 @@ def instrument(meter_provider: MeterProvider | None = None) -> None:
 
 
 @dataclass(frozen=True)
-class _Told:
-    """What was told of a pool so far."""
+class _Exported:
+    """What was exported of a pool so far."""
 
     timeouts: int = 0
     times: tuple[Histogram, ...] = field(default=(Histogram(),) * len(TIMES))
 
     @classmethod
-    def by(cls, pool: Statistics) -> _Told:
-        """All that there is to tell."""
+    def by(cls, pool: Statistics) -> _Exported:
+        """All that there is to export."""
         return cls(pool.timeouts, tuple(times(pool) for _, _, times in TIMES))
 
-    def exceeds(self, other: _Told) -> bool:
-        """Is it more?  Then the other began again, as after a fork."""
+    def exceeds(self, other: _Exported) -> bool:
+        """Is it more?  Then the other began anew, as after a fork."""
         pairs = zip(self.times, other.times, strict=True)
         return self.timeouts > other.timeouts or any(a.count > b.count for a, b in pairs)
 
@@ -98,9 +98,9 @@ class _Feed:
 
     def __init__(self, meter: metrics.Meter) -> None:
         self._lock = threading.Lock()
-        self._told: weakref.WeakKeyDictionary[Pool, _Told] = weakref.WeakKeyDictionary()
+        self._told: weakref.WeakKeyDictionary[Pool, _Exported] = weakref.WeakKeyDictionary()
         for pool in PoolManager.pools():
-            self._told[pool] = _Told.by(pool.statistics())
+            self._told[pool] = _Exported.by(pool.statistics())
         self._timeouts = meter.create_counter(
             f"{PREFIX}timeouts",
             "{timeout}",
@@ -125,15 +125,15 @@ class _Feed:
         for pool, attributes in _named():
             with self._lock:  # readers may collect at the same time
                 now = pool.statistics()
-                self._record(pool, _Told.by(now), attributes)
+                self._record(pool, _Exported.by(now), attributes)
             yield Observation(now.idle, {**attributes, STATE: "idle"})
             yield Observation(now.held, {**attributes, STATE: "used"})
 
-    def _record(self, pool: Pool, now: _Told, attributes: dict[str, str]) -> None:
+    def _record(self, pool: Pool, now: _Exported, attributes: dict[str, str]) -> None:
         """Record what came since the last time."""
-        told = self._told.get(pool, _Told())
+        told = self._told.get(pool, _Exported())
         if told.exceeds(now):
-            told = _Told()
+            told = _Exported()
         self._timeouts.add(now.timeouts - told.timeouts, attributes)
         recorded = []
         for instrument, before, after in zip(self._times, told.times, now.times, strict=True):
@@ -144,7 +144,7 @@ class _Feed:
                 seconds += value * number
             # As recorded: where a sum was read later than its buckets, the rest follows.
             recorded.append(Histogram(after.counts, seconds))
-        self._told[pool] = _Told(now.timeouts, tuple(recorded))
+        self._told[pool] = _Exported(now.timeouts, tuple(recorded))
 
 
 def values(histogram: Histogram) -> Iterator[tuple[float, int]]:

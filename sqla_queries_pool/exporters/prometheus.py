@@ -36,28 +36,40 @@ STATES = ("idle", "held", "opening", "closing")
 GAUGES: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
     (
         "connections_max",
-        "The largest number of connections of the database, +Inf for no limit.",
+        "The limit of the database's connections, +Inf for no limit.",
         lambda pool: math.inf if pool.limit is None else pool.limit,
     ),
-    ("connections_peak", "The most connections that were out at once.", lambda pool: pool.peak_held),
-    ("waiting_checkouts", "Checkouts that are blocked now.", lambda pool: pool.waiting),
+    ("connections_peak", "The most connections that were checked out at once.", lambda pool: pool.peak_held),
+    ("waiting_checkouts", "Checkouts that wait for a connection now.", lambda pool: pool.waiting),
 )
 COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
     (
         "checkouts",
-        "Connections that were handed out and returned, or left for good.",
+        "Checkouts whose connection was returned or detached.",
         lambda pool: pool.checkouts,
     ),
-    ("timeouts", "Checkouts that got nothing within their time.", lambda pool: pool.timeouts),
-    ("rejected", "Checkouts that were rejected before their time was over.", lambda pool: pool.rejected),
+    (
+        "timeouts",
+        "Checkouts that got no connection within their timeout, deadlocks included.",
+        lambda pool: pool.timeouts,
+    ),
+    (
+        "rejected",
+        "Checkouts that the pool rejected before their timeout (max_waiting, queue_target).",
+        lambda pool: pool.rejected,
+    ),
     (
         "deadlocks",
-        "Timeouts of checkouts that could only have waited for themselves.",
+        "Timeouts of checkouts that waited for each other.",
         lambda pool: pool.deadlocks,
     ),
     ("connects", "Connections that were opened.", lambda pool: pool.connects),
     ("connect_errors", "Attempts to open a connection that failed.", lambda pool: pool.connect_errors),
-    ("evictions", "Idle connections that gave way to another engine's.", lambda pool: pool.evictions),
+    (
+        "evictions",
+        "Idle connections that were closed to make room for another engine's.",
+        lambda pool: pool.evictions,
+    ),
     ("dead", "Connections that were found dead before they were used.", lambda pool: pool.dead),
     (
         "failed_resets",
@@ -66,18 +78,18 @@ COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
     ),
     (
         "bypasses",
-        "Connections that went to their own engine's waiter although another's had waited longer.",
+        "Connections that went to their own engine although another engine's checkout had waited longer.",
         lambda pool: pool.bypasses,
     ),
-    ("mended", "What had to be put right in the ledger.", lambda pool: pool.mended),
+    ("mended", "Errors in the pool's bookkeeping that were repaired.", lambda pool: pool.mended),
 )
 HISTOGRAMS: tuple[tuple[str, str, Callable[[Statistics], Histogram]], ...] = (
-    ("wait_seconds", "How long those waited in the queue that were served.", lambda pool: pool.wait_time),
-    ("use_seconds", "From checkout to check-in.", lambda pool: pool.use_time),
+    ("wait_seconds", "How long served checkouts waited in the queue.", lambda pool: pool.wait_time),
+    ("use_seconds", "How long connections were checked out.", lambda pool: pool.use_time),
     ("connect_seconds", "How long it took to open a connection.", lambda pool: pool.connect_time),
 )
 REASONS = (ABANDONED, DEAD, DISPOSED, GAVE_WAY, IDLE_TTL, INVALIDATED, LIFETIME, LOWERED, REMOVED)
-"""Told from 0 on: the first one of a reason is no increase where there was no number before."""
+"""Exported from 0 on: the first one of a reason is no increase where there was no number before."""
 LE = (*map(str, BOUNDS), "+Inf")
 
 
@@ -122,7 +134,7 @@ def register(registry: CollectorRegistry = REGISTRY) -> QueriesPoolCollector:
 
 def _connections(pools: Iterable[Statistics]) -> Metric:
     connections = GaugeMetricFamily(
-        f"{PREFIX}connections", "Connections by what they are at.", labels=(*LABELS, "state")
+        f"{PREFIX}connections", "Connections by state.", labels=(*LABELS, "state")
     )
     for pool in pools:
         for state in STATES:

@@ -1,1 +1,1 @@
-"""Who holds what, who waits, and what is the matter."""
+"""Who holds the connections, which checkouts wait, and why a checkout got none."""

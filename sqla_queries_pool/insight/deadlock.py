@@ -2,8 +2,8 @@
 
 A thread that waits for a connection while it has one waits for those who have the others.  Where all of them
 wait as well, in this pool or another, nothing will move before somebody's timeout.  That can't be proved: a
-connection may be closed by another thread than the one that checked it out.  So it has to stand still for
-some time, and whoever is asked to give up is told why.
+connection may be closed by another thread than the one that checked it out.  So nothing
+may have moved for some time, and the checkout that has to give up says why.
 
 Nothing of it is on the way of a checkout that need not wait.
 """
@@ -19,11 +19,12 @@ from ..concurrency.threads import Caller
 from ..pool import Pool
 from ..sockets.liveness import traffic
 from . import stacks
-from .diagnostics import DEEPEST_SHOWN, Diagnosis, named, of_server
+from .diagnosis import NEVER_NEST
+from .snapshot import DEEPEST_SHOWN, Diagnosis, named, of_server
 
 SAMPLES, SAMPLED_FOR = 100, 0.2
-"""Before it is told, it is looked so often, within so many seconds: a statement may be short, and on a unix
-socket nothing else tells that there was one."""
+"""A deadlock is reported after so many samples within so many seconds: a statement may be short, and on a
+unix socket nothing else tells that there was one."""
 
 
 class Watch:
@@ -41,7 +42,7 @@ class Watch:
     def hopeless(self, waiter: Waiter, now: float) -> Diagnosis | None:
         """Is it this checkout that has to give up?  Say why, or return None.
 
-        :param waiter: the asker's, in line.
+        :param waiter: the asker's, in the queue.
         :param now: seconds, by ``time.monotonic``.
         """
         if self._holds is False:  # it can't take one while it waits
@@ -59,7 +60,7 @@ class Watch:
             return None
         if now - self._seen[1] < self._grace:
             return None
-        gc.collect()  # who waits has the collector asked, but not always
+        gc.collect()  # a waiting checkout runs the collector, but not always
         for _ in range(SAMPLES):
             waiter.wait(SAMPLED_FOR / SAMPLES)
             sides = _sides(me, pools)
@@ -90,7 +91,7 @@ def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
 
 
 def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
-    """The slots of which any would do, if it came home."""
+    """The slots of which any would do, if it was returned."""
     quota = waiter.attachment.quota
     return list(quota.slots) if quota.full else list(pool.connections)
 
@@ -107,7 +108,7 @@ def _is_stuck(slot: Slot, threads: dict[Caller, Any]) -> bool:
         return False
     record = slot.entry() if slot.entry is not None else None
     proxy = getattr(record, "fairy_ref", None)
-    if proxy is None or proxy() is None:  # it is on its way home
+    if proxy is None or proxy() is None:  # it is being returned
         return False
     return of_server(slot.handle)[1] != "executing"
 
@@ -127,14 +128,15 @@ def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
     for pool, waiter in sorted(sides, key=lambda side: side[1].since):
         name = named(threads.name(waiter.holder), waiter.label)
         held = [slot for other in pools for slot in other.connections if slot.holder is waiter.holder]
-        details.append(f"{name} holds {len(held)} and waits for one of {pool.label}")
+        details.append(f"{name} holds {len(held)} and waits for a connection of {pool.label}")
         for slot in held:
-            details += [f"  checked out at {call}" for call in stacks.told(slot.stack)[-DEEPEST_SHOWN:]]
+            details += [f"  checked out at {call}" for call in stacks.as_text(slot.stack)[-DEEPEST_SHOWN:]]
         details += [f"  waits at {call}" for call in threads.at(waiter.holder)[-2:]]
     return Diagnosis(
         "deadlock",
-        f"{len(sides)} checkouts wait for each other, and nothing has moved",
-        "Never ask for a second connection while holding the first, or raise max_size above the number of "
-        "threads that do. (If another thread was to close one of these: on_deadlock='warn'.)",
+        "a thread waits for a connection that it holds itself, and nothing has moved"
+        if len(sides) == 1
+        else f"{len(sides)} checkouts wait for each other, and nothing has moved",
+        f"{NEVER_NEST} (If another thread was going to return one of them, set on_deadlock='warn'.)",
         "\n".join(details),
     )

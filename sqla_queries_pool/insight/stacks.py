@@ -31,7 +31,7 @@ _PLACE = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
 
 
 def calls(frame: FrameType | None) -> Calls:
-    """Return the calls of this thread's stack, innermost first, as they are: cheap, to be told later."""
+    """Return the calls of this thread's stack, innermost first, as they are; told() makes text of them."""
     found: list[tuple[CodeType, int]] = []
     while frame is not None and len(found) < DEEPEST:
         file = frame.f_code.co_filename  # _is_applications() by hand: this is done at each checkout
@@ -41,12 +41,12 @@ def calls(frame: FrameType | None) -> Calls:
     return tuple(found)
 
 
-def told(found: Calls) -> tuple[str, ...]:
-    """Return the same for people, outermost call first, without those of Python's own library."""
-    return _told((code.co_filename, str(line), code.co_name) for code, line in found)
+def as_text(found: Calls) -> tuple[str, ...]:
+    """Return the same as text, outermost call first, without those of Python's own library."""
+    return _as_text((code.co_filename, str(line), code.co_name) for code, line in found)
 
 
-def _told(places: Iterable[Place]) -> tuple[str, ...]:
+def _as_text(places: Iterable[Place]) -> tuple[str, ...]:
     found = [place for place in places if _is_applications(place[0])][:DEEPEST]
     own = [place for place in found if not _is_pythons(place[0])] or found[:1]
     return tuple(f"{file}:{line} in {name}" for file, line, name in reversed(own))
@@ -91,4 +91,4 @@ class Threads:
 
     def at(self, caller: Caller | None) -> tuple[str, ...]:
         """Where it is, outermost call first; empty where it has ended, or can't be said."""
-        return _told(self._at.get(caller.ident, ())) if caller is not None and caller.alive else ()
+        return _as_text(self._at.get(caller.ident, ())) if caller is not None and caller.alive else ()

@@ -1,4 +1,4 @@
-"""A page to look at: every pool of the process, live, as a WSGI application."""
+"""A page that shows every pool of the process, live, as a WSGI application."""
 
 from .application import Monitor
 

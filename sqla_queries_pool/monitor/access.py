@@ -1,4 +1,4 @@
-"""Who may look, where nobody has said it: clients on this machine, and none that come through a proxy."""
+"""Who may see the page by default: clients on this machine that do not come through a proxy."""
 
 from __future__ import annotations
 
@@ -17,14 +17,12 @@ _MARKS = ("HTTP_X_FORWARDED", "HTTP_FORWARDED", "HTTP_VIA")
 def refusal(environ: Mapping[str, Any]) -> str | None:
     """Why a request is none of this machine's own; None if it is."""
     if not is_loopback(str(environ.get("REMOTE_ADDR", ""))):
-        return "The request comes from another machine, or through a socket that does not tell from where."
+        return "The request comes from another machine, or from an unknown address."
     if not all(is_loopback(address) for address in _clients(environ)):
-        return "The request came through a proxy, for a client on another machine."
+        return "The request comes through a proxy, from a client on another machine."
     if not _is_local_name(str(environ.get("HTTP_HOST", ""))):
         # A page of somebody else's may have its own name lead here, and so make a browser ask us for it.
-        return (
-            "The name in the request's Host header is not one of this machine's own (localhost, 127.0.0.1)."
-        )
+        return "The request's Host header does not name this machine (localhost, 127.0.0.1)."
     return None
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote
 
 from . import access, page
-from .data import look
+from .data import collect
 from .history import History
 
 Environ = dict[str, Any]
@@ -22,13 +22,13 @@ HEADERS = [
     ("Cross-Origin-Resource-Policy", "same-origin"),
     ("Cross-Origin-Opener-Policy", "same-origin"),
 ]
-HINT = "To let others see it, say who: Monitor(allow=…), with a function that is given the WSGI environ."
+HINT = "To let others see it, use Monitor(allow=…), a function of the WSGI environ that returns a bool."
 
 
 class Monitor:
     """A page that shows all pools of this process, live; and the same as JSON, at ``data.json``.
 
-    A WSGI application: serve it alone, or mount it in another.  It only looks.
+    A WSGI application: serve it alone, or mount it in another.  It changes nothing.
 
     :param allow: given the WSGI environ of a request; may it see the page?  Without it, only clients on this
         machine may, by a name of this machine, and not through a proxy for others.
@@ -36,7 +36,7 @@ class Monitor:
 
     def __init__(self, allow: Callable[[Environ], bool] | None = None) -> None:
         if allow is not None and not callable(allow):
-            raise TypeError(f"allow={allow!r}: write a function that is given the WSGI environ")
+            raise TypeError(f"allow={allow!r}: pass a function of the WSGI environ that returns a bool")
         self._allow = allow
         self._history = History()
 
@@ -50,32 +50,28 @@ class Monitor:
 
     def _answer(self, environ: Environ) -> tuple[Any, ...]:
         if refused := self._refused(environ):
-            return "403 Forbidden", HTML, page.message("Not for you to see", *refused)
+            return "403 Forbidden", HTML, page.message("Access denied", *refused)
         if environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
-            said = page.message("This page only shows", "It answers GET and HEAD.")
+            said = page.message("This page is read-only", "It answers GET and HEAD.")
             return "405 Method Not Allowed", HTML, said, ("Allow", "GET, HEAD")
         path = environ.get("PATH_INFO", "")
         only = parse_qs(environ.get("QUERY_STRING", "")).get("pool", [None])[0]
         if path in ("", "/"):
-            data = look(self._history, only, detailed=page.DETAILED)
+            data = collect(self._history, only, detailed=page.DETAILED)
             return "200 OK", HTML, page.document(data, _prefix(environ))
         if path == "/data.json":
-            return "200 OK", JSON, json.dumps(look(self._history, only), separators=(",", ":"))
-        return "404 Not Found", HTML, page.message("There is nothing here")
+            return "200 OK", JSON, json.dumps(collect(self._history, only), separators=(",", ":"))
+        return "404 Not Found", HTML, page.message("Page not found")
 
     def _refused(self, environ: Environ) -> tuple[str, ...]:
-        """What to say to who may not see it."""
+        """Why a client may not see the page; empty if it may."""
         if self._allow is not None:
             return (
-                ()
-                if self._allow(environ)
-                else ("The application that this page is part of does not allow it.",)
+                () if self._allow(environ) else ("The application that serves this page does not allow it.",)
             )
         why = access.refusal(environ)
         return (
-            ()
-            if why is None
-            else (why, "Unless it is told otherwise, this page is for this machine alone.", HINT)
+            () if why is None else (why, "By default, only clients on this machine may see this page.", HINT)
         )
 
 

@@ -1,4 +1,4 @@
-"""What a pool's limit is used for: the bar, its key and its patterns."""
+"""How much of a pool's limit is used: the bar, its key and its patterns."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from .markup import Markup, tag
 
 STATES = ("held", "opening", "closing", "idle")
 WIDTH, POOL, HEIGHT = 1000.0, 720.0, 20
-"""The bar, in its own units: the pool's part up to the limit, the rest is for those who wait."""
+"""The bar, in its own units: the pool's part up to the limit, the rest is for waiting checkouts."""
 CELLS = 60
 SMALL_CELLS = 16
 """Up to this limit each connection is a cell of its own."""
 
 
 def bar(n: Data, small: bool = False) -> Markup:
-    """What the limit is used for, and beside it who waits, in the same scale."""
+    """What uses the limit, and beside it the waiting checkouts, on the same scale."""
     whole = max(n["limit"] or 0, n["open"] + n["opening"], 1 if n["limit"] else n["peak_held"], 1)
     unit = POOL / whole
     x, parts = 0.0, []
@@ -48,7 +48,7 @@ def _box(x: float, width: float, state: str) -> Markup:
 
 
 def in_words(n: Data) -> str:
-    """The same for who does not see it."""
+    """The same in words, for screen readers."""
     limit = "no limit" if n["limit"] is None else f"limit {n['limit']}"
     return ", ".join([*(f"{state} {n[state]}" for state in (*STATES, "waiting")), limit])
 
@@ -83,7 +83,7 @@ def _swatch(state: str) -> Markup:
 
 
 def patterns() -> Markup:
-    """The patterns that the bars are filled with: nothing is told by its colour alone."""
+    """The patterns that the bars are filled with: nothing is shown by colour alone."""
 
     def pattern(name: str, size: int, *inside: Markup) -> Markup:
         return tag(

@@ -1,4 +1,4 @@
-"""The last minute, drawn: checkouts and timeouts, waiting times, times of use."""
+"""The last minute, drawn: checkouts and timeouts, waiting times, times in use."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def charts(pool: Data) -> Iterator[Markup]:
         _columns(history, rates, top, "columns"),
         _ticks(history, timeouts),
     )
-    for title, name in (("Wait in line", "wait"), ("Use", "use")):
+    for title, name in (("Wait in the queue", "wait"), ("Time in use", "use")):
         median, most = history[f"{name}_median"], history[f"{name}_95"]
         top = _bound(max((value for value in most if value is not None), default=0.0))
         yield _figure(
@@ -104,7 +104,7 @@ def _line(history: Data, values: Sequence[float | None], top: float, kind: str) 
 
 
 def _ticks(history: Data, timeouts: Sequence[int]) -> Markup:
-    """A mark hanging from the top for each interval in which somebody got nothing."""
+    """A mark hanging from the top for each interval in which a checkout timed out."""
     marks = [
         f"M{_x(ago + seconds / 2):.1f} 0v12"
         for ago, seconds, number in zip(history["seconds_ago"], history["seconds"], timeouts, strict=True)

@@ -1,4 +1,4 @@
-"""What the page, the JSON and the terminal view show: plain data, cut, with nothing in it that does harm."""
+"""What the page, the JSON and the terminal view show: plain data, cut, and safe to show."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ import re
 from dataclasses import replace
 from typing import Any
 
-from ..insight.diagnostics import Snapshot, snapshot
+from ..insight.snapshot import Snapshot, snapshot
 from ..pool import Pool, PoolManager
 from .history import WINDOW, History, minute, series
 
 Data = dict[str, Any]
 NOTHING = "\N{EN DASH}"
-"""Where there is nothing to say."""
+"""Where there is no value."""
 MOST_POOLS = 200
 MOST_HOLDERS = 25
 MOST_WAITING = 10
@@ -28,11 +28,11 @@ MOST_CHARACTERS = 200
 _SECRET = re.compile(r"(?i)(\b(?:pass(?:word|wd)?|pwd)\s*=\s*)('[^']*'|\S+)|(://[^/?#\s]*?:)[^/\s]*(?=@)")
 
 
-def look(history: History, only: str | None = None, detailed: int = MOST_POOLS) -> Data:
+def collect(history: History, only: str | None = None, detailed: int = MOST_POOLS) -> Data:
     """Everything, as JSON knows it.
 
-    :param only: the id of the one pool that is asked for.
-    :param detailed: of how many pools to say who holds what; those first where somebody waits, or did.
+    :param only: the id of the one pool to show; None for all.
+    :param detailed: for how many pools to list the holders; pools where checkouts wait, or did, come first.
     """
     history.look()
     pools = sorted(PoolManager.pools(), key=lambda pool: (pool.label, pool.id))

@@ -1,4 +1,4 @@
-"""Something to look at: a small shop at work on a PostgreSQL, which now and then has too few connections."""
+"""A demonstration: a small shop that uses PostgreSQL, and now and then has too few connections."""
 
 from __future__ import annotations
 
@@ -121,7 +121,9 @@ def serve(port: int, stated: str | None) -> None:
     try:
         server = serving.server(Monitor(), port)
     except OSError as error:
-        raise DemoError(f"--port {port}: {error.strerror}; write another one, or 0 for any") from None
+        raise DemoError(
+            f"--port {port}: {error.strerror}; write another one, or 0 for any free port"
+        ) from None
     with server, shop(stated):
-        print(f"http://{serving.HOST}:{server.server_port}/  (Ctrl-C ends it)", flush=True)
+        print(f"http://{serving.HOST}:{server.server_port}/  (press Ctrl-C to stop)", flush=True)
         server.serve_forever(poll_interval=0.1)

@@ -55,10 +55,10 @@
     }
   }
 
-  // Who holds and who waits changes all the time: what is below keeps its place for a while.
+  // Holders and waiting checkouts change all the time: what is below them keeps its place for a while.
   function steady() {
     const now = Date.now();
-    for (const element of document.querySelectorAll(".who")) {
+    for (const element of document.querySelectorAll(".tables")) {
       const before = heights.get(element) || { height: 0, until: 0 };
       element.style.minHeight = "";
       const height = element.offsetHeight;
@@ -92,7 +92,7 @@
 
   function came(main) {
     const now = Date.now();
-    if (lost) seen.clear(); // who was there before may be gone
+    if (lost) seen.clear(); // holders from before may be gone
     lost = false;
     seen.set(main.dataset.process, { main, at: now });
     for (const [process, { at }] of seen) if (now - at > FORGET) seen.delete(process);
@@ -106,9 +106,9 @@
     const end = new AbortController(), alarm = setTimeout(() => end.abort(), TIMEOUT);
     try {
       const answer = await fetch(location.href.split("#")[0], { cache: "no-store", signal: end.signal });
-      if (!answer.ok) throw new Error(`the server says ${answer.status}`);
+      if (!answer.ok) throw new Error(`the server answered ${answer.status}`);
       const main = new DOMParser().parseFromString(await answer.text(), "text/html").querySelector("main");
-      if (!main || !main.dataset.process) throw new Error("the server says something else");
+      if (!main || !main.dataset.process) throw new Error("the server answered something else");
       if (!paused && !document.hidden) {
         came(main);
         say("live", "Live");
@@ -116,7 +116,7 @@
     } catch (error) {
       lost = true;
       const why = error.message.startsWith("the server") ? error.message : "no answer";
-      if (!paused && !document.hidden) say("lost", `${why}; this is ${last}. Trying again.`);
+      if (!paused && !document.hidden) say("lost", `${why}; showing ${last}. Trying again.`);
     } finally {
       clearTimeout(alarm);
       asking = false;
@@ -127,9 +127,9 @@
   function change() {
     clearTimeout(timer);
     const button = get("pause");
-    button.textContent = paused ? "Go on" : "Pause";
+    button.textContent = paused ? "Resume" : "Pause";
     button.setAttribute("aria-pressed", String(paused));
-    if (paused || document.hidden) say("paused", paused ? "Paused" : "Paused while nobody looks");
+    if (paused || document.hidden) say("paused", paused ? "Paused" : "Paused while the page is hidden");
     else ask();
   }
 

@@ -1,4 +1,4 @@
-"""The page: made here from what :func:`~.look.look` returns.
+"""The page: made here from what :func:`.data.collect` returns.
 
 ``page.js`` only asks for the page again and puts into place what has changed.
 """
@@ -11,14 +11,13 @@ import importlib.resources
 from html import escape
 from urllib.parse import quote
 
-from . import bar as usage
-from . import tables as who
+from . import bar, tables
 from .charts import charts
 from .data import Data, count, duration, rate
 from .markup import Markup, foreign, joined, tag
 
 DETAILED = 8
-"""Of how many pools the page says who holds what."""
+"""For how many pools the page lists the holders."""
 MOST_ROWS = 100
 """Pools in the overview."""
 REFRESH = 5
@@ -57,7 +56,7 @@ def document(data: Data, prefix: str) -> str:
         tag("p", tag("span", _taken(data), id="clock"), class_="dim"),
         tag(
             "p",
-            tag("noscript", f"Without JavaScript the page loads again every {REFRESH} s."),
+            tag("noscript", f"Without JavaScript the page reloads every {REFRESH} s."),
             id="status",
             role="status",
         ),
@@ -68,7 +67,7 @@ def document(data: Data, prefix: str) -> str:
         header,
         tag("nav", id="processes", aria_label="Processes", hidden=True),
         _main(data),
-        usage.patterns(),
+        bar.patterns(),
         tag("footer", tag("a", "data.json", href=f"{prefix}/data.json"), class_="dim"),
         tag("script", JS),
     )
@@ -112,8 +111,8 @@ def _main(data: Data) -> Markup:
 
 def _nothing(data: Data) -> str:
     if data["all_pools"]:
-        return "This process has no such pool, or no longer."
-    return "No pool yet: one appears with the first engine that uses QueriesPool."
+        return "This process has no pool with this id."
+    return "No pools yet: the first engine that uses QueriesPool creates one."
 
 
 # -- all pools -----------------------------------------------------------------------------------------
@@ -142,7 +141,7 @@ def _overview(data: Data) -> Markup:
             "div",
             tag(
                 "table",
-                tag("caption", "All pools; figures of the last minute", class_="hidden"),
+                tag("caption", "All pools, with the figures of the last minute", class_="hidden"),
                 tag(
                     "thead", tag("tr", *(tag("th", name, scope="col", class_=_class(name)) for name in head))
                 ),
@@ -175,7 +174,7 @@ def _overview_row(pool: Data) -> Markup:
     return tag(
         "tr",
         tag("th", name, scope="row"),
-        tag("td", usage.bar(n, small=True), class_="bar-cell"),
+        tag("td", bar.bar(n, small=True), class_="bar-cell"),
         *(
             tag("td", text, class_="number warn" if bad else "number")
             for text, bad in zip(numbers, wrong, strict=True)
@@ -197,11 +196,11 @@ def _card(pool: Data) -> Markup:
     return tag(
         "article",
         tag("h2", foreign(n["label"]), tag("span", f"pool id {n['pid']}", class_="aside mono")),
-        usage.bar(n),
-        usage.key(n),
+        bar.bar(n),
+        bar.key(n),
         tag("div", *charts(pool), class_="charts"),
-        tag("div", who.holders(pool), who.waiting(pool), class_="who"),
-        who.timeouts(pool),
+        tag("div", tables.holders(pool), tables.waiting(pool), class_="tables"),
+        tables.timeouts(pool),
         _since_start(pool),
         class_="card",
         data_key=_key_of(pool),
@@ -213,21 +212,21 @@ def _since_start(pool: Data) -> Markup:
     reasons = ", ".join(f"{reason}: {number:,}" for reason, number in sorted(n["closes"].items()))
     always = {
         "checkouts": n["checkouts"],
-        "after a wait": n["waits"],
+        "of them after a wait": n["waits"],
         "timeouts": n["timeouts"],
-        "opened": n["connects"],
+        "connections opened": n["connects"],
     }
     sometimes = {
         "deadlocks": n["deadlocks"],
-        "errors of connecting": n["connect_errors"],
-        "found dead": n["dead"],
-        "gave way to another engine": n["evictions"],
+        "connect errors": n["connect_errors"],
+        "connections found dead": n["dead"],
+        "connections that gave way to another engine": n["evictions"],
         "failed resets": n["failed_resets"],
-        "mended": n["mended"],
+        "bookkeeping errors mended": n["mended"],
     }
     facts = {
         **always,
-        "most held": n["peak_held"],
+        "most held at once": n["peak_held"],
         **{name: number for name, number in sometimes.items() if number},
     }
     error = pool["last_connect_error"]
@@ -243,6 +242,6 @@ def _since_start(pool: Data) -> Markup:
             joined([". Closed: ", foreign(reasons)]) if reasons else None,
             ".",
         ),
-        tag("p", "Last error of connecting: ", foreign(error), class_="warn") if error else None,
+        tag("p", "Last connect error: ", foreign(error), class_="warn") if error else None,
         class_="since dim",
     )

@@ -1,18 +1,18 @@
-"""Who holds connections, who waits, and why somebody got none."""
+"""Who holds connections, which checkouts wait, and why some got none."""
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
 
-from ..insight.diagnostics import LONG
+from ..insight.diagnosis import LONG
 from .bar import in_words
 from .data import NOTHING, Data, count, duration, how_long_ago, short
 from .markup import Markup, foreign, joined, tag
 
 
 def holders(pool: Data) -> Markup:
-    """A table of who holds connections."""
+    """A table of the holders."""
     out, more = pool["holders"], pool["more_holders"]
     if not out:
         return tag("p", "Nobody holds a connection.", class_="dim")
@@ -91,9 +91,9 @@ def _stack(stack: Sequence[str], now_at: Sequence[str]) -> Markup | str:
 
 
 def waiting(pool: Data) -> Markup | None:
-    """The line."""
-    line, more = pool["waiting"], pool["more_waiting"]
-    if not line:
+    """The queue."""
+    queue, more = pool["waiting"], pool["more_waiting"]
+    if not queue:
         return None
     items = [
         tag(
@@ -102,17 +102,19 @@ def waiting(pool: Data) -> Markup | None:
             joined([" ", tag("span", foreign(each["label"]), class_="label")]) if each["label"] else None,
             tag("span", f" {duration(each['seconds'])}", class_="dim"),
         )
-        for each in line
+        for each in queue
     ]
     return tag(
         "section",
-        tag("h3", f"Waiting, longest first ({len(line) + more:,})"),
-        tag("ol", *items, tag("li", f"and {more:,} more", class_="dim") if more else None, class_="line-of"),
+        tag("h3", f"Waiting, longest first ({len(queue) + more:,})"),
+        tag(
+            "ol", *items, tag("li", f"and {more:,} more", class_="dim") if more else None, class_="queue-list"
+        ),
     )
 
 
 def timeouts(pool: Data) -> Markup | None:
-    """The last checkouts that got nothing, each with who had what at that moment."""
+    """The last checkouts that got no connection, each with the holders at that moment."""
     last, more = pool["timeouts"], pool["more_timeouts"]
     if not last:
         return None

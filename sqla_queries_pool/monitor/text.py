@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from .data import NOTHING, Data, clean, duration, how_long_ago, look, short
+from .data import NOTHING, Data, clean, collect, duration, how_long_ago, short
 from .history import EVERY, History
 
 if TYPE_CHECKING:
@@ -30,22 +30,22 @@ SIGNS = {"held": "█", "opening": "▒", "closing": "∙", "idle": "░", "wait
 
 
 class MonitorError(Exception):
-    """A monitor elsewhere does not answer, or not as one does."""
+    """The monitor of another process does not answer, or what answers is no monitor."""
 
 
 def here() -> Callable[[], Data]:
-    """Look at this process."""
+    """Show this process."""
     history = History()
-    return lambda: look(history, detailed=MOST_POOLS)
+    return lambda: collect(history, detailed=MOST_POOLS)
 
 
 def there(url: str) -> Callable[[], Data]:
-    """Look at the process whose monitor is at a URL.
+    """Show the process whose monitor is at a URL.
 
     :raises MonitorError: it is none of HTTP; what is returned raises it if there is no answer.
     """
     if not url.startswith(("http://", "https://")) or "@" in url:
-        raise MonitorError("write the address of a monitor's page, http://host:port/path, without a password")
+        raise MonitorError("write the URL of a monitor's page, http://host:port/path, without a password")
     address = f"{url.rstrip('/').removesuffix('/data.json')}/data.json"
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -55,11 +55,11 @@ def there(url: str) -> Callable[[], Data]:
                 data: Data = clean(json.load(answer))
         except urllib.error.HTTPError as error:
             with error:
-                raise MonitorError(f"{address} says {error.code} {error.reason}") from None
+                raise MonitorError(f"{address} answered {error.code} {error.reason}") from None
         except (OSError, ValueError) as error:
             raise MonitorError(f"{address} does not answer: {getattr(error, 'reason', error)}") from None
         if not isinstance(data, dict) or not isinstance(data.get("pools"), list):
-            raise MonitorError(f"{address} is no monitor's")
+            raise MonitorError(f"{address} is not a QueriesPool monitor")
         return data
 
     return fetch
@@ -156,7 +156,7 @@ def _charts(pool: Data) -> RenderableType:
         spark(history["checkouts_per_second"]),
         NOTHING if rate is None else f"{rate:,.3g} per second",
     )
-    for title, name in (("wait", "wait"), ("use", "use")):
+    for title, name in (("wait", "wait"), ("in use", "use")):
         said = f"median {duration(last.get(f'{name}_median'))}, 95 % {duration(last.get(f'{name}_95'))}"
         table.add_row(title, spark(history[f"{name}_95"]), said)
     if missed:

@@ -201,7 +201,7 @@ class Pool:
         """Replace all connections of the engines, as when credentials were rotated.
 
         :param rolling: renew them one after the other in the background; else what is idle is closed at once.
-            What is out is replaced when it is returned, either way.
+            What is checked out is replaced when it is returned, either way.
         """
         if rolling:
             for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
@@ -420,8 +420,8 @@ class Pool:
         except TypeError:
             kind = type(session).__name__
             raise TypeError(
-                f"session={kind!r} object can't be weakly referred to: pass an instance of a class "
-                "of your own, so that the pool can see when it is gone"
+                f"session={kind!r} object can't be weakly referenced. Pass an instance of a class of your "
+                "own, so that the pool sees when it no longer exists"
             ) from None
         return self.core.section.decide(locks.lock, self.core.ledger, slot, ref, self.core.now())
 

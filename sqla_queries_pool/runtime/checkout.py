@@ -35,28 +35,26 @@ def looks(alone: bool, gc_after: float) -> Iterator[float]:
 
 
 class Checkouts:
-    """What engines do with a pool's slots.
+    """What engines do with a pool's slots.  They keep it, so it is the same one after a fork.
 
-    :param section: the pool's critical section.
-    :param ledger: the pool's ledger.
-    :param connections: closes what gave way.
-    :param upkeep: mends what keeps a slot from a waiter.
     :param on_opened: called when an engine has opened a connection.
     """
 
-    def __init__(
-        self,
-        section: CriticalSection,
-        ledger: Ledger,
-        connections: Connections,
-        upkeep: Upkeep,
-        on_opened: Callable[[], None],
-    ) -> None:
+    def __init__(self, on_opened: Callable[[], None]) -> None:
+        self._on_opened = on_opened
+
+    def use(self, section: CriticalSection, ledger: Ledger, connections: Connections, upkeep: Upkeep) -> None:
+        """Use these from now on.
+
+        :param section: the pool's critical section.
+        :param ledger: the pool's ledger.
+        :param connections: closes what gave way.
+        :param upkeep: mends what keeps a slot from a waiter.
+        """
         self._section = section
         self._ledger = ledger
         self._connections = connections
         self._upkeep = upkeep
-        self._on_opened = on_opened
         self._lock = section.lock
         self._attempt = section.attempt
         self._inbox = section.inbox
@@ -237,7 +235,7 @@ class Checkouts:
     def _give_later(self, attachment: Attachment, entry: Any) -> None:
         # Its holder alone may give it back, so its state can be read without the lock.
         if entry.slot.state is not HELD:
-            raise NotHeld(f"{entry!r} was given back, but it is {entry.slot.state}")
+            raise NotHeld(f"{entry!r} was returned, but it was not checked out: it is {entry.slot.state}")
         self._section.post(self._ledger.give, attachment, entry)
 
     def reserve(self, attachment: Attachment) -> Permit | None:

@@ -9,7 +9,7 @@ import weakref
 from typing import Any
 
 from ..budget.ledger import Ledger
-from ..budget.slots import Slot
+from ..budget.slots import CLOSING, Slot
 from ..logs import logger
 from ..sockets import liveness
 from ..sockets.lingering import LONGEST, Lingering
@@ -17,7 +17,7 @@ from .critical_section import CriticalSection
 
 DEAD = "found dead before it was used"
 INVALIDATED = "invalidated by its holder"
-LIFETIME = "its lifetime (pool_recycle) is over"
+LIFETIME = "older than pool_recycle"
 
 
 class Connections:
@@ -75,8 +75,9 @@ class Connections:
         del self.by_handle[id(handle)]
         slot.handle = slot.poll = None
         slot.suspect = True
-        reason, slot.reason = slot.reason or INVALIDATED, None
-        self._section.post(self._ledger.totals.closed, reason)
+        if slot.state is not CLOSING:  # else the one that closes it says so once, for this and for its slot
+            reason, slot.reason = slot.reason or INVALIDATED, None
+            self._section.post(self._ledger.totals.closed, reason)
 
     def let_go(self, slot: Slot) -> None:
         """The holder of a connection detaches it: it is its own from now on, and closes it."""

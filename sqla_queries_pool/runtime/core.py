@@ -13,6 +13,7 @@ from ..budget.ledger import Ledger
 from ..budget.slots import REJECTED, Attachment, EntryRef, Numbers, Slot
 from ..budget.work import Leaked, Returned, Work
 from ..concurrency.housekeeping import Housekeeper, Worker
+from ..concurrency.recent import Recent
 from ..logs import logger
 from ..sockets.lingering import Lingering
 from .admission import Admission
@@ -63,16 +64,13 @@ class Core:
         on_vacant: Callable[[], None],
     ) -> None:
         self._clock = clock or time.monotonic
-        self._on_opened = on_opened
+        self.checkouts = Checkouts(on_opened)
         self._on_vacant = on_vacant
         self.on_leak: Callable[[Core, Leaked | Returned], None] = _ignore
         """Called by the housekeeper when a connection is out for long, or was returned after all."""
         self.timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
         """Snapshots of the last checkouts that got nothing, the newest last."""
         self._warned_of_no_limit = False
-        self.looking = __import__("threading").RLock()
-        self.looked: Any = None
-        self.looked_for = 0.0, 0.0
         self._build(label, Ledger(self._entry_died, new_slot))
 
     def _build(self, label: str, ledger: Ledger) -> None:
@@ -82,6 +80,8 @@ class Core:
         """
         self.ledger = ledger
         self.section = section = CriticalSection(label, self._clock)
+        self.recent_snapshot: Recent[Any] = Recent()
+        """The last snapshot that was made for an error: see insight/report.py."""
         worker = Worker()
         self.connections = Connections(section, ledger, Lingering(self.housekeeper.schedule))
         self.admission = Admission(section, ledger, self.connections)
@@ -89,7 +89,7 @@ class Core:
         self.effects = Effects(
             section, ledger, self.connections, self.admission, worker, self.upkeep.schedule, self._leaked
         )
-        self.checkouts = Checkouts(section, ledger, self.connections, self.upkeep, self._on_opened)
+        self.checkouts.use(section, ledger, self.connections, self.upkeep)
 
     def _entry_died(self, ref: EntryRef) -> None:
         self.section.post(self.ledger.lost, ref.slot)
@@ -133,16 +133,16 @@ class Core:
     def log_limit(self, before: float) -> None:
         """Log the limit if it is another one than before."""
         if (limit := self.ledger.limit) != before:
-            logger.info("%s: limit %g instead of %g", self.section.label, limit, before)
+            logger.info("%s: the limit is now %g, was %g", self.section.label, limit, before)
 
     def warn_of_no_limit(self) -> None:
         """Say once what a limit is good for: an engine has lifted it."""
         if not self._warned_of_no_limit:
             self._warned_of_no_limit = True
             logger.warning(
-                "%s: an engine states no limit, which lifts it for all engines of this database. A peak "
-                "then opens as many connections as are asked for, until the server refuses everybody's "
-                "(max_connections); with max_size=… those above it wait their turn instead.",
+                "%s: an engine sets no limit, so all engines of this database have none. A peak of load then "
+                "opens a connection for each checkout, until the server refuses all clients "
+                "(max_connections). With max_size=… checkouts above it wait their turn instead.",
                 self.section.label,
             )
 

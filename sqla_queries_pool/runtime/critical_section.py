@@ -125,7 +125,7 @@ class CriticalSection:
     def reentered(self) -> CheckoutReentered:
         """Return the error of a thread that is inside already."""
         return CheckoutReentered(
-            f"{self.label}: the garbage collector ran a finalizer inside the connection pool, and it "
-            "asked the same pool for a connection; do not use an engine in a finalizer or in an "
-            "event listener that one can run (returning a connection is fine)"
+            f"{self.label}: the garbage collector ran a finalizer while this thread was inside the pool, and "
+            "the finalizer called the same pool. Don't check out or dispose in a finalizer, or in an event "
+            "listener that a finalizer can run; returning a connection is fine"
         )

@@ -82,11 +82,13 @@ class Effects:
             self._worker.submit(lambda: self.do(slow))
 
     def _close(self, item: Close) -> None:
+        slot, was_open = item.slot, item.slot.handle is not None
         try:
-            self._connections.close(item.slot, item.entry, item.reason)
+            self._connections.close(slot, item.entry, item.reason)
         finally:
-            if item.slot.handle is None:  # else the next look for something to mend has it closed again
-                self._section.post(self._ledger.closed, item.slot)
+            if slot.handle is None:  # else the next look for something to mend has it closed again
+                slot.reason = None
+                self._section.post(self._ledger.closed, slot, item.reason if was_open else None)
 
     def reset(self, slot: Slot, if_stale: bool = False) -> None:
         """Take a session's lock, roll back what it left, then give the connection back; or close it."""
@@ -143,7 +145,7 @@ class Effects:
                 section.post(ledger.give_unused, attachment, opener(permit))
         except Exception as error:
             why = error.__cause__ or error
-            logger.warning("%s: could not open a spare connection: %r", section.label, why)
+            logger.warning("%s: could not open a connection for min_size: %r", section.label, why)
 
 
 def _in_transaction(handle: Any) -> bool | None:

@@ -149,7 +149,7 @@ class Upkeep:
         wrong, work = section.decide(mend, self._ledger, sure, section.clock())
         if wrong:
             self._mended.extend(wrong)
-            logger.warning("%s: mended: %s", section.label, "; ".join(wrong))
+            logger.warning("%s: mended the bookkeeping: %s", section.label, "; ".join(wrong))
         section.effects.do(work)
         return len(sure) < len(found)
 

@@ -1,0 +1,84 @@
+"""Why a checkout got nothing, most likely, and what to do about it."""
+
+from __future__ import annotations
+
+import math
+
+from ..budget import slots
+from ..budget.slots import QUEUE_FULL, Rejected
+from .snapshot import Diagnosis, Snapshot
+
+LONG = 10.0
+"""Seconds for which a connection must be checked out to look forgotten, at least ..."""
+LONGER = 10.0
+"""... and so many times as long as connections are used on average."""
+
+NEVER_NEST = (
+    "Don't check out a second connection while holding the first, or raise max_size above the number of "
+    "threads that do."
+)
+
+
+def diagnose(seen: Snapshot, asker: int) -> Diagnosis:
+    """Say why a checkout got nothing, most likely, and what to do about it.
+
+    :param asker: the identifier of the thread whose checkout this is; 0 where the snapshot may be older than
+        the checkout, so that nothing is said of the thread itself.
+    """
+    waiting_too = {asker, *(waiting.thread for waiting in seen.waiting)}
+    nested = [holder for holder in seen.holders if holder.thread in waiting_too]
+    mine = sum(holder.thread == asker for holder in nested)
+    n = seen.statistics
+    if seen.last_connect_error and n.open < (n.limit or math.inf):
+        return Diagnosis(
+            "refused",
+            f"the server refuses connections ({seen.last_connect_error.splitlines()[0]})",
+            "Check the server. The pool keeps trying and serves waiting checkouts as soon as it connects.",
+        )
+    if nested:
+        whose = "this thread already holds" if mine else "waiting threads already hold"
+        return Diagnosis(
+            "nested-checkout",
+            f"{whose} {mine or len(nested)} of them, and each nested checkout needs one more",
+            NEVER_NEST,
+        )
+    if seen.holders and all(holder.state == slots.OPENING for holder in seen.holders):
+        return Diagnosis(
+            "slow-connect",
+            "connecting is slow: all of them are still being opened",
+            "Check the network and the server. The driver's connect_timeout limits how long a connect takes.",
+        )
+    # While it executes, another thread has it.
+    ended = next((h for h in seen.holders if h.ended and h.transaction != "executing"), None)
+    if ended is not None:
+        return _leak(f"{ended} did not return its connection")
+    longest = next((holder for holder in seen.holders if holder.state != slots.OPENING), None)
+    if longest is not None and longest.seconds >= max(LONG, LONGER * n.use_time.mean):
+        if longest.transaction == "executing":
+            return Diagnosis(
+                "long-use",
+                f"{longest} runs a long statement",
+                "Find it in pg_stat_activity by its backend's pid. statement_timeout would end it.",
+            )
+        return _leak(f"{longest} seems to have forgotten to return its connection")
+    return Diagnosis(
+        "too-small",
+        "all connections are in use, and none for long",
+        "Raise max_size, which all engines of this database share, or return connections sooner.",
+    )
+
+
+def _leak(cause: str) -> Diagnosis:
+    return Diagnosis(
+        "leak",
+        cause,
+        "Close each connection (or its session) as soon as its work is done. track_stacks=True shows where "
+        "it was checked out.",
+    )
+
+
+def rejected(why: Rejected) -> Diagnosis:
+    """Say why the pool rejected a checkout, and what to do about it."""
+    if why.kind == QUEUE_FULL:
+        return Diagnosis(why.kind, why.why, "Try again later, or raise max_waiting.")
+    return Diagnosis(why.kind, why.why, "Try again later, reduce the load, or raise queue_target.")

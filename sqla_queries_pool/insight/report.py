@@ -1,0 +1,76 @@
+"""The text of an error and of a log line: who holds the connections, why a checkout got none, what to do."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import threading
+
+from ..budget.slots import REJECTED, Attachment
+from ..budget.work import Leaked, Returned
+from ..errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
+from ..logs import logger
+from ..pool import Pool
+from ..runtime.core import Core
+from . import stacks
+from .diagnosis import diagnose
+from .snapshot import Diagnosis, holder_of, snapshot
+
+SHARED_FOR = 0.1
+"""Seconds for which one snapshot serves all errors of a pool.  Where hundreds wait, a snapshot takes tens of
+milliseconds, and reports must not make an overload worse."""
+
+
+def checkout_timeout(
+    pool: Pool, attachment: Attachment, timeout: float, found: Diagnosis | None = None
+) -> CheckoutTimeout:
+    """Return the error for a checkout that got no connection; its cause is the last connect error.
+
+    :param timeout: for how many seconds it waited.
+    :param found: why it stopped waiting before its timeout: a deadlock, or the pool rejected it.
+    """
+    deadlock = found is not None and found.kind not in REJECTED
+    if found is not None and deadlock:
+        seen, likely = snapshot(pool), found
+    else:
+        seen, own_snapshot = pool.core.recent_snapshot.get(lambda: snapshot(pool), SHARED_FOR, pool.core.now)
+        me = threading.get_ident()
+        # This checkout has left the queue, but counts; a shared snapshot may have it in the queue still.
+        waiting = seen.statistics.waiting + bool(timeout and me not in {w.thread for w in seen.waiting})
+        seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=waiting))
+        # What this thread held when a shared snapshot was made, it may have returned since.
+        likely = diagnose(seen, me if own_snapshot else 0)
+    seen = dataclasses.replace(seen, diagnosis=found or likely)
+    advice = f"Most likely {likely.cause}. {likely.remedy}"
+    if found is None or deadlock:
+        kind: type[CheckoutTimeout] = CheckoutTimeout if found is None else PoolDeadlock
+        what = f"had no connection within {timeout:{'g' if found is None else '.1f'}} s: "
+    else:
+        kind = TooManyRequests
+        what = f"rejected a checkout after {timeout:.1f} s because {found.cause}: "
+        advice = f"{found.remedy} {advice}"
+    ceiling = attachment.quota.stated
+    own_limit = ceiling is not None and ceiling < (pool.max_size or math.inf)
+    error = kind(
+        f"QueriesPool {seen.line(what)}{f' ({ceiling:.0f} for this engine)' if own_limit else ''}. "
+        f"{seen.named()}. {advice}\n{seen.report()}",
+        code="3o7r",
+    )
+    error.snapshot = seen
+    error.__cause__ = pool.core.admission.last_error
+    pool.core.got_nothing(seen)
+    return error
+
+
+def log_leak(core: Core, item: Leaked | Returned) -> None:
+    """Log that a connection has been checked out for a long time, or was returned after all."""
+    if isinstance(item, Returned):
+        logger.warning(
+            "%s: a connection was returned after all, after %.1f s", core.section.label, item.seconds
+        )
+        return
+    holder = holder_of(item.slot, core.now(), stacks.Threads())
+    stack = "".join(f"\n  checked out at {call}" for call in holder.stack)
+    logger.warning(
+        "%s: a connection has been checked out for a long time: %s%s", core.section.label, holder, stack
+    )
