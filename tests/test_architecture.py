@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -34,6 +35,7 @@ AROUND = {"demo", "exporters", "monitor", "__main__"}
 """What is not the core: it may need more than SQLAlchemy, and print."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """All modules of the package by their dotted names inside it."""
     return {
@@ -52,6 +54,7 @@ PURE = {module for module in modules() if room(module) == "budget"}
 CORE = sorted(module for module in modules() if room(module) not in AROUND)
 
 
+@functools.cache
 def parsed(module: str) -> ast.Module:
     """Its syntax tree."""
     return ast.parse(modules()[module].read_text(encoding="utf-8"))
@@ -199,15 +202,22 @@ def private_names(tree: ast.AST) -> set[str]:
     return {name for name in found if name.startswith("_") and not name.startswith("__") and name != "_"}
 
 
+@functools.cache
+def privates() -> frozenset[str]:
+    """The private names of the package that the tests' helpers do not have as well."""
+    helpers = [ast.parse(path.read_text(encoding="utf-8")) for path in HELPERS]
+    ours = set().union(*(private_names(parsed(module)) for module in modules()))
+    return frozenset(ours.difference(*map(private_names, helpers)))
+
+
 @pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.name)
 def test_tests_reach_what_is_private_through_inside_alone(path: Path) -> None:
     """So that what is moved or renamed is mended in one place."""
     if path.name == "inside.py" or path.name in OF_SQLALCHEMY:
         return
-    ours_alone = set().union(*(private_names(parsed(module)) for module in modules()))
+    ours_alone = set(privates())
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    helpers = [ast.parse(other.read_text(encoding="utf-8")) for other in HELPERS]
-    ours_alone -= set().union(*map(private_names, (tree, *helpers)))  # the tests' own
+    ours_alone -= private_names(tree)  # the test's own
     reached = [
         f"line {node.lineno}: {name}"  # type: ignore[attr-defined]
         for node in ast.walk(tree)
