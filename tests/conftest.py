@@ -38,7 +38,7 @@ _numbers = itertools.count(1)
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config: pytest.Config) -> None:
-    """The tests are spread over processes, one more than there are processors: many wait for a server.
+    """The tests are spread over processes, twice as many as there are processors: many wait for a server.
 
     Not where that does not pay or gets in the way: for tests chosen by name, with ``-s`` or a debugger.
     ``-n`` says how many, ``-n 0`` none.
@@ -50,7 +50,7 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if by_name or option.capture == "no" or option.usepdb or option.trace or option.collectonly:
         return
     processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    option.numprocesses = processors + 1
+    option.numprocesses = 2 * processors
     if option.dist == "no":
         option.dist = "worksteal"  # each process begins with files of its own, and their servers
 

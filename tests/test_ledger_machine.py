@@ -592,7 +592,7 @@ def settings_for(examples: int) -> settings:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("examples", [150, pytest.param(500, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("examples", [60, pytest.param(500, marks=pytest.mark.exhaustive)])
 def test_whatever_happens_in_whatever_order_the_ledger_is_right(examples: int) -> None:
     """See LedgerMachine."""
     run_state_machine_as_test(LedgerMachine, settings=settings_for(examples))
