@@ -87,7 +87,7 @@ class Psycopg2Pool(_Adapter):
                 self._used[key], self._rused[id(connection)] = connection, key
                 return connection
 
-        # With `minconn` it keeps as many as it may have; else it closes what comes home.  It would open them
+        # With `minconn` it keeps as many as it may have; else it closes what is returned.  It would open them
         # at once, all with the key None.
         self._pool = Connected(0, max_size)
         self._pool.minconn = max_size

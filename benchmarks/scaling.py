@@ -163,8 +163,8 @@ class _Entry:
         self.slot = permit.slot
 
 
-class Line:
-    """A ledger with one connection, and a line for it."""
+class Queue:
+    """A ledger with one connection, and a queue for it."""
 
     def __init__(self, waiters: int) -> None:
         self.ledger = Ledger(lambda _: None)
@@ -185,14 +185,14 @@ class Line:
         self.ledger.enqueue(ThreadWaiter(self.attachment, self), self.now)
 
     def checkout(self) -> None:
-        """The connection comes home, who is first in line gets it, and another one lines up."""
+        """The connection is returned, the first waiter gets it, and another one joins the queue."""
         self.ledger.give(self.attachment, self._entry, self.now)
         self._join()
 
 
 def _waiters(effort: Effort) -> Cell:
-    """One comes home and goes to the first in line, another caller lines up."""
-    few, many = Line(1), Line(effort.crowd)
+    """A returned connection goes to the first waiter, and another one joins the queue."""
+    few, many = Queue(1), Queue(effort.crowd)
     values = [(float(instructions(few.checkout)), float(instructions(many.checkout))) for _ in range(3)]
     cell = _flat("waiters in the ledger", "1", f"{effort.crowd:,}", "instructions", values)
     clock = [(_timed(few), _timed(many)) for _ in range(effort.rounds)]
@@ -201,8 +201,8 @@ def _waiters(effort: Effort) -> Cell:
     return cell
 
 
-def _timed(line: Line) -> float:
-    return median(_seconds(line.checkout) for _ in range(200))
+def _timed(queue: Queue) -> float:
+    return median(_seconds(queue.checkout) for _ in range(200))
 
 
 class _Clock:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import signal
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
@@ -29,33 +31,52 @@ from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 MAX_CONNECTIONS = 100  # of the session's server
 MEMORY = Path("/dev/shm")
 ROOM = 1 << 30  # bytes; the session's server takes about a fifth of that
-LONGEST = ("test_soak", "test_injection")
-"""Files that take a minute or more, whatever the number of their tests."""
+LONGEST = ("test_soak", "test_benchmarks", "test_examples", "test_injection")
+"""Files whose tests take longest, whatever their number."""
 _numbers = itertools.count(1)
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
-    """``pytest --exhaustive`` leaves nothing out."""
-    help = "run the sweeps that leave nothing out, too (marked exhaustive); with -m exhaustive, those alone"
-    parser.addoption("--exhaustive", action="store_true", help=help)
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """The tests are spread over processes, one more than there are processors: many wait for a server.
+
+    Not where that does not pay or gets in the way: for tests chosen by name, with ``-s`` or a debugger.
+    ``-n`` says how many, ``-n 0`` none.
+    """
+    option = config.option
+    if hasattr(config, "workerinput") or getattr(option, "numprocesses", 0) is not None or option.tx:
+        return  # a process of pytest-xdist's; no pytest-xdist; or told so
+    by_name = option.keyword or all("::" in arg for arg in config.args)
+    if by_name or option.capture == "no" or option.usepdb or option.trace or option.collectonly:
+        return
+    processors = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    option.numprocesses = processors + 1
+    if option.dist == "no":
+        option.dist = "worksteal"  # each process begins with files of its own, and their servers
 
 
-def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
-    """One more process than processors, since many tests wait for a server; none for a file or two."""
-    files = sum(".py" in argument for argument in config.args)
-    if 0 < files < 4:
-        config.option.dist = "no"
-        return 0
-    return (os.cpu_count() or 1) + 1
+@pytest.hookimpl(trylast=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """Tests may send SIGINT to themselves and to programs that they start, whatever the shell has done.
+
+    A shell's background job has it ignored, as have all programs that it starts.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    # The order of files is the one below: pytest-xdist's own would begin the soak, one test, last.
+    config.option.loadscopereorder = False
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Those that take longest come first, or several processes would wait for one in the end."""
-    if not config.option.exhaustive and "exhaustive" not in (config.option.markexpr or ""):
+    """The exhaustive ones run where ``-m`` speaks of them; those that take longest come first.
+
+    Else several processes would wait for one in the end.
+    """
+    if "exhaustive" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         if left_out:
             config.hook.pytest_deselected(items=left_out)
-            items[:] = [item for item in items if item not in left_out]
+            items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path]))
 

@@ -4,7 +4,7 @@
 
 64 threads share 4 engines of 2 databases, hence 2 pools, with more threads than connections.  Meanwhile one
 thread restarts the server, terminates backends, changes limits, disposes of engines, forks, detaches, and now
-and then has all threads rest to see that everything came home.  What is looked at:
+and then has all threads rest to see that everything was returned.  What is looked at:
 
 * The server never sees more connections than the limit: each pool has a role of its own, whose CONNECTION
   LIMIT follows the pool's limit.  So the server itself refuses what is above, and its log says so.
@@ -802,7 +802,7 @@ class Soak:
                 self.stop.wait(self.chance.uniform(0.2, 1.0))
 
     def rest(self) -> None:
-        """Nobody works: everything comes home, and all of it can be had, even if all that is idle dies."""
+        """Nobody works: everything is returned, and all of it can be had, even if all that is idle dies."""
         with self.gate.admitting(0):
             if self.registry:
                 raise Wrong(f"{self.registry} are claimed, and nobody works")
@@ -818,7 +818,7 @@ class Soak:
                 database.see_idle_ones_go()
 
     def audit(self) -> None:
-        """Compare the books with the sockets and the living holders, also while everybody works."""
+        """Compare the ledger with the sockets and the living holders, also while everybody works."""
         for database in self.databases:
             found = PoolManager.audit(database.pid)
             if found.mended:

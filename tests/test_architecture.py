@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -33,6 +35,7 @@ AROUND = {"demo", "exporters", "monitor", "__main__"}
 """What is not the core: it may need more than SQLAlchemy, and print."""
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     """All modules of the package by their dotted names inside it."""
     return {
@@ -51,6 +54,7 @@ PURE = {module for module in modules() if room(module) == "budget"}
 CORE = sorted(module for module in modules() if room(module) not in AROUND)
 
 
+@functools.cache
 def parsed(module: str) -> ast.Module:
     """Its syntax tree."""
     return ast.parse(modules()[module].read_text(encoding="utf-8"))
@@ -106,6 +110,16 @@ def test_a_room_imports_from_layers_below(module: str) -> None:
     for other in ours(module):
         below = LAYER[room(other)] < LAYER[room(module)]
         assert below or room(other) == room(module), other
+
+
+def test_the_page_names_every_module_with_its_layer_from_top_to_bottom() -> None:
+    """docs/design.rst has one line for each, that says what it owns; a folder's stands for ``__init__``."""
+    page = (Path(__file__).parent.parent / "docs" / "design.rst").read_text(encoding="utf-8")
+    rows = re.findall(r"^``([\w/]+)(\.py)?`` +(\d+) +\S", page, re.MULTILINE)
+    named = [(path.replace("/", ".") + ("" if py else "__init__"), int(layer)) for path, py, layer in rows]
+    assert sorted(named) == sorted((module, LAYER[room(module)]) for module in modules())
+    layers = [layer for _, layer in named]
+    assert layers == sorted(layers, reverse=True)
 
 
 def test_no_circles_of_imports() -> None:
@@ -188,15 +202,22 @@ def private_names(tree: ast.AST) -> set[str]:
     return {name for name in found if name.startswith("_") and not name.startswith("__") and name != "_"}
 
 
+@functools.cache
+def privates() -> frozenset[str]:
+    """The private names of the package that the tests' helpers do not have as well."""
+    helpers = [ast.parse(path.read_text(encoding="utf-8")) for path in HELPERS]
+    ours = set().union(*(private_names(parsed(module)) for module in modules()))
+    return frozenset(ours.difference(*map(private_names, helpers)))
+
+
 @pytest.mark.parametrize("path", sorted(TESTS.glob("*.py")), ids=lambda path: path.name)
 def test_tests_reach_what_is_private_through_inside_alone(path: Path) -> None:
     """So that what is moved or renamed is mended in one place."""
     if path.name == "inside.py" or path.name in OF_SQLALCHEMY:
         return
-    ours_alone = set().union(*(private_names(parsed(module)) for module in modules()))
+    ours_alone = set(privates())
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    helpers = [ast.parse(other.read_text(encoding="utf-8")) for other in HELPERS]
-    ours_alone -= set().union(*map(private_names, (tree, *helpers)))  # the tests' own
+    ours_alone -= private_names(tree)  # the test's own
     reached = [
         f"line {node.lineno}: {name}"  # type: ignore[attr-defined]
         for node in ast.walk(tree)

@@ -193,7 +193,7 @@ def a_close_that_nobody_knows(scene: Scene) -> str:
 
 
 def a_slot_that_is_gone_and_counts(scene: Scene) -> str:
-    """Interrupted while it was struck off."""
+    """Interrupted while it was removed."""
     scene.taken_away().slot.state = GONE
     return "removed, but still counted"
 
@@ -236,7 +236,7 @@ def a_closing_too_many(scene: Scene) -> str:
 
 
 def a_closing_of_what_is_gone(scene: Scene) -> str:
-    """Interrupted in the middle of being struck off."""
+    """Interrupted in the middle of being removed."""
     slot = scene.taken_away().slot
     scene.kept.append(inside.decide(scene.shared, scene.ledger.close, scene.kept[-1], "test"))
     inside.connections(scene.shared).drop(slot)
@@ -796,7 +796,7 @@ def test_nothing_secret_is_in_an_audit(caplog: pytest.LogCaptureFixture) -> None
 
 
 def test_what_has_come_right_since_it_was_found_is_left_alone(eventually: Eventually) -> None:
-    """The collector may bring an entry home between the look and the mending, and somebody takes it."""
+    """The collector may return an entry between the look and the mending, and somebody takes it."""
     scene = Scene()
     connection: Any = scene.pool.connect()
     slot = inside.record(connection).slot

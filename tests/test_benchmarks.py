@@ -256,15 +256,15 @@ def test_instructions_are_the_same_in_each_run_and_grow_with_the_work(program: A
     assert more - once >= 10 * 4
 
 
-def test_a_checkout_of_the_line_keeps_it_as_long_as_it_is(program: Any) -> None:
+def test_a_checkout_of_the_queue_keeps_it_as_long_as_it_is(program: Any) -> None:
     """The first gets the connection and the last is new, so that each checkout is like the one before."""
-    line = program.scaling.Line(3)
-    waiting = list(line.attachment.queue)
+    queue = program.scaling.Queue(3)
+    waiting = list(queue.attachment.queue)
     for _ in range(3):
-        line.checkout()
-    assert len(line.attachment.queue) == 3
+        queue.checkout()
+    assert len(queue.attachment.queue) == 3
     assert all(waiter.answer is not None for waiter in waiting)
-    assert not set(waiting) & set(line.attachment.queue)
+    assert not set(waiting) & set(queue.attachment.queue)
 
 
 @pytest.mark.parametrize(("patience", "served"), [(1.0, True), (0.0, False)])
@@ -303,7 +303,7 @@ def test_a_python_that_has_the_gil_says_that_it_is_not_measured(
     assert cell.name in shown(program, [cell])
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_throughput_with_and_without_the_gil_is_measured_in_other_processes(program: Any, tiny: Any) -> None:
     """On a Python that can't do without it, both are with it."""
     cell = program.gil.compare(tiny)
@@ -311,7 +311,7 @@ def test_throughput_with_and_without_the_gil_is_measured_in_other_processes(prog
     assert [target.what for target in cell.targets] == ["throughput / with the GIL"]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_program_measures_what_it_is_told_to_and_writes_it(
     program: Any,
     tiny: Any,
@@ -336,7 +336,7 @@ def test_the_program_measures_what_it_is_told_to_and_writes_it(
     assert "It took" in printed
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: list[Any]) -> None:
     """Every group of the program, with both backends where it says so, and the same targets throughout."""
     groups = [cell.group for cell in cells]
@@ -353,7 +353,7 @@ def test_all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells
     assert all(cell.name in text and cell.group in text for cell in cells)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> None:
     """Each in one cell at least; and who takes part in a cell has the same figures as the others."""
     measured = {name for cell in cells for name in cell.figures}
@@ -365,7 +365,7 @@ def test_all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> N
             assert all(figure.least <= figure.median <= figure.most for figure in figures.values())
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_what_is_counted_does_not_depend_on_the_machine(cells: list[Any]) -> None:
     """Instructions of a checkout of the ledger, and bytes of a connection."""
     targets = {target.what: target for cell in cells for target in cell.targets}

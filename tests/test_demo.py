@@ -160,14 +160,9 @@ def test_an_interrupted_demo_ends_and_leaves_no_connection(
 ) -> None:
     """Ctrl-C under load: status 130, one line, no traceback, and the server has nothing of it left."""
     database = str(make_url(pg_url).database)
-    # A shell that starts the tests with `&` has SIGINT ignored, and programs inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        demo = subprocess.Popen(
-            [*COMMAND, "demo", "--url", pg_url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    demo = subprocess.Popen(
+        [*COMMAND, "demo", "--url", pg_url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     with demo:
         eventually(lambda: pg_observer.backends(database) > 5, "the load runs", seconds=30.0)
         demo.send_signal(signal.SIGINT)

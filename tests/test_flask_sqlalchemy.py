@@ -822,16 +822,6 @@ def test_a_url_with_the_plugin_may_name_an_in_memory_sqlite_database() -> None:
 # -- the program ------------------------------------------------------------------------------------
 
 
-@contextmanager
-def sigint_is_not_ignored() -> Iterator[None]:
-    """A shell's background job ignores it, and so would the programs that are started from there."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("own_server", [False, True], ids=["DATABASE_URL", "without DATABASE_URL"])
 def test_the_example_is_a_program(
@@ -843,7 +833,7 @@ def test_the_example_is_a_program(
         del environment["DATABASE_URL"]
     log = tmp_path / "log"
     command = [sys.executable, str(EXAMPLES / "flask_app.py")]
-    with log.open("w") as file, sigint_is_not_ignored():
+    with log.open("w") as file:
         process = subprocess.Popen(command, env=environment, stderr=file)
     try:
         running = re.compile(r"Running on http://127\.0\.0\.1:(\d+)")

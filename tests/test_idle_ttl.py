@@ -245,7 +245,7 @@ def test_a_housekeeper_that_died_is_started_again_by_the_next_checkout(
 SCRIPT = """
 import sys, threading, time
 from sqlalchemy import create_engine, text
-from sqla_queries_pool import QueriesPool
+from sqla_queries_pool import PoolManager, QueriesPool
 
 def engine(idle_ttl):
     return create_engine(sys.argv[1], poolclass=QueriesPool, max_size=5, idle_ttl=idle_ttl)

@@ -38,7 +38,9 @@ from sqlalchemy import create_engine, event, make_url, text
 
 import sqla_queries_pool
 from sqla_queries_pool import CheckoutTimeout, ConnectionNotFoundError, PoolManager, QueriesPool
+from sqla_queries_pool.budget import audit
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.runtime import checkout, upkeep
 from sqla_queries_pool.runtime import jitter as retirement
 
 pytestmark = pytest.mark.slow
@@ -617,7 +619,11 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No log or report keeps an exception, its traceback and all that took part; a housekeeper of its own."""
     monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
     monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    # What a scene would only wait for.
     monkeypatch.setattr(retirement, "FIRST_PAUSE", 0.001)
+    monkeypatch.setattr(checkout, "GC_AFTER", 0.02)
+    monkeypatch.setattr(upkeep, "COLLECTED", 0.05)
+    monkeypatch.setattr(audit, "COLLECTED", 0.05)
     inside.patch_housekeeper(monkeypatch, Housekeeper())
     logging.disable(logging.CRITICAL)
     try:
@@ -628,7 +634,7 @@ def quiet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def assert_nothing_lost(pools: list[QueriesPool], eventually: Eventually, live: Callable[[], int]) -> None:
-    """Books, lock, threads and sockets are as if nothing had happened, and the budget can be had again."""
+    """Ledger, lock, threads and sockets are as if nothing had happened, and the budget can be had again."""
     shared = inside.shared(pools[0])
     assert not inside.lock(shared)._is_owned(), "the lock is taken"
     assert not inside.is_inside(shared), "inside for ever"
@@ -712,7 +718,7 @@ def sweep(
 # -- (a) every point, in turn -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stride", [16, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "all"])
+@pytest.mark.parametrize("stride", [8, pytest.param(1, marks=pytest.mark.exhaustive)], ids=["some", "all"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("scene", SCENES)
 @pytest.mark.usefixtures("quiet")

@@ -1014,7 +1014,7 @@ def test_what_was_idle_for_the_ttl_is_closed_whichever_end_is_used(simulator: Si
     ]
     assert simulator.told == 12
     assert simulator.take(engine) is second
-    simulator.give(engine, second)  # its age begins anew
+    simulator.give(engine, second)  # its age begins again
     simulator.now = 20.9
     simulator.sweep()
     assert list(engine.idle) == [second]
@@ -1105,7 +1105,7 @@ def test_dispose_closes_what_is_idle_and_leaves_what_is_out(simulator: Simulator
 
 
 def test_what_was_opened_before_a_completed_dispose_closes_when_it_is_returned(simulator: Simulator) -> None:
-    """Also when somebody waits for it: who gets the slot opens anew.  What was opened later stays."""
+    """Also when a checkout waits for it: it gets the slot, and opens again.  What was opened later stays."""
     engine = simulator.engine()
     limited(simulator, 2)
     old, older = held(simulator, engine, 2)

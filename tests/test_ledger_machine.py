@@ -14,7 +14,14 @@ from typing import Any, TypeVar
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
 from ledger_fakes import CheckedWaiter, Handle, Record, Session, Simulator
 
 from sqla_queries_pool.budget import closing
@@ -570,13 +577,22 @@ class LedgerMachine(RuleBasedStateMachine):
 
 EXAMPLES = int(os.environ.get("LEDGER_EXAMPLES", "0"))
 
-TestLedgerMachine = pytest.mark.slow(LedgerMachine.TestCase)
-TestLedgerMachine.settings = settings(
-    max_examples=EXAMPLES or 500,
-    stateful_step_count=50,
-    deadline=None,
-    database=None,
-    derandomize=not EXAMPLES,
-    phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
-)
+
+def settings_for(examples: int) -> settings:
+    """With LEDGER_EXAMPLES so many, at random; else as many as said, the same each time."""
+    return settings(
+        max_examples=EXAMPLES or examples,
+        stateful_step_count=50,
+        deadline=None,
+        database=None,
+        derandomize=not EXAMPLES,
+        phases=[Phase.generate, Phase.shrink] if EXAMPLES else [Phase.generate],
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much],
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("examples", [150, pytest.param(500, marks=pytest.mark.exhaustive)])
+def test_whatever_happens_in_whatever_order_the_ledger_is_right(examples: int) -> None:
+    """See LedgerMachine."""
+    run_state_machine_as_test(LedgerMachine, settings=settings_for(examples))

@@ -257,7 +257,7 @@ def test_letters_are_read_although_one_of_them_is_bad(
     other = Thread(pool.dispose)
     stop.reached()
     first.close()
-    # It is still held as far as the books go, so this becomes a letter, too.
+    # It is still held as far as the ledger knows, so this becomes a letter, too.
     inside.checkouts(pool).give(inside.attachment(pool), record)
     second.close()
     stop.go()
@@ -539,7 +539,7 @@ def test_a_connection_that_comes_home_in_the_middle_of_an_engines_dispose_is_clo
 def test_a_waiter_is_woken_by_what_the_collector_finds_inside_the_ledger(
     monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    """The letter serves who waits, and its gate is opened, not only its answer written."""
+    """The letter serves a waiter, which is woken; its answer is not only written."""
     pool = new_pool(max_size=1)
     opened: list[ThreadWaiter] = []
     real = ThreadWaiter.wake

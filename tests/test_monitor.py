@@ -893,9 +893,7 @@ def test_the_terminal_goes_on_when_the_monitor_goes_and_comes_back(eventually: C
     """Each second, until Ctrl-C; while there is no answer it says so, and shows what there was."""
     pytest.importorskip("rich")
     port, pool = free_port(), new_pool()
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGINT, before)
         command = [*COMMAND, "--text", "--url", f"http://127.0.0.1:{port}"]
         with served(Monitor(), port), held(pool, "order 4711"):
             eventually(
@@ -1037,18 +1035,13 @@ def test_the_demo_serves_a_page_until_it_is_interrupted(
 ) -> None:
     """It prints the address; Ctrl-C ends it with status 130 and leaves no connection."""
     database = str(make_url(pg_url).database)
-    # A shell that starts the tests with `&` has SIGINT ignored, and programs inherit that.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        demo = subprocess.Popen(
-            [*COMMAND, "--demo", "--port", "0", "--database", pg_url],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+    demo = subprocess.Popen(
+        [*COMMAND, "--demo", "--port", "0", "--database", pg_url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    )
     with demo:
         try:
             assert demo.stdout is not None

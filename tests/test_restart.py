@@ -30,8 +30,9 @@ pytestmark = pytest.mark.slow
 
 Session = tuple[int, Any]
 THREADS = 16
-CHECKOUTS = 1000
-ROUNDS = 5
+CHECKOUTS = 200
+"""Of a round."""
+ROUNDS = [2, pytest.param(5, marks=pytest.mark.exhaustive)]
 WAYS = list(itertools.product(("psycopg2", "psycopg"), ("tcp", "unix", "tls")))
 WHO = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 
@@ -142,18 +143,24 @@ EVENTS: dict[str, Callable[[EmbeddedPostgres], None]] = {
 }
 
 
+@pytest.mark.parametrize("rounds", ROUNDS)
 @pytest.mark.parametrize("event", EVENTS)
 def test_no_checkout_surfaces_an_error_and_none_of_the_dead_is_handed_out(
-    event: str, way: Way, engine: Engine, server: EmbeddedPostgres, eventually: Callable[..., None]
+    event: str,
+    rounds: int,
+    way: Way,
+    engine: Engine,
+    server: EmbeddedPostgres,
+    eventually: Callable[..., None],
 ) -> None:
-    """16 threads, 1,000 checkouts with a statement each, in five rounds; before each, all that is idle dies.
+    """16 threads, rounds of 200 checkouts with a statement each; before each round, all that is idle dies.
 
     All connections are checked in when it happens, and the server is up again when the threads go on.
     """
     checkouts = died = 0
     errors: list[Exception] = []
     handed_out: set[Session] = set()
-    for _ in range(ROUNDS):
+    for _ in range(rounds):
         dead = fill(engine)
         assert len(dead) == THREADS
         died += len(dead)
@@ -161,16 +168,16 @@ def test_no_checkout_surfaces_an_error_and_none_of_the_dead_is_handed_out(
         if way.proxy is not None:
             proxy = way.proxy
             eventually(lambda p=proxy: p.connections == 0, "the proxy has passed on the ends")
-        crowd = Crowd(engine, CHECKOUTS // ROUNDS)
+        crowd = Crowd(engine, CHECKOUTS)
         crowd.finish()
         checkouts += crowd.done
         errors += crowd.errors
         handed_out |= crowd.sessions & dead
     print(
-        f"{way.name}, {event} x {ROUNDS}: {died} idle connections died, {checkouts} checkouts, "
+        f"{way.name}, {event} x {rounds}: {died} idle connections died, {checkouts} checkouts, "
         f"{len(errors)} errors, {len(handed_out)} of the dead handed out"
     )
-    assert (checkouts, errors, handed_out) == (CHECKOUTS, [], set())
+    assert (checkouts, errors, handed_out) == (rounds * CHECKOUTS, [], set())
 
 
 class Timeline:
@@ -195,11 +202,17 @@ class Timeline:
             self._up = True
 
 
+@pytest.mark.parametrize("rounds", ROUNDS)
 @pytest.mark.parametrize("mode", ["fast", "immediate"])
 def test_restarts_under_load_cost_what_was_under_way_and_nothing_else(
-    mode: str, way: Way, engine: Engine, server: EmbeddedPostgres, eventually: Callable[..., None]
+    mode: str,
+    rounds: int,
+    way: Way,
+    engine: Engine,
+    server: EmbeddedPostgres,
+    eventually: Callable[..., None],
 ) -> None:
-    """1,000 checkouts, begun and ended while the server was up, and as many more as the restarts run into.
+    """200 checkouts a restart, begun and ended while the server was up, and as many as the restarts run into.
 
     The threads do not stop for the restarts, which come at moments of chance.  What began before the server
     went, or while it was away, may fail, and is counted by itself.
@@ -242,17 +255,17 @@ def test_restarts_under_load_cost_what_was_under_way_and_nothing_else(
     fill(engine)
     tasks = [Task(work) for _ in range(THREADS)]
     try:
-        for _ in range(ROUNDS):
-            more = up + chance.randrange(CHECKOUTS // ROUNDS)
+        for _ in range(rounds):
+            more = up + chance.randrange(CHECKOUTS)
             eventually(lambda n=more: up >= n, "checkouts before the restart", SECONDS)
             timeline.restart(restart)
-        eventually(lambda: up >= CHECKOUTS, "all checkouts", SECONDS)
+        eventually(lambda: up >= rounds * CHECKOUTS, "all checkouts", SECONDS)
     finally:
         stop.set()
     for task in tasks:
         task.result()
     print(
-        f"{way.name}, restart {mode} x {ROUNDS} under load, seed {seed}: {up} checkouts while it was up, "
+        f"{way.name}, restart {mode} x {rounds} under load, seed {seed}: {up} checkouts while it was up, "
         f"{len(errors)} errors; {away} met a restart, {no_answer} of them failed in the statement, "
         f"{no_connection} in the checkout"
     )

@@ -94,7 +94,7 @@ def test_one_function_changes_a_state_and_the_hot_path_does() -> None:
 
 
 def test_what_is_out_is_counted_where_a_state_is_changed() -> None:
-    """And by the audit, which counts anew."""
+    """And by the audit, which counts again."""
     told = {"LedgerState.__init__", "LedgerState.move", "Ledger.take", "Ledger.give", "audit._recount"}
     assert writers(PACKAGE / "budget", "out") == told
 

@@ -37,8 +37,8 @@ class Sweepable(Protocol):
 class _PartTimeThread:
     """A daemon thread that runs ``body`` when there is mail and ends when ``body`` returns.
 
-    Who finds the lock free starts the thread; the thread has it for as long as it lives.  It looks
-    at its mail once more after having let go of the lock: mail that came in between found the lock
+    The caller that finds the lock free starts the thread, which has it for as long as it lives.  It looks
+    at its mail once more after it has released the lock: mail that came in between found the lock
     taken and relied on it.
     """
 
@@ -54,7 +54,7 @@ class _PartTimeThread:
 
     def start(self) -> None:
         """Start the thread unless it runs."""
-        # Whoever takes it has the lock to let go of: the thread, or this one if it could not start it.
+        # The one that takes it has to release the lock: the thread, or this one if it could not start it.
         # An asynchronous exception can come when the thread has been started already.
         token = [True]
         if self._running.taken_now:

@@ -28,7 +28,7 @@ class Refused(Exception):
     """The server has refused a connection, or did so a moment ago, and it is worth trying again."""
 
     def __init__(self, refusal: Any) -> None:
-        # Without the traceback, which would keep the record alive for as long as it is waited.
+        # Without the traceback, which would keep the record alive for as long as the checkout waits.
         self.refusal: Exception | None = None if refusal is None else refusal.with_traceback(None)
 
 
@@ -53,7 +53,7 @@ class Attempt:
         self._refusal: Exception | None = None
         """The last error of the server that it could not use."""
         self._told = False
-        """Has the log been told of a deadlock?"""
+        """Was a deadlock logged?"""
 
     def run(self, entry: Any) -> Record:
         """Return a record whose connection can be used.

@@ -204,7 +204,7 @@ class QueriesPool(SQLAlchemyPool):
                 )
                 if self._invalidate_time > record.starttime:
                     # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
-                    # once; here it is looked at, next time.
+                    # once; here it is checked, next time.
                     record.starttime = time.time()
                     record.slot.suspect = True
                 self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
@@ -212,13 +212,13 @@ class QueriesPool(SQLAlchemyPool):
 
         return connect
 
-    # -- what happens to what is out; Record.checkin is the way home --------------------------------
+    # -- what happens to what is out; Record.checkin returns it -------------------------------------
 
     def _invalidate(
         self, connection: Any, exception: BaseException | None = None, _checkin: bool = True
     ) -> None:
         # SQLAlchemy replaces all that are older, each at its next checkout, and what can't be opened there is
-        # an error at once; here it is tried again.  So before, and for those looked at meanwhile, after.
+        # an error at once; here it is tried again.  So before, and for those checked meanwhile, after.
         self._core.suspect_own(self._attachment)
         super()._invalidate(connection, exception, _checkin)
         self._core.suspect_own(self._attachment)

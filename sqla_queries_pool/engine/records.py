@@ -1,6 +1,6 @@
 """What SQLAlchemy has in hand: a record for each connection, and a proxy for each checkout of one.
 
-A record knows its slot, and comes home to it.  A proxy does what SQLAlchemy's does in fewer steps: that saves
+A record knows its slot, and gives it back.  A proxy does what SQLAlchemy's does in fewer steps: that saves
 a third of what a checkout and its return take on SQLAlchemy 2.1, and a fourth on 2.0.
 """
 
@@ -48,14 +48,14 @@ class Record(ConnectionRecord):
             self.owner._dialect.do_rollback(proxied)
 
     def invalidate(self, e: BaseException | None = None, soft: bool = False) -> None:
-        """As SQLAlchemy's; it is looked at before its next use."""
+        """As SQLAlchemy's; it is checked before its next use."""
         if sys._getframe(1).f_code is FINALIZER:  # its rollback has failed
             self.owner._core.count("failed_resets")
         self.slot.suspect = True  # also where a listener keeps it from being closed
         super().invalidate(e, soft)
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
-        """Come home.
+        """Return it.
 
         Does what SQLAlchemy's does, and gives the slot back also where a listener fails, when
         SQLAlchemy's has lost sight of the record already.  (Calling that one in here would cost 3 % of a
@@ -95,7 +95,7 @@ class Record(ConnectionRecord):
             self.owner._checkouts.give_hollow(self.owner._attachment, self)
 
     def abandoned(self, proxy_ref: weakref.ref[Any]) -> None:
-        """Its proxy has died without having been closed: bring it home, as its close would have."""
+        """Its proxy has died without having been closed: return it, as its close would have."""
         if self.fairy_ref is proxy_ref and self.slot.state is HELD:
             Upkeep.abandoned_at = time.monotonic()
             proxy = Proxy(self.owner, self, self.owner._should_log_debug())
@@ -108,7 +108,7 @@ class Record(ConnectionRecord):
     def cut_off(self) -> None:
         """In a forked child: the connection is the parent's.
 
-        Who has it out finds it broken, as after a restart of the server, and gets another one.
+        Its holder finds it broken, as after a restart of the server, and gets another one.
         """
         fairy = None if self.fairy_ref is None else self.fairy_ref()
         if fairy is not None:
@@ -139,7 +139,7 @@ class Proxy(ConnectionFairy):
         self._counter = 1
 
     def close(self, transaction_reset: bool = False) -> None:
-        """Roll back, and bring the record home.
+        """Roll back, and return the record.
 
         What SQLAlchemy's does where nobody listens or logs, without its ``_checkin()``, ``_reset()``,
         ``_finalize_fairy()`` and the record's ``checkin()``; else those.
@@ -151,7 +151,7 @@ class Proxy(ConnectionFairy):
         record: Any = self._connection_record
         dispatch = pool.dispatch
         if record is not None and (record.fairy_ref is None or record.fairy_ref() is not self):
-            # The collector has brought it home, and then somebody's `__del__` closes the proxy.
+            # The collector has returned it, and then somebody's `__del__` closes the proxy.
             self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
             return
         if (
@@ -189,7 +189,7 @@ class Proxy(ConnectionFairy):
     def _is_over(self, record: Record, error: BaseException) -> bool:
         """It could not be reset, so it is of no use any more; is that all, as SQLAlchemy has it?
 
-        An interrupt reaches who closes it; the record comes home in here then.
+        An interrupt reaches the thread that closes it; the record is returned in here then.
         """
         self._pool.logger.error("Exception during reset or similar", exc_info=True)
         record.owner._core.count("failed_resets")

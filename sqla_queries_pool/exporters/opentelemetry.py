@@ -88,7 +88,7 @@ class _Exported:
         return cls(pool.timeouts, tuple(times(pool) for _, _, times in TIMES))
 
     def exceeds(self, other: _Exported) -> bool:
-        """Is it more?  Then the other began anew, as after a fork."""
+        """Is it more?  Then the other began again, as after a fork."""
         pairs = zip(self.times, other.times, strict=True)
         return self.timeouts > other.timeouts or any(a.count > b.count for a, b in pairs)
 

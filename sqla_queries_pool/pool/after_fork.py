@@ -45,7 +45,7 @@ def _keep(thing: Any) -> None:
 def _cut_off(handle: Any) -> None:
     """Let the descriptor of a connection lead nowhere: nothing can be sent to the parent's server any more.
 
-    Whoever still has the connection here finds it broken.  The descriptor stays for the life of the child:
+    A holder in the child finds the connection broken.  The descriptor stays for the life of the child:
     closed, its number would soon be that of something else.
     """
     try:

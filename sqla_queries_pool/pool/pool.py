@@ -219,7 +219,7 @@ class Pool:
         if record is None or handle is None:
             return
         record.invalidate(soft=True)
-        liveness.hang_up(handle)  # whoever waits for an answer in there has the driver's own lock
+        liveness.hang_up(handle)  # a thread that waits for an answer in there has the driver's own lock
         self.core.connections.close_handle(handle)
         if slot.state is IDLE:  # it was returned just then
             self.core.section.run(closing.close_one, self.core.ledger, slot)
@@ -336,7 +336,7 @@ class Pool:
 
     @property
     def last_timeouts(self) -> tuple[Any, ...]:
-        """Snapshots of the last checkouts that got nothing within their time, or were turned away, the newest
+        """Snapshots of the last checkouts that got nothing within their time, or were rejected, the newest
         last."""
         return tuple(self.core.timeouts.copy())
 

@@ -14,7 +14,7 @@ REMEMBERED = 30.0
 
 
 class Admission:
-    """What the server last said to who connects, and when it is asked again.
+    """What the server last said to a connect, and when it is asked again.
 
     :param section: the pool's critical section.
     :param ledger: the pool's ledger, which knows the pauses.
@@ -47,7 +47,7 @@ class Admission:
         return True
 
     def may_connect(self) -> bool:
-        """May one connect now, who then does?  Not in the pause after a refusal."""
+        """May the caller connect now, and does it then?  Not in the pause after a refusal."""
         ledger, section = self._ledger, self._section
         return not ledger.backoff.refusals or section.decide(ledger.backoff.may_connect, section.clock())
 

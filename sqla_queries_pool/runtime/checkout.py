@@ -243,7 +243,7 @@ class Checkouts:
         return self._section.decide(self._ledger.reserve, attachment, self._clock())
 
     def bind(self, slot: Slot, entry: Any) -> None:
-        """Say what stands for a slot from now on.  Called by who holds it, so without the lock."""
+        """Say what stands for a slot from now on.  Called by its holder, so without the lock."""
         self._ledger.bind(slot, entry)
 
     def opened(self, slot: Slot) -> None:

@@ -23,7 +23,7 @@ LIFETIME = "older than pool_recycle"
 class Connections:
     """Knows each open DBAPI connection by its ``id()``.
 
-    Without the lock: who has a slot writes its connection, and nobody else does.
+    Without the lock: the holder of a slot writes its connection, and nobody else does.
 
     :param section: the pool's critical section.
     :param ledger: the pool's ledger, for its totals.
@@ -66,7 +66,7 @@ class Connections:
         self._section.post(self._ledger.totals.connected, seconds)
 
     def closed(self, handle: Any) -> None:
-        """A connection was closed, by the holder of its slot or by who detached it."""
+        """A connection was closed, by the holder of its slot or by the one that detached it."""
         slot = self.find(handle)
         if slot is None:
             self.detached.pop(id(handle), None)

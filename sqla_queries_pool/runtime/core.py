@@ -1,4 +1,4 @@
-"""The engine room of one pool: the ledger and what stands around it."""
+"""The parts of one pool, put together: the ledger and what stands around it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Core:
     section: CriticalSection
     """The lock, and the inbox for what may not wait for it."""
     ledger: Ledger
-    """Who has which slot, and who waits; touched inside the section alone."""
+    """Who has which slot, and which waiters there are; touched inside the section alone."""
     connections: Connections
     """The open DBAPI connections."""
     admission: Admission
@@ -159,7 +159,7 @@ class Core:
         self.section.run(self.ledger.expire_now, attachment, self._clock())
 
     def suspect_own(self, attachment: Attachment) -> None:
-        """Have all that an engine has looked at before they are used again."""
+        """Have all connections of an engine checked before they are used again."""
         self.section.decide(self.ledger.suspect_own, attachment)
 
     # -- processes ---------------------------------------------------------------------------------

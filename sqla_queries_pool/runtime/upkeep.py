@@ -107,7 +107,7 @@ class Upkeep:
         self._ledger.due = -math.inf
 
     def _close_dead(self, attachments: list[Attachment]) -> int:
-        """Find out who has died among those that are idle, before a checkout does; return how many."""
+        """Find the dead among the idle connections, before a checkout does; return how many."""
         section, ledger, dead = self._section, self._ledger, 0
         for slot in [entry.slot for attachment in attachments for entry in list(attachment.idle)]:
             # A poll of its own: that of the slot is its holder's, which anybody may be by now.
@@ -183,7 +183,7 @@ class Upkeep:
 
     def _findings(self) -> list[Finding]:
         found = findings(self._ledger)
-        # One whose closing is done by now has a letter in the inbox, put there before the work was dropped.
+        # If a closing is done by now, its letter is in the inbox, put there before the work was dropped.
         # So the letters are looked at last.
         letters: list[tuple[Any, tuple[Any, ...]]] = list(self._section.inbox.copy())
         heard_of = {id(argument) for _, arguments in letters for argument in arguments}

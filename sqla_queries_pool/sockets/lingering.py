@@ -2,8 +2,8 @@
 
 PostgreSQL goes on counting a backend for some milliseconds after its client has said goodbye.  It leaves the
 socket open until the process has ended, so that a client that cares can wait for the end of the stream: see
-``socket_close()`` in its ``src/backend/libpq/pqcomm.c``.  Here a duplicate of the descriptor waits, and who
-opens a connection waits for it where there would be one too many otherwise.  So nobody waits who closes.
+``socket_close()`` in its ``src/backend/libpq/pqcomm.c``.  Here a duplicate of the descriptor waits, and an
+open waits for it where there would be one too many otherwise.  So a close never waits.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from .liveness import AVAILABLE, borrowed, hang_up
 LONGEST = 1.0
 """Seconds for which the server is waited for where no engine says otherwise."""
 _SLICE = 0.05
-"""Seconds after which who waits counts anew: what is open may have become less, too."""
+"""Seconds after which an open that waits counts again: fewer may be open by then, too."""
 
 
 class Lingering:
     """The closed connections of a pool that the server may still count.
 
-    A close may happen in a finalizer, in any thread, so nobody waits for a lock here.  Who finds it free
-    looks at the descriptors and closes them, alone: the number of one that another thread has closed would
-    soon be that of a new connection, whose bytes a look would take away.
+    A close may happen in a finalizer, in any thread, so no thread waits for a lock here.  The one that finds
+    it free looks at the descriptors and closes them, alone: the number of one that another thread has
+    closed would soon be that of a new connection, whose bytes a look would take away.
 
     :param schedule: has :meth:`sweep` called in so many seconds.
     """
@@ -71,7 +71,7 @@ class Lingering:
         if _is_gone(fd):
             os.close(fd)
             return
-        self._ends[fd] = time.monotonic() + seconds  # from now on it is in the hands of who looks
+        self._ends[fd] = time.monotonic() + seconds  # from now on it belongs to the thread that looks
         if not self._scheduled:
             self._scheduled = True
             self._schedule(self, seconds)

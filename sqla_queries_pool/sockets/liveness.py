@@ -85,7 +85,7 @@ def look(handle: Any, poll: Poll) -> str:
 def hang_up(handle: Any, how: int = socket.SHUT_RDWR) -> None:
     """Shut the socket down, without a word to the server and without closing the descriptor.
 
-    Whoever reads from it or writes to it, in the driver or in TLS, finds its end at once; so what follows
+    A read from it or a write to it, in the driver or in TLS, finds its end at once; so what follows
     on a connection that is half dead, its close for one, can't block.
 
     :param how: ``SHUT_WR`` where somebody wants to see the server's end of it, too.
