@@ -47,4 +47,5 @@ def wheel(session: nox.Session) -> None:
     (built,) = dist.glob("*.whl")
     session.install(f"{built}[demo]")
     session.chdir(dist)
-    session.run("python", "-m", "sqla_queries_pool", "demo", "--seconds", "0.5")
+    # -I: a checkout in PYTHONPATH would be what runs, in place of the wheel.
+    session.run("python", "-I", "-m", "sqla_queries_pool", "demo", "--seconds", "0.5")

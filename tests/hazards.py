@@ -13,6 +13,7 @@ from typing import Any
 
 import inside
 from sqlalchemy import Engine
+from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
 from sqla_queries_pool.budget.audit import check
@@ -140,6 +141,13 @@ def pool_of(engine: Engine) -> QueriesPool:
     """An engine's pool."""
     assert isinstance(engine.pool, QueriesPool)
     return engine.pool
+
+
+def driver_connection_of(fairy: PoolProxiedConnection) -> Any:
+    """The driver's connection, which is of any type.  There is one: nobody invalidated it."""
+    handle = fairy.dbapi_connection
+    assert handle is not None
+    return handle
 
 
 def report(pool: QueriesPool) -> dict[str, Any]:

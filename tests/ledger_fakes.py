@@ -59,7 +59,8 @@ class NumberedSlot(Slot):
     @property
     def state(self) -> str:
         """The slot's own, and what it changes from and to is written down in :data:`SEEN`."""
-        return STATE.__get__(self)
+        found: str = STATE.__get__(self)
+        return found
 
     @state.setter
     def state(self, state: str) -> None:

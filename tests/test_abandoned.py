@@ -12,7 +12,7 @@ from typing import Any
 import inside
 import psycopg2
 import pytest
-from hazards import Ring, Thread, assert_whole, new_pid, new_pool, pool_of, settled
+from hazards import Ring, Thread, assert_whole, driver_connection_of, new_pid, new_pool, pool_of, settled
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 
@@ -149,7 +149,7 @@ def test_abandoned_transactions_are_rolled_back_before_anyone_gets_the_connectio
             info = connection.connection.info
             assert "owner" not in info, "handed out twice"
             info["owner"] = me = object()
-            status = connection.connection.dbapi_connection.info.transaction_status
+            status = driver_connection_of(connection.connection).info.transaction_status
             assert status == 0, "in the middle of somebody's transaction"
             connection.execute(text("SELECT 1"))
             if rng.random() < 0.08:

@@ -20,6 +20,7 @@ import inside
 import pytest
 from conftest import Observer
 from fakes import SECONDS, Task
+from hazards import driver_connection_of
 from sqlalchemy import (
     Column,
     Connection,
@@ -471,7 +472,7 @@ def test_a_migration_outside_a_transaction_brings_the_connection_home_as_it_was(
     [(migrations, backend)] = seen
     with migrations.connect() as connection:
         assert connection.get_isolation_level() == "READ COMMITTED"
-        assert connection.connection.dbapi_connection.autocommit is False
+        assert driver_connection_of(connection.connection).autocommit is False
         assert connection.scalar(text("SELECT pg_backend_pid()")) == backend
         connection.execute(text("CREATE TABLE two ()"))
         connection.rollback()

@@ -383,7 +383,7 @@ def bouncer(small_server: EmbeddedPostgres, eventually: Eventually) -> Iterator[
 
     def start(port: int, **settings: object) -> int:
         with socket.create_server(("127.0.0.1", 0)) as probe:
-            listens = probe.getsockname()[1]
+            listens: int = probe.getsockname()[1]
         password = small_server.password
         (small_server.folder / "users.txt").write_text(f'"postgres" "{password}"\n"nemo" "nemo"\n')
         lines = {"listen_addr": "127.0.0.1", "listen_port": listens, "unix_socket_dir": ""}

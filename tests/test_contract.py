@@ -1734,7 +1734,8 @@ def test_a_memory_database_survives_a_checkout_in_another_thread(make_engine: Ma
 
     def read() -> list[str]:
         with engine.connect() as connection:
-            return inspect(connection).get_table_names()
+            names: list[str] = inspect(connection).get_table_names()
+            return names
 
     assert Task(read).result() == ["item"]
     with engine.connect() as connection:

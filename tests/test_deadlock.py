@@ -15,7 +15,17 @@ from typing import Any
 
 import inside
 import pytest
-from hazards import Handle, Ring, Stop, Thread, assert_whole, new_pid, new_pool, sleeping_collector
+from hazards import (
+    Handle,
+    Ring,
+    Stop,
+    Thread,
+    assert_whole,
+    driver_connection_of,
+    new_pid,
+    new_pool,
+    sleeping_collector,
+)
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
@@ -503,7 +513,7 @@ def test_a_worker_that_was_handed_the_connection_and_executes_is_waited_for(
 
     def cancel() -> None:
         assert enough.wait(DEADLINE)
-        connection.connection.dbapi_connection.cancel()
+        driver_connection_of(connection.connection).cancel()
 
     canceller = Thread(cancel)
     with engine.connect() as second:

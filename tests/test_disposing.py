@@ -11,7 +11,7 @@ from typing import Any
 import inside
 import pytest
 from fakes import FakeConnection, FakeDriver, Task
-from hazards import report
+from hazards import driver_connection_of, report
 from sqlalchemy import create_engine
 from sqlalchemy.engine import Engine
 
@@ -47,7 +47,7 @@ def test_dispose_closes_what_is_idle_and_leaves_the_pool_usable(driver: FakeDriv
     out.close()
     assert (pool.checkedin(), pool.checkedout()) == (1, 0)
     again = pool.connect()
-    assert again.dbapi_connection is driver.connections[0]
+    assert driver_connection_of(again) is driver.connections[0]
     again.close()
 
 

@@ -15,7 +15,7 @@ import pytest
 import sqlalchemy
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
-from hazards import DEADLINE, Stop, Thread, eventually, new_pid, new_pool
+from hazards import DEADLINE, Stop, Thread, driver_connection_of, eventually, new_pid, new_pool
 from sqlalchemy import Engine, create_engine, text
 from sqlalchemy.orm import Session
 
@@ -169,7 +169,7 @@ def test_pid_and_state_of_the_transaction_are_known_without_asking_the_server(
     """Idle, in transaction, in error, as the server says too; and however often one looks, the server sees
     no statement: the last one stays the last, and it began when it began."""
     with engine.connect() as connection:
-        backend = connection.connection.dbapi_connection.info.backend_pid
+        backend = driver_connection_of(connection.connection).info.backend_pid
 
         def server_says() -> tuple[Any, ...]:
             sql = "SELECT state, query, query_start, state_change FROM pg_stat_activity WHERE pid = %s"

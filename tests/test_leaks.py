@@ -15,7 +15,7 @@ from typing import Any
 import inside
 import pytest
 from fakes import FakeClock
-from hazards import Handle, Stop, Thread, new_pool
+from hazards import Handle, Stop, Thread, driver_connection_of, new_pool
 
 from sqla_queries_pool import QueriesPool, labelled
 from sqla_queries_pool.budget.leaks import Leaks
@@ -133,11 +133,11 @@ def test_nothing_is_ever_closed(pid: str, clock: FakeClock, lines: Callable[[], 
     """Who has it may use it on: it is a warning."""
     pool = new_pool(pid, leak_after=1.0)
     connection = pool.connect()
-    handle = connection.dbapi_connection
+    handle = driver_connection_of(connection)
     for _ in range(4):
         clock.now += 1000.0
         look(pool)
-    assert connection.dbapi_connection is handle
+    assert driver_connection_of(connection) is handle
     assert not handle.closed
     assert connection.is_valid
     connection.close()

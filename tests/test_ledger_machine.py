@@ -183,11 +183,11 @@ class LedgerMachine(RuleBasedStateMachine):
     @rule(n=which, phases=phases)
     def go_on(self, n: int, phases: int) -> None:
         """Somebody who opens comes to the next phase, or a waiter that was answered notices it."""
-        item = chosen(n, [*self.answered, *self.opening])
+        item: Any = chosen(n, [*self.answered, *self.opening])
         if isinstance(item, Opening):
             self.go_on_opening(item)
         else:
-            self.waiting.remove(item)  # type: ignore[arg-type]
+            self.waiting.remove(item)
             self.received(item[0], item[1].answer, phases, item[1].since)
 
     @precondition(lambda self: self.waiting)
@@ -243,7 +243,7 @@ class LedgerMachine(RuleBasedStateMachine):
     )
     def is_refused(self, n: int, length: float, again: bool, waited: float) -> None:
         """The server refuses one that opens or reopens: it has its place in the queue again, or gives up."""
-        item = chosen(n, [*self.opening, *self.hollow])
+        item: Any = chosen(n, [*self.opening, *self.hollow])
         self.simulator.refuse(length)
         if isinstance(item, Opening):
             engine, since = item.engine, item.since
@@ -251,7 +251,7 @@ class LedgerMachine(RuleBasedStateMachine):
             self.failed(item)
         else:
             engine, since = item[0], self.simulator.now - waited
-            self.held.remove(item)  # type: ignore[arg-type]
+            self.held.remove(item)
             self.simulator.give(engine.attachment, item[1])
         del item
         if not again:

@@ -180,7 +180,8 @@ def test_the_limit_holds_whatever_goes_on(
                         " WHERE backend_type = 'client backend' AND datname = %s",
                         (name,),
                     )
-                    most.append(cursor.fetchone()[0])
+                    [(found,)] = cursor.fetchall()
+                    most.append(found)
 
     most: list[int] = []
     raw = []

@@ -19,7 +19,7 @@ import psycopg2
 import pytest
 from conftest import Observer, SessionServer
 from fakes import SECONDS, FakeClock, FakeConnection, FakeDriver, Task
-from hazards import eventually
+from hazards import driver_connection_of, eventually
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.pool import PoolProxiedConnection
@@ -1183,7 +1183,7 @@ def test_a_driver_without_sockets_is_pinged(new_engine: NewEngine) -> None:
 
     driver.on_ping = refuse
     with closing(engine.raw_connection()) as connection:
-        assert connection.dbapi_connection is driver.connections[1]
+        assert driver_connection_of(connection) is driver.connections[1]
     assert first.closed
     assert driver.numbers() == [2]
 
@@ -1242,6 +1242,6 @@ def test_the_one_that_is_younger_than_ping_after_is_pinged_when_another_was_dead
     assert (first.calls["ping"], second.calls["ping"]) == (1, 0)
     for pings in (1, 1):
         with closing(engine.raw_connection()) as connection:
-            assert connection.dbapi_connection is second
+            assert driver_connection_of(connection) is second
             assert second.calls["ping"] == pings
     replaced.close()

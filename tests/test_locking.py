@@ -23,6 +23,7 @@ from hazards import (
     Stop,
     Thread,
     assert_whole,
+    driver_connection_of,
     new_pid,
     new_pool,
     sleeping_collector,
@@ -103,7 +104,8 @@ class WatchedLock:
         if self.misses:
             self.misses -= 1
             return False
-        return self.real.acquire(False)
+        taken: bool = self.real.acquire(False)
+        return taken
 
     def release(self) -> None:
         if self.at_release:
@@ -111,7 +113,8 @@ class WatchedLock:
         self.real.release()
 
     def __enter__(self) -> bool:
-        return self.real.acquire()
+        taken: bool = self.real.acquire()
+        return taken
 
     def __exit__(self, *args: object) -> None:
         self.release()
@@ -196,7 +199,7 @@ def post(pool: QueriesPool, _: Any) -> Callable[[], object]:
 
 def give(_: QueriesPool, fairy: Any) -> Callable[[], object]:
     """A check-in."""
-    return fairy.close
+    return lambda: fairy.close()
 
 
 def give_a_stranger(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
@@ -219,8 +222,8 @@ def give_and_close(pool: QueriesPool, fairy: Any) -> Callable[[], object]:
     def close() -> None:
         assert not inside.inbox(pool), "the letter has to wait until the connection is closed"
 
-    fairy.dbapi_connection.close = close
-    return fairy.close
+    driver_connection_of(fairy).close = close
+    return lambda: fairy.close()
 
 
 @pytest.mark.parametrize(
@@ -343,7 +346,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     step()
     others[0] = b.connect()
     others[0].detach()
-    others[0].dbapi_connection.close()
+    driver_connection_of(others[0]).close()
     others[1].close()
     step()
     raw, session = Handle(), Session()
@@ -523,7 +526,7 @@ def test_a_connection_that_comes_home_in_the_middle_of_an_engines_dispose_is_clo
     """
     pool = new_pool()
     fairy = pool.connect()
-    handle = fairy.dbapi_connection
+    handle = driver_connection_of(fairy)
     pool.dispose()
     fairy.close()
     pool.recreate()
@@ -540,7 +543,12 @@ def test_a_waiter_is_woken_by_what_the_collector_finds_inside_the_ledger(
     pool = new_pool(max_size=1)
     opened: list[ThreadWaiter] = []
     real = ThreadWaiter.wake
-    monkeypatch.setattr(ThreadWaiter, "wake", lambda gate: (opened.append(gate), real(gate)))
+
+    def wake(waiter: ThreadWaiter) -> None:
+        opened.append(waiter)
+        real(waiter)
+
+    monkeypatch.setattr(ThreadWaiter, "wake", wake)
     Ring(pool.connect())
     waiting = Thread(pool.connect)
     eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
@@ -842,7 +850,7 @@ def expired(pool: QueriesPool) -> None:
 def invalidated(pool: QueriesPool) -> None:
     """By `invalidate()`."""
     fairy = pool.connect()
-    handle = fairy.dbapi_connection
+    handle = driver_connection_of(fairy)
     try:
         fairy.invalidate()
     finally:

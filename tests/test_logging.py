@@ -10,7 +10,7 @@ from typing import Any
 import inside
 import pytest
 from fakes import FakeClock, FakeDriver
-from hazards import new_pid, sleeping_collector
+from hazards import driver_connection_of, new_pid, sleeping_collector
 from sqlalchemy import Engine, create_engine
 from sqlalchemy.pool import QueuePool
 
@@ -179,7 +179,7 @@ def test_what_fails_in_closing_is_logged_as_an_error(kept: Kept, engine: Callabl
     def refuse() -> None:
         raise FakeDriver.OperationalError("no")
 
-    fairy.dbapi_connection.close = refuse  # type: ignore[method-assign]
+    driver_connection_of(fairy).close = refuse
     fairy.close()
     mine.dispose()
     ((name, level, message),) = kept.lines

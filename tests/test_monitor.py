@@ -361,7 +361,7 @@ def test_flask_serves_it_under_a_path() -> None:
         answer = client.get(path)
         assert answer.status_code == 200
         assert 'href="/pools/data.json"' in answer.text
-    assert client.get("/pools/data.json").json["process"] == os.getpid()
+    assert json.loads(client.get("/pools/data.json").text)["process"] == os.getpid()
     assert client.post("/pools/").status_code == 405
     assert client.get("/pools/", environ_base={"REMOTE_ADDR": "192.0.2.1"}).status_code == 403
 

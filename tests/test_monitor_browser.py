@@ -16,9 +16,9 @@ from typing import Any
 import inside
 import pytest
 from browser import Browser, Tab, program
-from hazards import Thread, new_pid, new_pool
+from hazards import Thread, free_port, new_pid, new_pool
 from sqlalchemy import create_engine, text
-from test_monitor import HOSTILE, fetch, free_port, held, served
+from test_monitor import HOSTILE, fetch, held, served
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.labels import labelled

@@ -13,7 +13,14 @@ from fakes import FakeClock, FakeDriver, Task
 from ledger_fakes import CheckedWaiter, Record, Simulator
 from sqlalchemy import create_engine, exc
 
-from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool, TooManyRequests
+from sqla_queries_pool import (
+    CheckoutTimeout,
+    ParameterError,
+    PoolManager,
+    QueriesPool,
+    TooManyRequests,
+    snapshot,
+)
 from sqla_queries_pool.budget import choice
 from sqla_queries_pool.budget.queue import INTERVAL
 from sqla_queries_pool.budget.slots import OVERLOAD, QUEUE_FULL, Attachment, Permit
@@ -50,7 +57,7 @@ def came(simulator: Simulator, engine: Attachment, number: int = 1) -> list[Chec
 def handed_on(simulator: Simulator, engine: Attachment, record: Record, waiter: CheckedWaiter) -> Record:
     """The connection is returned, and goes to this one."""
     simulator.give(engine, record)
-    answer = waiter.answer
+    answer: object = waiter.answer
     assert answer is record
     return record
 
@@ -312,7 +319,7 @@ def test_many_checkouts_that_get_nothing_at_once_share_a_snapshot(
     that takes; each error counts."""
     full = stage(max_waiting=0)
     taken: list[Any] = []
-    take = report.snapshot
+    take = snapshot
 
     def slowly(pool: Any) -> Any:
         taken.append(take(pool))
@@ -402,9 +409,18 @@ def test_a_caller_that_looks_often_does_not_look_for_what_is_wrong_each_time(
     shared = inside.shared(often.pool)
     looks, mends = [], []
     insist, mend = inside.ledger(shared).insist, inside.upkeep(shared).mend
+
+    def insists(*args: Any) -> Any:
+        looks.append(1)
+        return insist(*args)
+
+    def mends_it() -> Any:
+        mends.append(1)
+        return mend()
+
     monkeypatch.setattr(choice, "look_in", lambda *_: 0.001)
-    monkeypatch.setattr(inside.ledger(shared), "insist", lambda *args: looks.append(1) or insist(*args))
-    monkeypatch.setattr(inside.upkeep(shared), "mend", lambda: mends.append(1) or mend())
+    monkeypatch.setattr(inside.ledger(shared), "insist", insists)
+    monkeypatch.setattr(inside.upkeep(shared), "mend", mends_it)
     often.waits()
     eventually(lambda: len(looks) > 500 and mends, "it looks")
     assert len(mends) < len(looks) / 100

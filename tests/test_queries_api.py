@@ -15,7 +15,7 @@ import inside
 import psycopg2
 import pytest
 from fakes import FakeClock, FakeDriver, Task
-from hazards import Stop, assert_whole
+from hazards import Stop, assert_whole, driver_connection_of
 from psycopg2.extras import wait_select
 from sqlalchemy import create_engine, exc, make_url, text
 from sqlalchemy.engine import Engine
@@ -445,7 +445,7 @@ def test_an_engine_that_needs_the_slot_of_a_dead_session_gets_it(driver: FakeDri
     engine_pool = QueriesPool(driver.connect, pool_id=pid, timeout=5)
     del session
     connection = engine_pool.connect()
-    assert connection.dbapi_connection is not driver.connections[0]
+    assert driver_connection_of(connection) is not driver.connections[0]
     assert driver.connections[0].closed
     connection.close()
 

@@ -296,7 +296,7 @@ def test_no_password_is_in_a_note(driver: str, pg_url: str, new_engine: NewEngin
     engine: Any = new_engine(url, max_size=1, pool_timeout=0)
     with pytest.raises(exc.OperationalError) as failed:
         engine.connect()
-    assert make_url(pg_url).database in notes(failed.value)[0]
+    assert str(make_url(pg_url).database) in notes(failed.value)[0]
     holder = inside.checkouts(engine.pool).take(inside.attachment(engine.pool))
     with pytest.raises(CheckoutTimeout) as timeout:
         engine.connect()
