@@ -6,6 +6,7 @@ A test that takes ``pool_class`` runs with both.  Where QueuePool fails it, :dat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import itertools
@@ -26,7 +27,7 @@ import pytest
 import sqlalchemy
 from conftest import in_memory
 from fakes import FakeClock, FakeConnection, FakeDialect, FakeDriver, Task
-from hazards import Ring, assert_whole, settled
+from hazards import Ring, Thread, assert_whole, eventually, settled
 from sqlalchemy import (
     JSON,
     URL,
@@ -1980,3 +1981,50 @@ def test_every_difference_is_of_a_test_and_told_to_users() -> None:
         names = test.__code__.co_varnames[: test.__code__.co_argcount]
         assert {"pool_class", "make_pool", "make_engine"} & set(names), f"{name} knows one pool alone"
         assert f"``{name}``" in told, f"docs/contract.rst does not tell of {name}"
+
+
+# -- connections that change threads -----------------------------------------------------------------
+
+
+def until_it_would_be_called_a_deadlock(
+    caplog: pytest.LogCaptureFixture, pool: Any, work: Callable[[], Any]
+) -> None:
+    """Do the work after our pool has logged that nothing moves; QueuePool says nothing, so at once."""
+    if isinstance(pool, QueriesPool):
+        eventually(lambda: "nothing has moved" in caplog.text, "the warning")
+    work()
+
+
+def test_workers_may_close_what_the_main_thread_checked_out(
+    make_pool: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It checks out and hands on, and waits for the next connection while the workers compute."""
+    pool = make_pool(2, timeout=30.0)
+    if isinstance(pool, QueriesPool):
+        pool.settings = dataclasses.replace(pool.settings, deadlock_grace=0.0)
+    workers = []
+    for _ in range(2):
+        out = [pool.connect()]
+        workers.append(
+            Thread(lambda out=out: until_it_would_be_called_a_deadlock(caplog, pool, out.pop().close))
+        )
+    pool.connect().close()
+    for worker in workers:
+        worker.join()
+    assert pool.checkedout() == 0
+
+
+def test_a_session_may_be_opened_in_one_thread_and_closed_in_another(
+    make_pool: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """FastAPI's ``def`` dependencies: their first half and their second run in whichever thread is free."""
+    pool = make_pool(1, timeout=30.0)
+    if isinstance(pool, QueriesPool):
+        pool.settings = dataclasses.replace(pool.settings, deadlock_grace=0.0)
+    opened: list[Any] = []
+    opened.append(pool.connect())  # the first request's dependency, in this thread
+    closing = Thread(lambda: until_it_would_be_called_a_deadlock(caplog, pool, opened.pop().close))
+    second = pool.connect()  # the second request's, in this thread again
+    closing.join()
+    second.close()
+    assert pool.checkedout() == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import itertools
 import logging
@@ -23,9 +24,9 @@ from hazards import (
     assert_whole,
     driver_connection_of,
     new_pid,
-    new_pool,
     sleeping_collector,
 )
+from hazards import new_pool as any_pool
 from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
@@ -36,6 +37,7 @@ from sqla_queries_pool.pool import Pool
 from sqla_queries_pool.pool.manager import everywhere
 from sqla_queries_pool.runtime import checkout
 
+new_pool = functools.partial(any_pool, on_deadlock="raise")
 Eventually = Callable[..., None]
 SEEDS = [20261123, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (7, 4711))]
 DEADLINE = 120.0
@@ -435,7 +437,8 @@ def engines(pg_url: str) -> Iterator[Callable[..., Engine]]:
     made: list[Engine] = []
 
     def new(**kw: Any) -> Engine:
-        made.append(create_engine(pg_url, poolclass=QueriesPool, pool_timeout=None, **kw))
+        stated = {"pool_timeout": None, "on_deadlock": "raise"} | kw
+        made.append(create_engine(pg_url, poolclass=QueriesPool, **stated))
         return made[-1]
 
     yield new
@@ -546,6 +549,43 @@ def test_a_worker_that_executes_short_statements_is_waited_for(engines: Callable
         assert second.scalar(text("SELECT 1")) == 1
     worker.join()
     assert executed > 10
+
+
+@pytest.mark.slow
+def test_by_default_it_is_logged_and_the_timeout_says_what_it_was(caplog: pytest.LogCaptureFixture) -> None:
+    """No checkout fails before its time is over, since another thread may close what it waits for."""
+    pool = any_pool(max_size=1, timeout=1.0, deadlock_grace=0.0)
+    caplog.set_level(logging.WARNING, NAME)
+    with contextlib.closing(pool.connect()), pytest.raises(CheckoutTimeout) as raised:
+        pool.connect()
+    error = raised.value
+    assert type(error) is CheckoutTimeout
+    assert "had no connection within 1 s: " in str(error)
+    assert "Most likely a thread waits for a connection that it holds itself" in str(error)
+    assert (error.snapshot.diagnosis.kind, error.snapshot.statistics.waiting) == ("deadlock", 1)
+    assert sum("that it holds itself" in record.message for record in caplog.records) == 1
+    assert (pool.statistics().deadlocks, pool.statistics().timeouts) == (1, 1)
+
+
+@pytest.mark.slow
+def test_what_moved_after_the_warning_is_no_deadlock_when_the_time_is_over(
+    eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Another thread has used the connection since: the error says what it says without a deadlock."""
+    pool = any_pool(max_size=1, timeout=4.0, deadlock_grace=0.0)
+    caplog.set_level(logging.WARNING, NAME)
+    first = pool.connect()
+
+    def use() -> None:
+        eventually(lambda: [r for r in caplog.records if "that it holds itself" in r.message], "the warning")
+        inside.record(first).slot.uses += 1
+
+    user = Thread(use)
+    with contextlib.closing(first), pytest.raises(CheckoutTimeout) as raised:
+        pool.connect()
+    user.join()
+    assert raised.value.snapshot.diagnosis.kind == "nested-checkout"
+    assert pool.statistics().deadlocks == 0
 
 
 @pytest.mark.slow

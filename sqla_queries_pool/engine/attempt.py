@@ -52,8 +52,8 @@ class Attempt:
         self._stages = Stages()
         self._refusal: Exception | None = None
         """The last error of the server that it could not use."""
-        self._told = False
-        """Was a deadlock logged?"""
+        self._deadlock: Diagnosis | None = None
+        """The deadlock that it is in, as far as the last look could tell."""
 
     def run(self, entry: Any) -> Record:
         """Return a record whose connection can be used.
@@ -71,7 +71,7 @@ class Attempt:
                 if entry.__class__ is ThreadWaiter:
                     entry = self._wait(entry, left, again)
                 if entry is None:
-                    raise self._refusal or self._known_refusal() or self._got_nothing(self._timeout)
+                    raise self._refusal or self._known_refusal() or self._timed_out()
                 slot = entry.slot
                 slot.label, slot.stack = checkout_label.get(), self._found
                 if isinstance(entry, Permit):
@@ -93,9 +93,17 @@ class Attempt:
             raise self._got_nothing(self._core.now() - self._since, rejected(entry))
         return entry
 
-    def _got_nothing(self, seconds: float, found: Diagnosis | None = None) -> Exception:
-        """Return the error of a checkout that waited in vain, for so long; ``found``: why no longer."""
-        error = checkout_timeout(self._pool._shared, self._pool._attachment, seconds, found)
+    def _timed_out(self) -> Exception:
+        return self._got_nothing(self._timeout, self._deadlock, early=False)
+
+    def _got_nothing(self, seconds: float, found: Diagnosis | None, early: bool = True) -> Exception:
+        """Return the error of a checkout that waited in vain.
+
+        :param seconds: for how long.
+        :param found: why, where that is known.
+        :param early: did it stop before its timeout, for that reason?
+        """
+        error = checkout_timeout(self._pool._shared, self._pool._attachment, seconds, found, early)
         level = logging.WARNING if isinstance(error, PoolDeadlock) else logging.INFO
         self._pool.logger.log(level, "%s", error.args[0].partition("\n")[0])
         return error
@@ -104,13 +112,16 @@ class Attempt:
         """Return what looks for a deadlock when a checkout waits in vain."""
         watch = deadlock.Watch(everywhere, self._pool.settings.deadlock_grace)
 
+        told = False
+
         def in_vain(waiter: ThreadWaiter, now: float) -> None:
-            found = None if self._told else watch.hopeless(waiter, now)
-            if found is None:
+            nonlocal told
+            self._deadlock = found = watch.still(waiter) if told else watch.hopeless(waiter, now)
+            if found is None or told:
                 return
             if self._pool.settings.on_deadlock == RAISE:
                 raise self._got_nothing(self._core.now() - self._since, found)
-            self._told = True
+            told = True  # once; the error says it again, if it is still so when the time is over
             text = f"{found.cause}: {'; '.join(found.details.splitlines())}. {found.remedy}"
             self._pool.logger.warning("%s: most likely %s", self._core.section.label, text)
 

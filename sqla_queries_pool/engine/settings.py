@@ -177,7 +177,7 @@ class Settings:
             "What to do then: 'raise' a PoolDeadlock in the newest of them, 'warn' in the log, or "
             "'ignore' it.",
         ),
-    ] = RAISE
+    ] = WARN
     read_only_is_disconnect: Annotated[
         bool,
         Option(

@@ -38,6 +38,8 @@ class Watch:
         self._everywhere, self._grace = everywhere, grace
         self._seen: tuple[Any, float] | None = None
         self._holds: bool | None = None
+        self._told: tuple[Any, Diagnosis] | None = None
+        """What stood still when :meth:`hopeless` said why, and what it said."""
 
     def hopeless(self, waiter: Waiter, now: float) -> Diagnosis | None:
         """Is it this checkout that has to give up?  Say why, or return None.
@@ -66,7 +68,19 @@ class Watch:
             sides = _sides(me, pools)
             if waiter.answer is not None or still != tuple(sorted(_moves(sides, pools))):
                 return None
-        return _told(sides, pools)
+        self._told = still, _told(sides, pools)
+        return self._told[1]
+
+    def still(self, waiter: Waiter) -> Diagnosis | None:
+        """Has nothing moved since :meth:`hopeless` said why?  Return that again, or None.
+
+        :param waiter: the asker's, in the queue.
+        """
+        if self._told is None:
+            return None
+        pools = self._everywhere()
+        now = tuple(sorted(_moves(_sides(waiter.holder, pools), pools)))
+        return self._told[1] if now == self._told[0] else None
 
 
 def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
@@ -137,6 +151,6 @@ def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
         "a thread waits for a connection that it holds itself, and nothing has moved"
         if len(sides) == 1
         else f"{len(sides)} checkouts wait for each other, and nothing has moved",
-        f"{NEVER_NEST} (If another thread was going to return one of them, set on_deadlock='warn'.)",
+        f"{NEVER_NEST} (If another thread is going to return one of them, this is no deadlock.)",
         "\n".join(details),
     )

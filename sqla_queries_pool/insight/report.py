@@ -22,15 +22,21 @@ milliseconds, and reports must not make an overload worse."""
 
 
 def checkout_timeout(
-    pool: Pool, attachment: Attachment, timeout: float, found: Diagnosis | None = None
+    pool: Pool,
+    attachment: Attachment,
+    timeout: float,
+    found: Diagnosis | None = None,
+    early: bool = True,
 ) -> CheckoutTimeout:
     """Return the error for a checkout that got no connection; its cause is the last connect error.
 
     :param timeout: for how many seconds it waited.
-    :param found: why it stopped waiting before its timeout: a deadlock, or the pool rejected it.
+    :param found: a deadlock, or why the pool rejected it.
+    :param early: did it stop waiting for that reason before its timeout?
     """
+    early = early and found is not None
     deadlock = found is not None and found.kind not in REJECTED
-    if found is not None and deadlock:
+    if found is not None and deadlock and early:
         seen, likely = snapshot(pool), found
     else:
         seen, own_snapshot = pool.core.recent_snapshot.get(lambda: snapshot(pool), SHARED_FOR, pool.core.now)
@@ -39,12 +45,12 @@ def checkout_timeout(
         waiting = seen.statistics.waiting + bool(timeout and me not in {w.thread for w in seen.waiting})
         seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=waiting))
         # What this thread held when a shared snapshot was made, it may have returned since.
-        likely = diagnose(seen, me if own_snapshot else 0)
+        likely = found if found is not None and deadlock else diagnose(seen, me if own_snapshot else 0)
     seen = dataclasses.replace(seen, diagnosis=found or likely)
     advice = f"Most likely {likely.cause}. {likely.remedy}"
     if found is None or deadlock:
-        kind: type[CheckoutTimeout] = CheckoutTimeout if found is None else PoolDeadlock
-        what = f"had no connection within {timeout:{'g' if found is None else '.1f'}} s: "
+        kind: type[CheckoutTimeout] = PoolDeadlock if early else CheckoutTimeout
+        what = f"had no connection within {timeout:{'.1f' if early else 'g'}} s: "
     else:
         kind = TooManyRequests
         what = f"rejected a checkout after {timeout:.1f} s because {found.cause}: "
