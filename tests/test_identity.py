@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -10,12 +11,13 @@ from typing import Any
 import psycopg2
 import pytest
 from fakes import FakeDriver
-from sqlalchemy import create_engine, event, exc
+from sqlalchemy import create_engine, event
 from sqlalchemy.dialects.postgresql.psycopg2 import PGDialect_psycopg2
 from sqlalchemy.engine import URL, Engine
 
 from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.engine.identity import of_arguments
+from sqla_queries_pool.logs import NAME
 
 BASE = "pg://me:secret@host/db"
 
@@ -266,21 +268,28 @@ def test_a_creator_of_ones_own_is_private_and_never_called() -> None:
     assert "custom creator" in one.status()
 
 
-def test_arguments_that_tell_no_database_make_a_private_pool_with_a_warning() -> None:
-    """An engine that shares no limit although its URL looks as if it did says so once, with the remedy."""
-    with pytest.warns(exc.SAWarning, match=r"can't tell which fake database .* Pass the same pool_id="):
-        pool: Any = engine("fake://", module=FakeDriver()).pool
-    assert pool.pid.startswith("private-")
+def test_arguments_that_tell_no_database_make_a_private_pool_and_a_log_record(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """An engine that shares no limit although its URL looks as if it did says so once, with the remedy.
+
+    Not by a Python warning: QueuePool gives none, and programs whose warnings are errors would get one.
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert engine("fake://", module=FakeDriver(), pool_id="told").pool.pid == "told"  # type: ignore[attr-defined]
-
-
-def test_the_warning_points_at_who_made_the_engine() -> None:
-    """A warning with a line of this library or SQLAlchemy tells nobody which engine is meant."""
-    with pytest.warns(exc.SAWarning) as caught:
-        engine("fake://", module=FakeDriver())
-    assert caught[0].filename == __file__
+        made = engine("fake://", module=FakeDriver())
+        pool: Any = made.pool
+        made.dispose()
+        (record,) = caplog.records
+        assert record.getMessage().startswith("QueriesPool can't tell which fake database")
+        assert "Pass the same pool_id=" in record.getMessage()
+        assert (record.name, record.levelno) == (NAME, logging.WARNING)
+        assert pool.pid.startswith("private-")
+        assert "this engine, which shares its limit with no other: size" in pool.status()
+        told: Any = engine("fake://", module=FakeDriver(), pool_id="told").pool
+    assert told.pid == "told"
+    assert "this engine: size" in told.status()
+    assert len(caplog.records) == 1
 
 
 def test_a_pool_id_wins() -> None:

@@ -14,20 +14,15 @@ import hashlib
 import json
 import os
 import re
-import sys
 import uuid
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import exc
-
+from ..logs import logger
 from . import seams
 
 _IN_MEMORY = re.compile(r"^file:.*\?(.*&)?(mode=memory|vfs=memdb)(&|$)")
 """A file name of SQLite's that means no file: https://www.sqlite.org/inmemorydb.html"""
-
-_PACKAGE = __name__.partition(".")[0]
 
 
 class Identity(NamedTuple):
@@ -67,11 +62,11 @@ def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identit
         return found
     if dialect is None or not seams.made_by_engine(creator):
         return private("custom creator")
-    warnings.warn(
-        f"QueriesPool can't tell which {dialect.name} database this engine connects to, so the engine "
-        "shares no limit with others. Pass the same pool_id='…' to all engines that are to share one",
-        exc.SAWarning,
-        stacklevel=_callers_level(),
+    # No Python warning: with a driver of a test's own all is well, and warnings may be errors there.
+    logger.warning(
+        "QueriesPool can't tell which %s database this engine connects to, so the engine shares no limit "
+        "with others. Pass the same pool_id='…' to all engines that are to share one",
+        dialect.name,
     )
     return private(dialect.name)
 
@@ -148,14 +143,6 @@ def _parse_dsn(dsn: str) -> dict[str, str]:
     except Exception:  # the driver will say what is wrong with it, when it connects
         return {}
     return parsed
-
-
-def _callers_level() -> int:
-    """The ``stacklevel`` at which a warning points at who made the engine."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals["__name__"].startswith(("sqlalchemy.", _PACKAGE)):
-        level, frame = level + 1, frame.f_back
-    return level
 
 
 def _os_user() -> str:

@@ -337,8 +337,9 @@ class QueriesPool(SQLAlchemyPool):
 
     def status(self) -> str:
         """The state of the pool, and this engine's part of it."""
+        whose = ", which shares its limit with no other" if self._identity.private else ""
         return (
-            f"{self._shared}; this engine: size {self.size()}, "
+            f"{self._shared}; this engine{whose}: size {self.size()}, "
             f"checked in {self.checkedin()}, checked out {self.checkedout()}"
         )
 
