@@ -158,11 +158,14 @@ def test_a_connection_that_is_out_is_made_of_few_objects_and_none_is_left() -> N
     assert ours <= 3 < objects(QueuePool(FakeDriver().connect))
     pool = new_pool()
     pool.connect().close()
+    left = []
     with sleeping_collector():
-        before = gc.get_count()[0]
-        for _ in range(100):
-            pool.connect().close()
-        assert gc.get_count()[0] - before < 5
+        for _ in range(5):  # what other threads make meanwhile counts, too
+            before = gc.get_count()[0]
+            for _ in range(100):
+                pool.connect().close()
+            left.append(gc.get_count()[0] - before)
+    assert min(left) < 5
 
 
 @pytest.mark.parametrize("feature", FEATURES, ids=str)

@@ -201,7 +201,7 @@ def test_a_tab_that_nobody_sees_asks_for_nothing(tab: Tab, eventually: Callable[
         hide = "Object.defineProperty(document, 'hidden', {configurable: true, get: () => %s});"
         changed = "document.dispatchEvent(new Event('visibilitychange'))"
         tab.run(hide % "true" + changed)
-        assert "nobody looks" in tab.text("#status")
+        assert "while the page is hidden" in tab.text("#status")
         # Longer than the second after which it would ask again; an answer may have been under way.
         tab.run("new Promise(done => setTimeout(done, 300))")
         before = counted.asked

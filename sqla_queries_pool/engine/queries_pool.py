@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 import sys
 import time
 import weakref
@@ -348,9 +349,10 @@ class QueriesPool(SQLAlchemyPool):
 
 
 if QueriesPool.__doc__:  # None under -OO
-    QueriesPool.__doc__ = QueriesPool.__doc__.replace(
-        "    :param others: here stands what settings.py says of each of the others.\n",
-        "".join(f"    :param {name}: {option.doc}\n" for name, option in OPTIONS.items()),
+    QueriesPool.__doc__ = re.sub(
+        r"( *):param others: .*\n",  # Python 3.13 takes the indentation off
+        lambda found: "".join(f"{found[1]}:param {name}: {option.doc}\n" for name, option in OPTIONS.items()),
+        QueriesPool.__doc__,
     )
 
 
