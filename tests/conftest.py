@@ -67,11 +67,23 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.loadscopereorder = False
 
 
+def of_second_driver(item: pytest.Item) -> bool:
+    """Is it a slow test with psycopg, which runs with psycopg2 as well?"""
+    callspec = getattr(item, "callspec", None)
+    if callspec is None or item.get_closest_marker("slow") is None:
+        return False
+    values = [value[0] if isinstance(value, tuple) and value else value for value in callspec.params.values()]
+    return any(getattr(value, "__name__", value) == "psycopg" for value in values)
+
+
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The exhaustive ones run where ``-m`` speaks of them; those that take longest come first.
 
-    Else several processes would wait for one in the end.
+    Else several processes would wait for one in the end.  Of slow tests with two drivers, one is exhaustive.
     """
+    for item in filter(of_second_driver, items):
+        item.add_marker("exhaustive")
     if "exhaustive" not in config.option.markexpr:
         left_out = [item for item in items if item.get_closest_marker("exhaustive")]
         if left_out:

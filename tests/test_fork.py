@@ -176,7 +176,7 @@ class Parent:
         eventually(lambda: not self.backends(), "the parent's idle connections close")
 
 
-@pytest.fixture(params=[DRIVERS[0], *(pytest.param(d, marks=pytest.mark.exhaustive) for d in DRIVERS[1:])])
+@pytest.fixture(params=DRIVERS)
 def driver(request: pytest.FixtureRequest) -> str:
     """Each of the drivers."""
     name: str = request.param

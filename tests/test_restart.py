@@ -34,7 +34,6 @@ CHECKOUTS = 200
 """Of a round."""
 ROUNDS = [2, pytest.param(5, marks=pytest.mark.exhaustive)]
 WAYS = list(itertools.product(("psycopg2", "psycopg"), ("tcp", "unix", "tls")))
-MARKED = [way if way[0] == "psycopg2" else pytest.param(way, marks=pytest.mark.exhaustive) for way in WAYS]
 WHO = "SELECT pid, backend_start FROM pg_stat_activity WHERE pid = pg_backend_pid()"
 
 
@@ -53,7 +52,7 @@ def server() -> Iterator[EmbeddedPostgres]:
         yield server
 
 
-@pytest.fixture(params=MARKED, ids="-".join)
+@pytest.fixture(params=WAYS, ids="-".join)
 def way(request: pytest.FixtureRequest, server: EmbeddedPostgres) -> Iterator[Way]:
     """Each driver through TCP, the unix socket, and TLS, which a proxy speaks."""
     driver, transport = request.param

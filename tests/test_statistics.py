@@ -21,7 +21,7 @@ import inside
 import pytest
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
-from hazards import Handle, Ring, Stop, Thread, new_pid, new_pool
+from hazards import Handle, Ring, Stop, Thread, new_pid, new_pool, sleeping_collector
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import (
