@@ -168,6 +168,23 @@ def test_a_connection_that_is_out_is_made_of_few_objects_and_none_is_left() -> N
     assert min(left) < 5
 
 
+def test_an_idle_close_leaves_one_letter_when_it_is_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its count in the totals and its free slot are one step inside the pool, not two."""
+    pool = new_pool()
+    pool.connect().close()
+    section, posted = inside.section(pool), []
+    post = section.post
+
+    def told(operation: Any, *args: Any) -> None:
+        posted.append(operation.__name__)
+        post(operation, *args)
+
+    monkeypatch.setattr(section, "post", told)
+    pool.dispose()
+    assert posted == ["closed"]
+    assert sum(pool.statistics().closes.values()) == 1
+
+
 @pytest.mark.parametrize("feature", FEATURES, ids=str)
 def test_what_can_be_switched_on_beside_stacks_costs_a_checkout_nothing(feature: dict[str, Any]) -> None:
     """The same frames as without, and no more memory."""

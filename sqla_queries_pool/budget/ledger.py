@@ -326,6 +326,7 @@ class Ledger(LedgerState):
         """
         if reason is not None:
             self.totals.closed(reason, now)
+        slot.entry = None  # its entry dies next, and has nothing more to say
         return self._free(slot, now)
 
     def let_go(self, slot: Slot, now: float) -> Work:
