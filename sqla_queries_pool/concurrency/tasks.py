@@ -48,6 +48,8 @@ LONGEST_END = 1.0
 TURNS = 3
 """How many turns of the loop transports need to close their sockets."""
 
+_CAN_AWAIT = "__sqlalchemy_greenlet_provider__"
+"""Of a greenlet: SQLAlchemy's mark of one in which ``await_only()`` can be used, since 2.0.24 or so."""
 _number = itertools.count(1)
 _asker: contextvars.ContextVar[TaskCaller | None] = contextvars.ContextVar(
     "sqla_queries_pool_task", default=None
@@ -383,6 +385,22 @@ def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:
 async def _nothing() -> None: ...
 
 
+def _collects(phase: str, _: object) -> None:
+    """A collection awaits nothing.
+
+    SQLAlchemy's finalizer of an abandoned connection, of any pool, says goodbye to the server where it is in
+    a greenlet, and so lets other tasks run: also one that wants into the critical section in which this one
+    is.  Elsewhere it just closes the connection.  A collection can begin at any allocation.
+    """
+    from greenlet import getcurrent  # type: ignore[import-untyped]  # who has no asyncio may have none
+
+    greenlet: Any = getcurrent()
+    if phase == "stop":
+        vars(greenlet).pop(_CAN_AWAIT, None)
+    elif getattr(greenlet, _CAN_AWAIT, False):
+        setattr(greenlet, _CAN_AWAIT, False)
+
+
 _loops: weakref.WeakKeyDictionary[AbstractEventLoop, Loop] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 """Guards :data:`_loops`: loops of several threads come and go.  Reentrant, for a finalizer may ask, too."""
@@ -402,5 +420,7 @@ def running() -> Loop:
     with _lock:
         found = _loops.get(loop)
         if found is None:
+            if _collects not in gc.callbacks:
+                gc.callbacks.append(_collects)
             _loops[loop] = found = Loop(loop)
         return found
