@@ -16,6 +16,7 @@ drops what the loop had to do later: a thing that dies with that tells of it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import contextvars
 import functools
@@ -385,20 +386,25 @@ def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:
 async def _nothing() -> None: ...
 
 
-def _collects(phase: str, _: object) -> None:
-    """A collection awaits nothing.
+@functools.cache
+def _collect_without_awaiting() -> None:
+    """Have no collection await anything, from now on.
 
     SQLAlchemy's finalizer of an abandoned connection, of any pool, says goodbye to the server where it is in
     a greenlet, and so lets other tasks run: also one that wants into the critical section in which this one
     is.  Elsewhere it just closes the connection.  A collection can begin at any allocation.
     """
-    from greenlet import getcurrent  # type: ignore[import-untyped]  # who has no asyncio may have none
+    from greenlet import getcurrent  # type: ignore[import-untyped]  # without asyncio there may be none
 
-    greenlet: Any = getcurrent()
-    if phase == "stop":
-        vars(greenlet).pop(_CAN_AWAIT, None)
-    elif getattr(greenlet, _CAN_AWAIT, False):
-        setattr(greenlet, _CAN_AWAIT, False)
+    def collects(phase: str, _: object) -> None:
+        greenlet = getcurrent()
+        if phase == "stop":
+            vars(greenlet).pop(_CAN_AWAIT, None)
+        elif getattr(greenlet, _CAN_AWAIT, False):
+            setattr(greenlet, _CAN_AWAIT, False)
+
+    gc.callbacks.append(collects)
+    atexit.register(gc.callbacks.remove, collects)  # then no loop runs, and greenlet may be gone
 
 
 _loops: weakref.WeakKeyDictionary[AbstractEventLoop, Loop] = weakref.WeakKeyDictionary()
@@ -420,7 +426,6 @@ def running() -> Loop:
     with _lock:
         found = _loops.get(loop)
         if found is None:
-            if _collects not in gc.callbacks:
-                gc.callbacks.append(_collects)
+            _collect_without_awaiting()
             _loops[loop] = found = Loop(loop)
         return found
