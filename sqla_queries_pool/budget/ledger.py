@@ -498,7 +498,7 @@ class Ledger(LedgerState):
 
     def renewed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
         """Take back what was renewed, or could not be; if nobody waits, it is idle for as long as before."""
-        self.lifetimes.end()
+        self.lifetimes.end(slot)
         attachment = slot.home() if slot.home is not None else None
         work: Work = []
         if slot.state is HELD and attachment is not None:

@@ -292,7 +292,8 @@ class Loop:
 
     def _start(self, function: Callable[[], _T]) -> Task[_T]:
         loop = asyncio.get_running_loop()
-        task = loop.create_task(greenlet_spawn(function), name=f"sqla_queries_pool-{next(_number)}")
+        # Not by the loop's factory: an eager one would begin at once, in the greenlet of the caller.
+        task = Task(greenlet_spawn(function), loop=loop, name=f"sqla_queries_pool-{next(_number)}")
         self.finish(task)
         return task
 
