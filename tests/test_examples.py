@@ -265,7 +265,7 @@ def test_async_endpoints_answer_503_when_there_is_no_connection_and_the_log_says
     assert ask(f"{address}/hold", b"") is True
     with pytest.raises(AssertionError, match="503: busy, please try again"):
         ask(f"{address}/visits/home")
-    assert "import 1 [nightly import]" in program.said()
+    assert "task 'import 1' [nightly import]" in program.said()
     assert ask(f"{address}/go", b"") is True
     assert ask(f"{address}/visits/home") == {"page": "home", "visits": 0}
 
@@ -301,6 +301,44 @@ async def end() -> bool:
     await imports[0]
     return True
 """
+
+
+ANYIO = """
+@pytest.fixture(params=["asyncio", "asyncio+uvloop"])
+def anyio_backend(request):
+    return ("asyncio", {"use_uvloop": "uvloop" in request.param})
+"""
+
+
+@pytest.mark.parametrize("plugin", ["asyncio", "anyio"])
+def test_an_engine_at_module_level_serves_tests_with_a_loop_each(
+    plugin: str,
+    environment: dict[str, str],
+    tmp_path: Path,
+    pg_url: str,
+    pg_observer: Observer,
+    eventually: Callable[..., None],
+) -> None:
+    """The example's tests pass with pytest-asyncio and with anyio's plugin, warnings being errors."""
+    for module in ("asyncpg", "pytest_asyncio", "anyio", "uvloop"):
+        pytest.importorskip(module)
+    [command, file] = documented("../asyncio", "pytest ")
+    program = (EXAMPLES / file).read_text()
+    if plugin == "anyio":
+        program = program.replace("pytest.mark.asyncio", "pytest.mark.anyio") + ANYIO
+    (tmp_path / "test_example.py").write_text(program)
+    arguments = ["-W", "error", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path / "test_example.py")]
+    if plugin == "asyncio":
+        arguments += [
+            "-o",
+            "asyncio_default_fixture_loop_scope=function",
+        ]  # it warns where that is not stated
+    else:
+        arguments += ["-p", "no:asyncio"]
+    environment["DATABASE_URL"] = url_of(pg_url, "asyncpg")
+    said = run_to_its_end([command, *arguments], environment)
+    assert ("3 passed" if plugin == "asyncio" else "6 passed") in said
+    eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
 
 
 # -- Celery
