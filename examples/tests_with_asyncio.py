@@ -11,9 +11,8 @@ from sqlalchemy.ext.asyncio import AsyncSession, create_async_engine
 
 from sqla_queries_pool import QueriesPool
 
-engine = create_async_engine(
-    os.environ["DATABASE_URL"], poolclass=QueriesPool, max_size=2
-)  # the application's
+# Your application's.
+engine = create_async_engine(os.environ["DATABASE_URL"], poolclass=QueriesPool, max_size=2)
 
 
 @pytest.mark.asyncio

@@ -332,7 +332,7 @@ def test_an_engine_at_module_level_serves_tests_with_a_loop_each(
         arguments += [
             "-o",
             "asyncio_default_fixture_loop_scope=function",
-        ]  # it warns where that is not stated
+        ]  # unstated, it warns
     else:
         arguments += ["-p", "no:asyncio"]
     environment["DATABASE_URL"] = url_of(pg_url, "asyncpg")
