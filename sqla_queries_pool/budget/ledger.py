@@ -503,8 +503,8 @@ class Ledger(LedgerState):
         work: Work = []
         if slot.state is HELD and attachment is not None:
             work = self.give_unused(attachment, entry, now) or []
+            work += self._note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted
             if slot.state is IDLE and slot.handle is not None:
-                work += self._note_lifetime(slot)
                 slot.since = since
                 idle = attachment.idle
                 idle.remove(entry)

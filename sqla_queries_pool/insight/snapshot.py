@@ -241,7 +241,7 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         stack=stacks.as_text(slot.stack),
         now_at=() if session is not None else threads.at(caller),
         ended=session is None and caller is not None and caller.ended,
-        caller=caller.number if session is None and caller is not None else None,
+        caller=caller.number if session is None and caller is not None and not caller.ended else None,
     )
 
 
