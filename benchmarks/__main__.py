@@ -14,7 +14,19 @@ from rich.console import Console
 
 from sqla_queries_pool.demo.server import DemoError, Server, database
 
-from . import bursts, chart, contended, footprint, gil, overload, report, scaling, uncontended
+from . import (
+    async_contended,
+    async_uncontended,
+    bursts,
+    chart,
+    contended,
+    footprint,
+    gil,
+    overload,
+    report,
+    scaling,
+    uncontended,
+)
 from .competitors import Backend, fake, postgresql
 from .effort import FULL, QUICK, Effort
 from .figures import Cell
@@ -28,6 +40,9 @@ GROUPS: dict[str, Callable[[Sequence[Backend], Effort], Iterator[Cell]]] = {
     "footprint": footprint.cells,
     "overload": overload.cells,
     "gil": gil.cells,
+    "async-uncontended": async_uncontended.cells,
+    "async-contended": async_contended.grid,
+    "async-budget": async_contended.budget,
 }
 
 

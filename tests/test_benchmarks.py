@@ -47,6 +47,9 @@ def tiny(program: Any) -> Any:
         crowd=30,
         imports=1,
         overload=0.2,
+        loops=("asyncio",),
+        task_works=(0.0, 0.001),
+        fault=0.1,
     )
 
 
