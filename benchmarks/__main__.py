@@ -22,6 +22,7 @@ from . import (
     contended,
     footprint,
     gil,
+    heartbeat,
     overload,
     report,
     scaling,
@@ -43,6 +44,7 @@ GROUPS: dict[str, Callable[[Sequence[Backend], Effort], Iterator[Cell]]] = {
     "async-uncontended": async_uncontended.cells,
     "async-contended": async_contended.grid,
     "async-budget": async_contended.budget,
+    "heartbeat": heartbeat.cells,
 }
 
 

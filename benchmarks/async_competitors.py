@@ -216,15 +216,20 @@ DRIVERS = ("asyncpg", "psycopg")
 LOOPS = ("asyncio", "uvloop")
 
 
+def servers(backends: Sequence[Backend]) -> list[URL]:
+    """Of those that are one, the URLs."""
+    return [backend.url for backend in backends if backend.url is not None]
+
+
 def places(
     group: str,
     measure: Callable[[Place, Effort], Iterator[Cell]],
-    backends: Sequence[Backend],
+    servers: Sequence[URL],
     effort: Effort,
     drivers: Sequence[str] = DRIVERS,
 ) -> Iterator[Cell]:
-    """Measure on the server with each driver in each loop; what is not installed has a cell that says so."""
-    for url in [backend.url for backend in backends if backend.url is not None]:
+    """Measure on each server with each driver in each loop; what is not installed has a cell that says so."""
+    for url in servers:
         if not installed("greenlet"):
             yield Cell(group, "not measured: greenlet is not installed")
             return

@@ -26,6 +26,7 @@ from .async_competitors import (
     engine,
     installed,
     places,
+    servers,
 )
 from .competitors import TIMEOUT, Backend
 from .contended import Load, figures, throughput
@@ -47,13 +48,13 @@ SYNC_DRIVER = "psycopg2"
 
 def grid(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
     """Measure with each driver in each loop."""
-    yield from places(GRID, _grid, backends, effort)
+    yield from places(GRID, _grid, servers(backends), effort)
 
 
 def budget(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
     """Several engines beside one that has the budget for itself; and threads beside tasks."""
-    yield from places(BUDGET, _budget, backends, effort)
-    yield from places(MIXED, _mixed, backends, effort, drivers=["asyncpg"])
+    yield from places(BUDGET, _budget, servers(backends), effort)
+    yield from places(MIXED, _mixed, servers(backends), effort, drivers=["asyncpg"])
 
 
 # -- tasks ------------------------------------------------------------------------------------------

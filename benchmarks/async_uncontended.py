@@ -14,7 +14,17 @@ from contextlib import AsyncExitStack
 from statistics import median
 from typing import TypeAlias
 
-from .async_competitors import ALL, BARE, QUERIES, QUEUE, AsyncCompetitor, EngineSource, Place, places
+from .async_competitors import (
+    ALL,
+    BARE,
+    QUERIES,
+    QUEUE,
+    AsyncCompetitor,
+    EngineSource,
+    Place,
+    places,
+    servers,
+)
 from .competitors import Backend
 from .effort import Effort
 from .figures import Cell, Figure, Target
@@ -30,7 +40,7 @@ AsyncBatch: TypeAlias = Callable[[Source, int], Awaitable[float]]
 
 def cells(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
     """Measure with each driver in each loop."""
-    yield from places(GROUP, _cells, backends, effort)
+    yield from places(GROUP, _cells, servers(backends), effort)
 
 
 def _cells(place: Place, effort: Effort) -> Iterator[Cell]:

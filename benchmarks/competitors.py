@@ -46,6 +46,10 @@ class BarePool(Pool):
         while self._idle:
             self._idle.pop().close()
 
+    def recreate(self) -> Pool:
+        """Make the next one: an engine asks for it when it is disposed."""
+        return type(self)(self._creator, dialect=self._dialect)
+
 
 @dataclass(frozen=True)
 class Backend:

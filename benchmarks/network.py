@@ -5,12 +5,11 @@ It is the proxy of the tests, and takes its orders as lines.
 
 from __future__ import annotations
 
-import importlib.util
+import runpy
 import subprocess
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from sqlalchemy.engine import URL
 
@@ -71,11 +70,7 @@ class Network:
 
 def _obey(host: str, port: int) -> None:
     """Run the proxy; each line is the name of a method, and is answered when that is done."""
-    spec = importlib.util.spec_from_file_location("proxy", PROXY)
-    assert spec is not None and spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    with module.Proxy(host, port) as proxy:
+    with runpy.run_path(str(PROXY))["Proxy"](host, port) as proxy:
         print(proxy.port, flush=True)
         for line in sys.stdin:
             order = line.strip()
