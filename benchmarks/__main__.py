@@ -87,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure QueriesPool beside other pools; takes less than ten minutes.",
+        description="Measure QueriesPool beside other pools; takes less than twenty minutes.",
     )
-    parser.add_argument("--quick", action="store_true", help="measure for less than a minute, less exactly")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure for less than three minutes, less exactly"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help=", ".join(GROUPS)
     )

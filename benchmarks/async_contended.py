@@ -29,7 +29,7 @@ from .async_competitors import (
     servers,
 )
 from .competitors import TIMEOUT, Backend
-from .contended import Load, figures, throughput
+from .contended import Load, figures, rounds, throughput
 from .effort import Effort
 from .figures import Cell, Figure, Target
 
@@ -37,6 +37,8 @@ GRID = "many tasks"
 BUDGET = "one budget, tasks"
 MIXED = "one budget, threads and tasks"
 TASKS, CONNECTIONS = 100, 4
+TURNS = 2
+"""In so many times as many turns as threads': a task that has one checkout more than another must not count."""
 ON_SERVER = 0.005
 """Seconds of the one load whose work is a statement.  Elsewhere it is sleep in the loop, so that the pool is
 what differs."""
@@ -94,20 +96,24 @@ async def _measure(
     return cell
 
 
+def _seconds(load: Load, effort: Effort) -> float:
+    return max(effort.task_seconds, TURNS * load.seconds(effort))
+
+
 async def _outcomes(
     place: Place, competitors: Sequence[AsyncCompetitor], load: Load, work: tasks.Work, effort: Effort
 ) -> dict[str, list[Outcome]]:
     """Let the competitors take turns."""
     order = list(competitors)
     outcomes: dict[str, list[Outcome]] = {competitor.name: [] for competitor in competitors}
-    for _ in range(load.rounds(effort)):
+    for _ in range(rounds(_seconds(load, effort), effort)):
         for competitor in order:
             async with place.pools(competitor, load.connections, max(TIMEOUT, 8 * load.turn)) as sources:
                 outcome = await tasks.run(
                     sources,
                     work,
                     tasks=load.threads,
-                    seconds=load.seconds(effort),
+                    seconds=_seconds(load, effort),
                     warm_up=load.turn + WARM_UP,
                 )
             outcomes[competitor.name].append(outcome)
@@ -148,7 +154,7 @@ def _mixed(place: Place, effort: Effort) -> Iterator[Cell]:
     load = Load(MIXED_THREADS + MIXED_TASKS, MIXED_CONNECTIONS, MIXED_WORK, "threads and tasks")
     halves, one = "two pools of 4", "one budget of 8"
     outcomes: dict[str, list[tuple[Outcome, Outcome]]] = {halves: [], one: []}
-    for _ in range(load.rounds(effort)):
+    for _ in range(rounds(_seconds(load, effort), effort)):
         for name in outcomes:
             outcomes[name].append(place.run(_both(place, load, effort, shared=name == one)))
     together = {name: [_together(*pair) for pair in pairs] for name, pairs in outcomes.items()}
@@ -181,7 +187,7 @@ def _side(outcomes: list[Outcome], who: str, turn: float) -> dict[str, Figure]:
 async def _both(place: Place, load: Load, effort: Effort, shared: bool) -> tuple[Outcome, Outcome]:
     """Run both loads at once: what the threads got, and what the tasks got."""
     timeout = max(TIMEOUT, 8 * load.turn)
-    seconds, warm_up = load.seconds(effort), load.turn + WARM_UP
+    seconds, warm_up = _seconds(load, effort), load.turn + WARM_UP
     names: dict[str, Any] = {"pool_timeout": timeout}
     if shared:
         pool_id = f"benchmark {secrets.token_hex(4)}"

@@ -50,10 +50,6 @@ class Load:
         """How long to measure."""
         return max(effort.seconds, effort.turns * self.turn)
 
-    def rounds(self, effort: Effort) -> int:
-        """How often."""
-        return min(effort.load_rounds, 2) if self.seconds(effort) > LONG else effort.load_rounds
-
     def __str__(self) -> str:
         return f"{self.threads} {self.who}, {self.connections} connections, {self.work * 1000:g} ms"
 
@@ -95,7 +91,7 @@ def _measure(
     order = list(competitors)
     warm_up = load.turn + (SETTLED if backend.dialect is None else WARM_UP)
     outcomes: dict[str, list[Outcome]] = {competitor.name: [] for competitor in competitors}
-    for _ in range(load.rounds(effort)):
+    for _ in range(rounds(load.seconds(effort), effort)):
         for competitor in order:
             with backend.pools(competitor, load.connections, max(TIMEOUT, 4 * load.turn)) as pools:
                 outcome = run(
@@ -108,6 +104,11 @@ def _measure(
             outcomes[competitor.name].append(outcome)
         order.append(order.pop(0))
     return outcomes
+
+
+def rounds(seconds: float, effort: Effort) -> int:
+    """How often to measure what takes that long."""
+    return min(effort.load_rounds, 2) if seconds > LONG else effort.load_rounds
 
 
 def _cell(group: str, name: str, outcomes: dict[str, list[Outcome]], load: Load) -> Cell:

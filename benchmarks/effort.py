@@ -37,6 +37,8 @@ class Effort:
     """asyncio: in which event loops, where they are installed, ..."""
     task_works: tuple[float, ...]
     """... for how many seconds tasks want a connection, ..."""
+    task_seconds: float
+    """... for how many seconds they are measured, at least, ..."""
     fault: float
     """... and how many seconds each fault lasts."""
 
@@ -56,7 +58,8 @@ FULL = Effort(
     overload=30.0,
     loops=("asyncio", "uvloop"),
     task_works=(0.0, 0.001, 0.005),
-    fault=2.0,
+    task_seconds=1.0,
+    fault=1.0,
 )
 QUICK = Effort(
     rounds=2,
@@ -72,6 +75,7 @@ QUICK = Effort(
     imports=3,
     overload=2.0,
     loops=("asyncio",),
-    task_works=(0.0, 0.005),
+    task_works=(0.0,),
+    task_seconds=0.4,
     fault=0.3,
 )

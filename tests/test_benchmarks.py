@@ -53,6 +53,7 @@ def tiny(program: Any) -> Any:
         overload=0.2,
         loops=("asyncio",),
         task_works=(0.0, 0.001),
+        task_seconds=0.03,
         fault=0.1,
     )
 
