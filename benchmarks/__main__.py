@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Measure QueriesPool beside other pools; takes less than twenty minutes.",
     )
     parser.add_argument(
-        "--quick", action="store_true", help="measure for less than three minutes, less exactly"
+        "--quick", action="store_true", help="measure for three minutes at most, less exactly"
     )
     parser.add_argument(
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help=", ".join(GROUPS)

@@ -38,7 +38,7 @@ BUDGET = "one budget, tasks"
 MIXED = "one budget, threads and tasks"
 TASKS, CONNECTIONS = 100, 4
 TURNS = 2
-"""In so many times as many turns as threads': a task that has one checkout more than another must not count."""
+"""So many times the turns of threads: that a task has one checkout more than another must not count."""
 ON_SERVER = 0.005
 """Seconds of the one load whose work is a statement.  Elsewhere it is sleep in the loop, so that the pool is
 what differs."""

@@ -31,9 +31,10 @@ Waits are as long as they can be seen: a thread that got nothing waited for the 
 "within the spread": the median misses it, and a round reached it.
 Capacity is what the connections could serve if they were never idle; in time is what was served before its
 caller gave up.
-psycopg_pool, psycopg2.pool, queries' own and asyncpg's pool have no SQLAlchemy around them, only an object that gives the
-connection back; psycopg_pool's connections are psycopg 3's.  asyncpg's pool resets each by a statement. psycopg2.pool and queries' own raise when they
-are full, and NullPool has no limit: where anybody has to wait, they can't take part."""
+psycopg_pool, psycopg2.pool, queries' own and asyncpg's pool have no SQLAlchemy around them, only an object
+that gives the connection back; psycopg_pool's connections are psycopg 3's, and asyncpg's pool resets a
+connection by a statement.  psycopg2.pool and queries' own raise when they are full, and NullPool has no
+limit: where anybody has to wait, they can't take part."""
 
 
 def show(cells: Sequence[Cell], console: Console) -> None:

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, closing
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -270,13 +270,21 @@ def test_every_async_competitor_gives_a_connection_and_takes_it_back(
 def test_which_task_waits_in_vain_is_told_so(program: Any, place: Any) -> None:
     """By the error that its pool is known for; and the connection can be had afterwards."""
 
+    async def checkout(source: Any) -> Any:
+        """Some pools give up while they still connect."""
+        while True:
+            lease = source.connect()
+            with suppress(source.timeouts):
+                await lease.__aenter__()
+                return lease
+
     async def wait(competitor: Any) -> None:
-        async with place.pools(competitor, 1, timeout=0.01) as sources:
-            async with sources[0].connect():
-                with pytest.raises(sources[-1].timeouts):
-                    await sources[-1].connect().__aenter__()
-            async with sources[-1].connect():
-                pass
+        async with place.pools(competitor, 1, timeout=0.05) as sources:
+            lease = await checkout(sources[0])
+            with pytest.raises(sources[-1].timeouts):
+                await sources[-1].connect().__aenter__()
+            await lease.__aexit__(None, None, None)
+            await (await checkout(sources[-1])).__aexit__(None, None, None)
 
     waiting = (*program.async_competitors.WAITING, program.async_competitors.QUERIES_3)
     for competitor in (c for c in waiting if c.there(place)):
