@@ -459,6 +459,18 @@ def test_a_loop_that_is_blocked_makes_all_beats_late_that_were_due(program: Any)
     assert sum(seconds >= blocked / 2 - heartbeat.INTERVAL for seconds in late) >= 5
 
 
+def test_the_clock_of_the_heart_never_goes_back(program: Any) -> None:
+    """It may stand still, and it goes on where this thread runs or sleeps."""
+    clock = program.heartbeat.Clock()
+    begin = time.perf_counter()
+    seen = [clock() for _ in range(1000)]
+    time.sleep(0.01)
+    seen.append(clock())
+    clock.close()
+    assert seen == sorted(seen)
+    assert 0.0 < seen[-1] - seen[0] <= time.perf_counter() - begin
+
+
 def test_the_network_passes_on_refuses_and_holds(program: Any, pg_url: str) -> None:
     """From a process of its own, which ends with it."""
     url = make_url(pg_url)
