@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gc
 import importlib
-import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack
 from statistics import median
@@ -25,6 +24,7 @@ from .async_competitors import (
     places,
     servers,
 )
+from .clock import Clock
 from .competitors import Backend
 from .effort import Effort
 from .figures import Cell, Figure, Target
@@ -34,7 +34,7 @@ from .uncontended import batch, ratio
 GROUP = "one task: checkout and return"
 BOUNDS = {"asyncpg": 0.8, "psycopg": 0.9}
 """Of AsyncAdaptedQueuePool's time.  psycopg's ``rollback`` is a coroutine, which both must run."""
-AsyncBatch: TypeAlias = Callable[[Source, int], Awaitable[float]]
+AsyncBatch: TypeAlias = Callable[[Source, int, Clock], Awaitable[float]]
 """Returns the seconds of one checkout, of so many."""
 
 
@@ -56,7 +56,8 @@ async def _measure(
     """Let the competitors take turns, as threads' do."""
     async with AsyncExitStack() as stack:
         sources = {c.name: (await stack.enter_async_context(place.pools(c, 5)))[0] for c in competitors}
-        rows = [await _round(sources, each, effort) for _ in range(effort.rounds)]
+        clock = stack.enter_context(Clock())
+        rows = [await _round(sources, each, effort, clock) for _ in range(effort.rounds)]
     cell = Cell(GROUP, name)
     for competitor in sources:
         seconds = [median(turn[competitor] for turn in turns) for turns in rows]
@@ -72,31 +73,33 @@ async def _measure(
     return cell
 
 
-async def _round(sources: dict[str, Source], each: AsyncBatch, effort: Effort) -> list[dict[str, float]]:
+async def _round(
+    sources: dict[str, Source], each: AsyncBatch, effort: Effort, clock: Clock
+) -> list[dict[str, float]]:
     gc.collect()
     order = list(sources)
     turns = []
     checkouts = max(1, effort.checkouts // 3)  # they take several times as long as those of threads
     for _ in range(effort.batches):
-        turns.append({name: await each(sources[name], checkouts) for name in order})
+        turns.append({name: await each(sources[name], checkouts, clock) for name in order})
         order.append(order.pop(0))
     return turns
 
 
-async def pool(source: Source, checkouts: int) -> float:
+async def pool(source: Source, checkouts: int, clock: Clock) -> float:
     """The pool alone: ``connect()`` and ``close()`` in one greenlet."""
     assert isinstance(source, EngineSource)
     spawn = importlib.import_module("sqlalchemy.util").greenlet_spawn
-    seconds: float = await spawn(batch, source.engine.pool, None, checkouts)
+    seconds: float = await spawn(batch, source.engine.pool, None, checkouts, clock)
     return seconds
 
 
-async def block(source: Source, checkouts: int) -> float:
+async def block(source: Source, checkouts: int, clock: Clock) -> float:
     """As applications do it: an ``async with`` block."""
     async with source.connect():  # opens the connection, and brings the code into the caches
         pass
-    begin = time.perf_counter()
+    begin = clock()
     for _ in range(checkouts):
         async with source.connect():
             pass
-    return (time.perf_counter() - begin) / checkouts
+    return (clock() - begin) / checkouts

@@ -12,7 +12,6 @@ import logging
 import os
 import random
 import secrets
-import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from sqla_queries_pool import QueriesPool
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres, EmbeddedPostgresError
 
 from .async_competitors import QUERIES, QUEUE, AsyncCompetitor, Place, installed, places
+from .clock import Clock
 from .competitors import Backend
 from .effort import Effort
 from .figures import Cell, Figure, Target
@@ -49,32 +49,6 @@ RECOVERY = 0.3
 HEAP = 1_000_000
 """Objects, as many as an application may have: a collection of all of them takes a tenth of a second."""
 SYNC_DRIVER = "psycopg2"
-WAITED = "/proc/thread-self/schedstat"
-"""Its second number: the nanoseconds for which this thread could have run, and another one did."""
-
-
-class Clock:
-    """Seconds; it stands still while the kernel runs other programs in the place of this thread.
-
-    So a busy machine makes nobody late.  Linux tells that time; elsewhere the clock runs on.
-    """
-
-    def __init__(self) -> None:
-        self._file = os.open(WAITED, os.O_RDONLY) if os.path.exists(WAITED) else None
-
-    def __call__(self) -> float:
-        while True:
-            waited, now = self._waited(), time.perf_counter()
-            if self._waited() == waited:  # else another program ran in between
-                return now - waited / 1e9
-
-    def _waited(self) -> int:
-        return 0 if self._file is None else int(os.pread(self._file, 100, 0).split()[1])
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            os.close(self._file)
 
 
 class Heart:

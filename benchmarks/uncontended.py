@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from statistics import median
 
@@ -102,11 +102,13 @@ def _round(pools: dict[str, Pool], work: Work | None, batches: int, checkouts: i
     return turns
 
 
-def batch(pool: Pool, work: Work | None, checkouts: int) -> float:
+def batch(
+    pool: Pool, work: Work | None, checkouts: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds of one checkout."""
     connect = pool.connect
     connect().close()  # opens the connection, and brings the pool's code into the caches
-    start = time.perf_counter()
+    start = clock()
     if work is None:
         for _ in range(checkouts):
             connect().close()
@@ -115,4 +117,4 @@ def batch(pool: Pool, work: Work | None, checkouts: int) -> float:
             connection = connect()
             work(connection)
             connection.close()
-    return (time.perf_counter() - start) / checkouts
+    return (clock() - start) / checkouts

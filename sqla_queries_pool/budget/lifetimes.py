@@ -9,7 +9,6 @@ from typing import Any
 
 from .slots import HELD, IDLE, Attachment, Slot
 
-
 LONGEST_RENEWAL = 5.0
 """Seconds for which the others wait for the renewal of one."""
 
