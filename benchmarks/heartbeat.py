@@ -65,7 +65,9 @@ class Heart:
         while True:
             due += INTERVAL
             await asyncio.sleep(max(0.0, due - self._clock()))
-            self.late.append(max(0.0, self._clock() - due))
+            while (early := due - self._clock()) > 0:  # the clock stood still meanwhile
+                await asyncio.sleep(early)
+            self.late.append(-early)
 
     async def stop(self) -> None:
         """The end; what is due by then still counts."""
