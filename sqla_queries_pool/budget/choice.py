@@ -50,8 +50,8 @@ def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: flo
     if first and (hollow or now - oldest.since > max(PATIENCE, PATIENCE_FACTOR * ledger.mean_wait)):
         return oldest
     # Even with one slot less, mine would get as large a share of what it wants as the other with one more: so
-    # slots spread in proportion to demand, and never swing back, also where the demand swings a little.  Who has
-    # nothing is served first of all.
+    # slots spread in proportion to demand, and never swing back, also where the demand swings a little.  An
+    # engine that has nothing gets one.
     has, its = len(attachment.own), len(oldest.attachment.own)
     wanted, its_wanted = has + len(attachment.queue), its + len(oldest.attachment.queue)
     if (has - 1) * its_wanted >= (its + 1) * wanted or (not its and has > 1):
