@@ -1193,15 +1193,15 @@ def test_a_driver_without_sockets_makes_the_older_ones_suspect(new_engine: NewEn
     pid = new_pid()
     clock = aged(pid)
     driver = FakeDriver()
-    engine = new_engine("fake://host/database", module=driver, pool_id=pid, ping_after=10)
+    engine = new_engine("fake://host/database", module=driver, pool_id=pid, ping_after=0.4)
     out = [engine.raw_connection() for _ in range(3)]
     for connection in out[:2]:
         connection.close()
-    clock.now += 5
+    clock.now += 0.2
     out[2].close()
     engine.raw_connection().close()
     assert [c.calls["ping"] for c in driver.connections] == [0, 0, 0]
-    clock.now += 5  # for the first two it is 10
+    clock.now += 0.2  # for the first two it is 0.4
 
     def refuse(connection: FakeConnection) -> None:
         raise driver.OperationalError("gone")

@@ -124,7 +124,7 @@ class Slot:
     def __init__(self, handle: Any = None) -> None:
         self.state = GONE
         """One of the words above; written under the lock alone, see :data:`TRANSITIONS`."""
-        self.socket: Any = handle
+        self.socket: Any = None
         """What any thread may look at, hang up and close (``fileno()``, ``close()``): the DBAPI connection
         itself, or what stands for one that belongs to an event loop; written with :attr:`handle`."""
         self.handle = handle

@@ -17,14 +17,13 @@ from sqlalchemy.pool import reset_commit, reset_rollback
 from ..budget.ledger import ABANDONED
 from ..budget.slots import HELD, Slot
 from ..runtime.upkeep import Upkeep
-from ..sockets import liveness
 from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, ConnectionRecord
 
 
 class Record(ConnectionRecord):
     """SQLAlchemy's record of a connection, which knows its slot."""
 
-    __slots__ = ("attachment", "owner", "ping_timeout", "slot")
+    __slots__ = ("attachment", "owner", "slot")
 
     def __init__(self, owner: Any, slot: Slot) -> None:
         # Without a connection yet: get_connection() opens it, as it does for one that was
@@ -36,8 +35,6 @@ class Record(ConnectionRecord):
         """Its slot, for life."""
         self.attachment: Any = None if slot.home is None else slot.home()
         """Its engine's side of the ledger, in the runtime that it was born in."""
-        self.ping_timeout: liveness.PingTimeout | None = None
-        """What ends SQLAlchemy's own ping (``pool_pre_ping``) where it takes too long."""
 
     @property
     def logger(self) -> Any:
