@@ -244,7 +244,9 @@ class Loop:
         self.here = self
         self.closed = False
         """Is the loop closed?"""
-        sentinel = _Sentinel(_until_the_end(self._users, self, self._unfinished))
+        self._ending = False
+        """Was it said to end?  Then nothing begins in the background any more."""
+        sentinel = _Sentinel(_until_the_end(self, self._users, self._unfinished))
         loop.call_later(FOREVER, sentinel)
         # It may die in any thread, at any moment; those who hear of it may not wait.
         self._ended = weakref.ref(sentinel, self._loop_ended)
@@ -306,7 +308,8 @@ class Loop:
     def submit(self, _: Worker, job: Callable[[], None]) -> bool:
         """Have ``job`` run in a task of the loop; return False where the loop does not run."""
         loop = self._loop()
-        return loop is not None and loop.is_running() and self.soon(functools.partial(self._start, job))
+        runs = loop is not None and loop.is_running() and not self._ending
+        return runs and self.soon(functools.partial(self._start, job))
 
     def soon(self, function: Callable[[], object]) -> bool:
         """Run it in the thread of the loop, at once if that is this one; False if the loop is closed."""
@@ -352,17 +355,23 @@ class Loop:
 
 
 async def _until_the_end(
-    users: Iterable[UsesLoop], loop: Loop, unfinished: set[Future[Any]]
+    loop: Loop, users: Iterable[UsesLoop], unfinished: set[Future[Any]]
 ) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        for user in list(users):
-            user.loop_ends(loop)
-        for _ in range(TURNS):
-            await asyncio.sleep(0)
+        loop._ending = True
+        await _close_idle(loop, users)
         if unfinished:
             await asyncio.wait(unfinished, timeout=LONGEST_END)
+            await _close_idle(loop, users)  # what was opened meanwhile
+
+
+async def _close_idle(loop: Loop, users: Iterable[UsesLoop]) -> None:
+    for user in list(users):
+        user.loop_ends(loop)
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
 
 
 def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:

@@ -79,7 +79,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_finalize_fairy": "a function, known by its code: invalidates a record whose rollback has failed",
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
     # Of asyncio.
-    "_transaction": "of the adapter of asyncpg: None where none has begun",
+    "AsyncAdapt_asyncpg_connection._transaction": "None where none has begun; its rollback() looks at it",
     "await_only": "waits in a greenlet, and lets the loop go on: dialects of others use it, too",
     "greenlet_spawn": "runs a function in which await_only() can be used",
     # Of an engine: see connect_arguments.
