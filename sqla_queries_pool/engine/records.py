@@ -226,8 +226,8 @@ class Proxy(ConnectionFairy):
     _close_special = close
 
     def _checkin(self, transaction_was_reset: bool = False) -> None:
-        """As SQLAlchemy's, which leaves closing a detached connection of asyncio to the destructor of a driver
-        that has no ``terminate()``.  Here it can be closed as any other."""
+        """As SQLAlchemy's, which leaves a detached connection of asyncio to the destructor of a driver that
+        has no ``terminate()``.  Here it can be closed as any other."""
         pool: Any = self._pool
         connection, detached = self.dbapi_connection, self._connection_record is None
         super()._checkin(transaction_was_reset)
