@@ -227,6 +227,16 @@ class Proxy(ConnectionFairy):
         """The driver's; SQLAlchemy's proxy finds it by ``__getattr__``, which takes a sixth of a checkout."""
         self.dbapi_connection.rollback()
 
+    def _checkin(self, transaction_was_reset: bool = False) -> None:
+        """As SQLAlchemy's, which leaves a detached connection of asyncio to the destructor of a driver that
+        has no ``terminate()``.  Here it can be closed as any other."""
+        pool: Any = self._pool
+        connection, detached = self.dbapi_connection, self._connection_record is None
+        super()._checkin(transaction_was_reset)
+        if detached and pool._dialect.is_async and pool._core.connections.is_detached(connection):
+            pool.dispatch.close_detached(connection)
+            pool._close_connection(connection)
+
     def detach(self) -> None:
         """As SQLAlchemy's.  First, nothing but the proxy leads to the record, see :meth:`close`."""
         self._pool.records_out.discard(self._connection_record)  # type: ignore[attr-defined]
