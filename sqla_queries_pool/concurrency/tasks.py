@@ -16,6 +16,7 @@ drops what the loop had to do later: a thing that dies with that tells of it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import contextvars
 import functools
@@ -48,6 +49,8 @@ LONGEST_END = 1.0
 TURNS = 3
 """How many turns of the loop transports need to close their sockets."""
 
+_CAN_AWAIT = "__sqlalchemy_greenlet_provider__"
+"""Of a greenlet: SQLAlchemy's mark of one in which ``await_only()`` can be used, since 2.0.24 or so."""
 _number = itertools.count(1)
 _asker: contextvars.ContextVar[TaskCaller | None] = contextvars.ContextVar(
     "sqla_queries_pool_task", default=None
@@ -383,6 +386,27 @@ def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:
 async def _nothing() -> None: ...
 
 
+@functools.cache
+def _collect_without_awaiting() -> None:
+    """Have no collection await anything, from now on.
+
+    SQLAlchemy's finalizer of an abandoned connection, of any pool, says goodbye to the server where it is in
+    a greenlet, and so lets other tasks run: also one that wants into the critical section in which this one
+    is.  Elsewhere it just closes the connection.  A collection can begin at any allocation.
+    """
+    from greenlet import getcurrent  # type: ignore[import-untyped]  # without asyncio there may be none
+
+    def collects(phase: str, _: object) -> None:
+        greenlet = getcurrent()
+        if phase == "stop":
+            vars(greenlet).pop(_CAN_AWAIT, None)
+        elif getattr(greenlet, _CAN_AWAIT, False):
+            setattr(greenlet, _CAN_AWAIT, False)
+
+    gc.callbacks.append(collects)
+    atexit.register(gc.callbacks.remove, collects)  # then no loop runs, and greenlet may be gone
+
+
 _loops: weakref.WeakKeyDictionary[AbstractEventLoop, Loop] = weakref.WeakKeyDictionary()
 _lock = threading.RLock()
 """Guards :data:`_loops`: loops of several threads come and go.  Reentrant, for a finalizer may ask, too."""
@@ -402,5 +426,6 @@ def running() -> Loop:
     with _lock:
         found = _loops.get(loop)
         if found is None:
+            _collect_without_awaiting()
             _loops[loop] = found = Loop(loop)
         return found
