@@ -98,8 +98,8 @@ DIFFERENCES: dict[str, Difference] = {
         "AsyncAdaptedQueuePool takes it back into the disposed pool, where it stays"
     ),
     "test_cancelled_at_any_await_while_it_connects_nothing_is_lost": Difference(
-        "AsyncAdaptedQueuePool leaves a backend; with psycopg in all versions, as it finishes a connect that was "
-        "cancelled, and nobody has the connection",
+        "AsyncAdaptedQueuePool leaves a backend; with psycopg in all versions, as it finishes a connect that "
+        "was cancelled, and nobody has the connection",
         until=(2, 0, 56),
         psycopg=True,
     ),

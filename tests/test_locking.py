@@ -408,7 +408,7 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
 def renew_and_warm_up(pool: QueriesPool, eventually: Eventually) -> None:
     """Connections are opened in the background, and in readiness."""
     pool.expire(rolling=True)
-    eventually(lambda: inside.ledger(pool).lifetimes.renewing is None, "it is renewed")
+    eventually(lambda: inside.ledger(pool).lifetimes.renewing == [], "it is renewed")
     inside.attachment(pool).min_size = 2
     pool.warm_up()
     inside.core(pool).suspect_own(inside.attachment(pool))

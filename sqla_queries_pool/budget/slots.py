@@ -353,8 +353,10 @@ class Numbers(NamedTuple):
     total: int
     """All that count against the limit."""
     held: int
+    """Those that somebody has; not what the pool itself renews."""
     idle: int
     opening: int
+    """Also those that are being renewed."""
     closing: int
     hollow: int
     """Idle slots without a connection: it was invalidated."""

@@ -24,7 +24,7 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from .. import logs, parameters
 from ..budget.audit import Audit
-from ..budget.slots import HELD, LOCKED, OPENING, Attachment, Permit, Quota
+from ..budget.slots import HELD, IDLE, LOCKED, OPENING, Attachment, Permit, Quota, Slot
 from ..budget.stats import Statistics
 from ..insight import stacks
 from ..insight.report import log_leak
@@ -369,14 +369,21 @@ class QueriesPool(SQLAlchemyPool):
         return 0 if size is None or size == math.inf else int(size)
 
     def checkedin(self) -> int:
-        """How many connections this engine has idle."""
-        return sum(len(attachment.idle) + len(attachment.hollow) for attachment in self._sides.all())
+        """How many connections this engine has idle, those included that are being renewed."""
+        return sum(
+            slot.state is IDLE or (slot.state is HELD and slot.holder is None) for slot in self._slots()
+        )
 
     def checkedout(self) -> int:
-        """How many connections of this engine are out, or being opened."""
+        """How many connections of this engine are out, or being opened for a checkout."""
+        return sum(
+            slot.state is LOCKED or (slot.state in (HELD, OPENING) and slot.holder is not None)
+            for slot in self._slots()
+        )
+
+    def _slots(self) -> list[Slot]:
         homes = {attachment.ref for attachment in self._sides.all()}
-        states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home in homes]
-        return sum(state in (HELD, LOCKED, OPENING) for state in states)
+        return [slot for slot in list(self._attachment.quota.slots) if slot.home in homes]
 
     def overflow(self) -> int:
         """QueuePool's: how many connections there are above ``size()``; here, zero or less."""
