@@ -90,6 +90,11 @@ def waiters(pool: Any) -> Any:
     return core(pool).ledger.waiters()
 
 
+def slots(pool: Any) -> list[Any]:
+    """All that counts against its limit."""
+    return list(ledger(pool).slots)
+
+
 def by_handle(pool: Any) -> dict[int, Any]:
     """Its slots by the ``id()`` of their connections."""
     return connections(pool).by_handle
@@ -352,11 +357,6 @@ def before_a_look(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], 
         return real(self, *args)
 
     monkeypatch.setattr(attempt.Attempt, "_usable", later)
-
-
-def ping_of(timeout: Any) -> Any:
-    """The connection that would be hung up, None once it has answered."""
-    return timeout._handle
 
 
 # -- others ----------------------------------------------------------------------------------------------

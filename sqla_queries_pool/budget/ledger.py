@@ -69,8 +69,8 @@ class Ledger(LedgerState):
             slot = entry.slot
             if now - slot.since >= attachment.ping_after or now >= slot.expires:
                 slot.suspect = True
+            slot.holder = holder  # first: held by nobody is what the pool renews
             slot.state = HELD
-            slot.holder = holder
             slot.since = now
             slot.uses += 1
             self.out = out = self.out + 1
@@ -503,8 +503,8 @@ class Ledger(LedgerState):
         work: Work = []
         if slot.state is HELD and attachment is not None:
             work = self.give_unused(attachment, entry, now) or []
+            work += self._note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted
             if slot.state is IDLE and slot.handle is not None:
-                work += self._note_lifetime(slot)
                 slot.since = since
                 idle = attachment.idle
                 idle.remove(entry)

@@ -259,7 +259,7 @@ class Loop:
     @property
     def caller(self) -> TaskCaller:
         """The task that asks."""
-        task, before = asyncio.current_task(), _asker.get()
+        task, before = asyncio.current_task(self._loop()), _asker.get()
         if before is not None and before.task() is task:
             return before
         caller = TaskCaller(task, before)  # one that is inherited is the parent

@@ -22,7 +22,9 @@ from ..budget.slots import CLOSING, GONE, Attachment
 from ..concurrency import tasks
 from ..concurrency.threads import THREADS
 from ..runtime.core import Core
+from ..sockets.drivers import socket_of
 from ..sockets.loop_socket import LoopSocket
+from .seams import begun
 
 More: TypeAlias = weakref.WeakMethod[Callable[[], Attachment]]
 _ALONE = 0.005
@@ -53,6 +55,9 @@ class Sides(Protocol):
     def socket(self, handle: Any) -> Any:
         """Return the :attr:`.Slot.socket` of a connection that was opened here."""
 
+    def begun(self, handle: Any, dialect: Any) -> Callable[[], Any] | None:
+        """Return the :attr:`.Slot.begun` of a connection that was opened here."""
+
     def close(self, socket: Any, as_sqlalchemy: Callable[[], None]) -> None:
         """Close a connection; where one can wait, as SQLAlchemy does."""
 
@@ -77,7 +82,10 @@ class ThreadSide:
         return [self.here]
 
     def socket(self, handle: Any) -> Any:
-        return handle
+        return socket_of(handle)
+
+    def begun(self, _: Any, __: Any) -> None:
+        return None
 
     def close(self, _: Any, as_sqlalchemy: Callable[[], None]) -> None:
         as_sqlalchemy()
@@ -150,6 +158,9 @@ class LoopSides:
             return LoopSocket(handle, tasks.running())
         except exc.MissingGreenlet:  # one that was detached, and is closed where no loop runs
             return handle
+
+    def begun(self, handle: Any, dialect: Any) -> Callable[[], Any] | None:
+        return begun(handle, dialect)
 
     def close(self, socket: LoopSocket, _: Callable[[], None]) -> None:
         socket.close()
