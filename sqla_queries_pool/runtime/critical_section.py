@@ -126,7 +126,7 @@ class CriticalSection:
         """Return the error of a thread that is inside already."""
         return CheckoutReentered(
             f"{self.label}: this thread is inside the pool, and what was called in the middle of it, a "
-            "finalizer or a signal handler, called the same pool. Don't check out or dispose there, nor in an "
-            "event listener that a finalizer can run: set a flag or start a thread, and do it later. Returning "
-            "a connection is fine"
+            "finalizer or a signal handler, called the same pool. Don't check out or dispose there, nor in "
+            "an event listener that a finalizer can run: set a flag or start a thread, and do it later. "
+            "Returning a connection is fine"
         )
