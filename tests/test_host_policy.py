@@ -153,7 +153,9 @@ class Host:
         readers = [p for p in self.processes if p is not sender and post.to in ("", p.name)]
         if post.lease is not None:
             reader = next(iter(readers), None)
-            if reader is None or self.draw.random() < self.loss:
+            if not post.to:
+                self.locked.discard(post.lease.number)
+            elif reader is None or self.draw.random() < self.loss:
                 sender.member.kept(post, gone=reader is None)
             else:
                 self.deliver(sender, reader, post)
@@ -197,6 +199,7 @@ class Host:
             self.locked.add(number)
             member.got(Lock(number), now)
         posts += member.look(process.own(now), now)
+        member.free_unused(process.own(now), now)
         process.work(now, self.draw)  # its limit may be another one by now
         for post in posts:
             self.send(process, post, self.draw.random() < dying)
@@ -206,7 +209,6 @@ class Host:
             self.send(process, post, self.draw.random() < dying)
             if process not in self.processes:
                 return
-        self.locked -= {lock.number for lock in member.unused(process.own(now), now)}
 
     def run(self, seconds: float, dying: float = 0.0) -> None:
         """Let time pass."""

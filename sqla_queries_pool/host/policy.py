@@ -286,18 +286,13 @@ class Member:
         above = sum(lease.number >= budget for lease in self.leases) - len(self.promises)
         self.promises += [Promise("", now + GIVE_WITHIN)] * above
 
-    def unused(self, own: Own, now: float) -> list[Any]:
-        """Return those to be freed, because no connection stood on them for a while; they are gone here."""
+    def free_unused(self, own: Own, now: float) -> None:
+        """Have those freed on which there was no connection for a while."""
         unused = self.limit - own.used
         if own.waiting or unused <= 0:
             self._unused_since = None
-            return []
-        if self._unused_since is None:
+        elif self._unused_since is None:
             self._unused_since = now
-        if now - self._unused_since < UNUSED_FOR:
-            return []
-        self._unused_since = None
-        self.leases.sort(key=lambda lease: lease.number)
-        freed = self.leases[len(self.leases) - unused :]
-        del self.leases[len(self.leases) - unused :]
-        return freed
+        elif now - self._unused_since >= UNUSED_FOR:
+            self._unused_since = None
+            self.promises += [Promise("", now + GIVE_WITHIN)] * unused
