@@ -95,6 +95,10 @@ class CheckedWaiter:
         self.opened = False
         self._answer: Any = None
 
+    def accept(self) -> Any:
+        """Take what it was given."""
+        return self._answer
+
     @property
     def answer(self) -> Any:
         """What it was given."""

@@ -19,6 +19,7 @@ from hazards import Thread, new_pid
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import ParameterError, QueriesPool
+from sqla_queries_pool.concurrency.threads import THREADS
 from sqla_queries_pool.sockets.lingering import Lingering
 
 Eventually = Callable[..., None]
@@ -141,7 +142,7 @@ def test_who_connects_at_the_limit_waits_for_the_server(
     connects = refusals.connects
     looks = itertools.count()
     wait = lingering.wait
-    lingering.wait = lambda room, seconds: wait(lambda: (next(looks), room())[1], seconds)
+    lingering.wait = lambda room, *how: wait(lambda: (next(looks), room())[1], *how)
     checkout = Thread(engine.connect)
     eventually(lambda: next(looks) > 10, "it waits")
     assert refusals.connects == connects
@@ -174,7 +175,7 @@ def test_nobody_waits_who_closes(limited: Callable[..., Engine], eventually: Eve
     engine = limited()
     lingering: Any = inside.lingering(engine.pool)
     waited: list[float] = []
-    lingering.wait = lambda room, _: waited.append(len(lingering) - room())
+    lingering.wait = lambda room, *_: waited.append(len(lingering) - room())
     for connection in [engine.connect() for _ in range(2)]:
         connection.invalidate()
         connection.close()
@@ -246,7 +247,7 @@ def test_one_that_the_server_had_closed_does_not_linger(lingering: Lingering) ->
 def test_the_wait_ends_when_there_is_room(lingering: Lingering) -> None:
     """Of two that linger one may stay."""
     first, second = closed(lingering), closed(lingering)
-    waiting = Thread(lingering.wait, lambda: 1, 60.0)
+    waiting = Thread(lingering.wait, lambda: 1, 60.0, THREADS.pause)
     assert waiting.alive
     second.theirs.close()
     waiting.join()
@@ -257,9 +258,9 @@ def test_the_wait_ends_when_there_is_room(lingering: Lingering) -> None:
 def test_the_wait_ends_when_its_time_is_over(lingering: Lingering) -> None:
     """A server that never lets go keeps nobody from connecting for longer; it is forgotten in its time."""
     wire = closed(lingering, 0.02)
-    lingering.wait(lambda: 0, 0.01)
+    lingering.wait(lambda: 0, 0.01, THREADS.pause)
     assert len(lingering) in (0, 1)
-    lingering.wait(lambda: 0, 60.0)
+    lingering.wait(lambda: 0, 60.0, THREADS.pause)
     assert len(lingering) == 0
     wire.theirs.close()
 

@@ -385,6 +385,8 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     a.connect().close()
     renew_and_warm_up(a, eventually)
     step()
+    inside.core(b).abandon(inside.attachment(b))
+    step()
 
 
 def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:

@@ -248,12 +248,14 @@ def test_it_stands_beside_other_plugins(make: Any) -> None:
     assert not engine.url.query
 
 
-def test_an_asynchronous_engine_is_refused_here_too() -> None:
-    """By the same error as with ``poolclass=QueriesPool``."""
-    pytest.importorskip("greenlet", reason="SQLAlchemy's asynchronous engines need greenlet")
+def test_the_url_of_an_asynchronous_engine_takes_it_too() -> None:
+    """As where a framework derives one URL from the other."""
     asyncio = pytest.importorskip("sqlalchemy.ext.asyncio")
-    with pytest.raises(exc.ArgumentError, match="cannot be used with asyncio engine"):
-        asyncio.create_async_engine("postgresql+psycopg://scott@db.example.net/shop?plugin=queries")
+    engine = asyncio.create_async_engine(
+        "postgresql+psycopg://scott@db.example.net/shop?plugin=queries&max_size=3"
+    )
+    assert isinstance(engine.pool, QueriesPool)
+    assert engine.pool.size() == 3
 
 
 def test_an_ini_file_needs_the_url_alone(make: Any) -> None:

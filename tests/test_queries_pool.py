@@ -591,23 +591,6 @@ def test_create_engine_passes_queuepools_parameters(driver: FakeDriver) -> None:
     assert engine.pool.size() == 7  # type: ignore[attr-defined]
 
 
-def test_an_asynchronous_engine_refuses_the_pool() -> None:
-    """It would block the event loop: SQLAlchemy says so when the engine is made."""
-    pytest.importorskip("psycopg")
-    with pytest.raises(exc.ArgumentError, match="QueriesPool cannot be used with asyncio engine"):
-        create_engine("postgresql+psycopg_async://me@host/asynchronous", poolclass=QueriesPool)
-
-
-def test_create_async_engine_refuses_the_pool() -> None:
-    """The same through the front door, where greenlet is installed."""
-    pytest.importorskip("greenlet")
-    pytest.importorskip("psycopg")
-    from sqlalchemy.ext.asyncio import create_async_engine
-
-    with pytest.raises(exc.ArgumentError, match="QueriesPool cannot be used with asyncio engine"):
-        create_async_engine("postgresql+psycopg_async://me@host/asynchronous", poolclass=QueriesPool)
-
-
 def test_every_parameter_can_be_seen_by_create_engine() -> None:
     """create_engine looks at the signature: nothing may hide in ``**kw`` but SQLAlchemy's own."""
     own = set(inspect.signature(QueriesPool.__init__).parameters) - {"self", "kw"}

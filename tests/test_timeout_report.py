@@ -83,12 +83,12 @@ def held(pool: Any, name: str, label: str | None = None) -> Iterator[Any]:
 def holder(thread: int | None = OTHER, seconds: float = 0.5, **kw: Any) -> Holder:
     """Somebody who has a connection."""
     about = {"name": f"thread-{thread}", "label": None, "state": "held", "uses": 1, "backend_pid": 42}
-    return Holder(thread=thread, seconds=seconds, **({**about, "transaction": "idle"} | kw))
+    return Holder(thread=thread, caller=thread, seconds=seconds, **({**about, "transaction": "idle"} | kw))
 
 
 def waiter(thread: int, seconds: float = 0.5) -> Waiting:
     """Somebody who waits for one."""
-    return Waiting(thread=thread, name=f"thread-{thread}", label=None, seconds=seconds)
+    return Waiting(thread=thread, name=f"thread-{thread}", label=None, seconds=seconds, caller=thread)
 
 
 def seen(*holders: Holder, waits: tuple[Waiting, ...] = (), error: str | None = None, **kw: Any) -> Snapshot:

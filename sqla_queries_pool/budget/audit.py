@@ -174,13 +174,12 @@ def _could_be_served(ledger: Ledger, now: float) -> bool:
             continue
         if not quota.full and len(ledger.slots) < ledger.limit:
             return True
-        insist = may_insist(first, now)
-        before = now if insist else now - SPARE
+        before = now if may_insist(first, now) else now - SPARE
         for other in ledger.everyone():
             if quota.full and other.quota is not quota:
                 continue
             if other.hollow or any(slot.stale for slot in other.locked):
                 return True
-            if other.idle and (other.quota is quota or other.idle[0].slot.since <= before):
+            if other.idle and (other.kin(attachment) or other.idle[0].slot.since <= before):
                 return True
     return False

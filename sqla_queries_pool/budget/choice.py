@@ -9,7 +9,7 @@ import math
 from typing import Any
 
 from .queue import WORTH_IT
-from .slots import OVERLOAD, QUEUE_FULL, Attachment, Quota, Rejected, Waiter
+from .slots import OVERLOAD, QUEUE_FULL, Attachment, Rejected, Waiter
 from .state import LedgerState
 
 SPARE = 0.05
@@ -42,7 +42,7 @@ def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: flo
         if (other := waiter.attachment) is not attachment and (other.quota is mine or not other.quota.full)
     ]
     if own is None and not hollow:  # then it stays, unless another engine's waiter may insist
-        others = [w for w in others if w.attachment.quota is mine or may_insist(w, now)]
+        others = [w for w in others if w.attachment.kin(attachment) or may_insist(w, now)]
     oldest = min(others, key=arrival, default=None)
     if own is None or oldest is None:
         return own or oldest
@@ -51,9 +51,9 @@ def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: flo
         return oldest
     # Even with one slot less, mine would get more of what it wants than the other does: so slots
     # spread in proportion to demand, and never swing back.
-    its = len(oldest.attachment.quota.slots)
-    wanted, its_wanted = len(mine.slots) + len(attachment.queue), its + len(oldest.attachment.queue)
-    if (len(mine.slots) - 1) * its_wanted > its * wanted:
+    has, its = len(attachment.own), len(oldest.attachment.own)
+    wanted, its_wanted = has + len(attachment.queue), its + len(oldest.attachment.queue)
+    if (has - 1) * its_wanted > its * wanted:
         return oldest
     ledger.totals.bypasses += first
     return own
@@ -61,8 +61,7 @@ def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: flo
 
 def may_insist(waiter: Waiter, now: float) -> bool:
     """May it have the slot of a connection that its engine is about to use again?"""
-    quota = waiter.attachment.quota
-    return not quota.slots or now - waiter.since >= PATIENCE
+    return not waiter.attachment.own or now - waiter.since >= PATIENCE
 
 
 def may_wait(ledger: LedgerState, attachment: Attachment, holder: Any, now: float) -> bool:
@@ -112,18 +111,19 @@ def why_rejected(waiter: Waiter, now: float, new: bool) -> Rejected | None:
     return None
 
 
-def pick(ledger: LedgerState, quota: Quota | None, within: bool, before: float) -> Any:
+def pick(ledger: LedgerState, asker: Attachment | None, within: bool, before: float) -> Any:
     """Take the idle entry that can best be spared off its list and return it, or None.
 
-    :param quota: for whom.
-    :param within: only from the engines of this quota.
-    :param before: other engines spare what has been idle since then, or longer.
+    :param asker: for whom.
+    :param within: only from those of its quota.
+    :param before: what is not its kin spares what has been idle since then, or longer.
     """
-    crowd = [a for a in ledger.everyone() if not within or a.quota is quota]
+    crowd = [a for a in ledger.everyone() if not within or (asker is not None and a.quota is asker.quota)]
     for attachment in crowd:
         if attachment.hollow:
             return attachment.hollow.popleft()
-    idle = [a for a in crowd if a.idle and (a.quota is quota or a.idle[0].slot.since <= before)]
+    kin = {a for a in crowd if asker is not None and asker.kin(a)}
+    idle = [a for a in crowd if a.idle and (a in kin or a.idle[0].slot.since <= before)]
     if idle:
         # What was added by hand goes last: nobody opens that again.
         choice = min(idle, key=lambda a: (a is ledger.by_hand, a.idle[0].slot.since))

@@ -6,7 +6,7 @@ under the pool's lock.  It returns the work of closing.
 
 from __future__ import annotations
 
-from .ledger import DISPOSED, REMOVED, Ledger
+from .ledger import DISPOSED, ENDED, REMOVED, Ledger
 from .slots import HELD, IDLE, LOCKED, OPENING, Attachment, Slot
 from .work import Work
 
@@ -51,6 +51,22 @@ def retire(ledger: Ledger, attachment: Attachment) -> Work:
     """Close what was opened before the last dispose: what is idle now, the others when they are returned."""
     attachment.retired = attachment.generation
     return ledger.close_idle(attachment, DISPOSED)
+
+
+def abandon(ledger: Ledger, attachment: Attachment, now: float) -> Work:
+    """Close all that an attachment has, also what is out, and let its waiters go: its runtime has ended, and
+    with it whoever could return, open or use any of it."""
+    attachment.warm = False
+    for waiter in list(attachment.queue):
+        ledger.leave(waiter)
+    work = ledger.close_idle(attachment, ENDED)
+    for slot in [slot for slot in attachment.quota.slots if slot.home is attachment.ref]:
+        if slot.state in (HELD, OPENING):
+            slot.reason = ENDED
+            work += ledger.cast_off(slot, now)
+        elif slot in attachment.locked:
+            work.append(ledger.close(attachment.locked.pop(slot), ENDED))
+    return work + ledger.serve(now)
 
 
 def retire_all(ledger: Ledger) -> Work:

@@ -51,6 +51,7 @@ GAVE_WAY = "gave way to another engine"
 LOWERED = "max_size was lowered"
 ABANDONED = "abandoned by its holder"
 REMOVED = "removed through the queries API"
+ENDED = "its event loop has ended"
 
 LOOK_EVERY = 5.0
 """Seconds between two looks at whether an engine still has its ``min_size`` of living connections."""
@@ -174,8 +175,8 @@ class Ledger(LedgerState):
         evicts = None
         full = quota.full or len(self.slots) >= self.limit
         if full or self.backoff.refusals:  # a server that is full has room for what gives way here
-            before = now if insist or not quota.slots else now - choice.SPARE
-            evicts = choice.pick(self, quota, quota.full, before)
+            before = now if insist or not attachment.own else now - choice.SPARE
+            evicts = choice.pick(self, attachment, quota.full, before)
             if evicts is not None:
                 self._remove(evicts.slot)
             elif full:

@@ -11,7 +11,7 @@ import math
 import os
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Final, NamedTuple, Protocol
 
 from .queue import Pace
@@ -69,12 +69,14 @@ class NotHeld(RuntimeError):
 class Quota:
     """What one engine may use and uses, across the pools that it had: dispose() makes a new one."""
 
-    __slots__ = ("slots", "stated")
+    __slots__ = ("slots", "split", "stated")
 
     def __init__(self, stated: float | None) -> None:
         self.stated = stated
         """The ``max_size`` that the engine states: its own ceiling, its wish for the pool's limit.
         ``inf`` asks for no limit, ``None`` asks for nothing and has no ceiling of its own."""
+        self.split = False
+        """Has the engine been used in more than one runtime?  Then not all of its slots are kin."""
         self.slots: set[Slot] = set()
         """All slots that count against the ceiling."""
 
@@ -111,6 +113,7 @@ class Slot:
         "reason",
         "session",
         "since",
+        "socket",
         "stack",
         "state",
         "suspect",
@@ -120,6 +123,9 @@ class Slot:
     def __init__(self, handle: Any = None) -> None:
         self.state = GONE
         """One of the words above; written under the lock alone, see :data:`TRANSITIONS`."""
+        self.socket: Any = handle
+        """What any thread may look at, hang up and close (``fileno()``, ``close()``): the DBAPI connection
+        itself, or what stands for one that belongs to an event loop; written with :attr:`handle`."""
         self.handle = handle
         """The DBAPI connection, None while there is none (opening, hollow, closed); written by
         its holder, when that opens or closes the socket."""
@@ -143,7 +149,8 @@ class Slot:
         self.generation = 0
         """The attachment's generation when the connecting of this socket began."""
         self.holder: Any = None
-        """The thread that holds or opens it (callers.py); None for nobody, or the pool itself."""
+        """The thread or the task that holds or opens it (concurrency/); None for nobody, or the pool
+        itself."""
         self.label: str | None = None
         """What its holder calls its work (labels.py); written by the holder, and left as it is on return."""
         self.stack: Any = ()
@@ -206,7 +213,7 @@ class Permit:
 
 
 class Waiter(Protocol):
-    """One blocked checkout; concurrency/ has the one for threads."""
+    """One blocked checkout; concurrency/ has those of threads and of tasks."""
 
     attachment: Attachment
     holder: Any
@@ -217,6 +224,7 @@ class Waiter(Protocol):
 
     def wait(self, seconds: float) -> None: ...
     def wake(self) -> None: ...
+    def accept(self) -> Any: ...
 
 
 def _nobody() -> None: ...
@@ -226,7 +234,7 @@ class Attachment:
     """One engine's side of the ledger: its idle connections and its queue.
 
     Owned by the engine's ``QueriesPool``; the ledger refers to it weakly, except while somebody
-    waits in its queue.
+    waits in its queue.  An engine of asyncio has one for each event loop that uses it, with one quota.
 
     :param quota: what the engine may use, across the pools that it had.
     :param ttl: the ``idle_ttl`` that the engine states, in seconds, ``inf`` for never.
@@ -256,6 +264,7 @@ class Attachment:
         "quota",
         "ref",
         "retired",
+        "runtime",
         "ttl",
         "warm",
     )
@@ -272,6 +281,9 @@ class Attachment:
         queue_target: float = math.inf,
     ) -> None:
         self.quota = quota
+        self.runtime: Any = None
+        """What waits, opens and closes for it (concurrency/): threads, or one event loop.  The ledger
+        compares it with others', and that is all."""
         self.lifo = use_lifo
         self.min_size = min_size
         """How many connections are kept open, once it is warm."""
@@ -298,6 +310,19 @@ class Attachment:
         self.ref: weakref.ref[Attachment] = weakref.ref(self)
         """What the slots and the ledger know it by; ``attach`` adds the callback."""
         self.make_fresh()
+
+    def kin(self, other: Attachment) -> bool:
+        """May the other one's connections be used here?  Those of the same engine before a dispose may; those
+        of another event loop may not."""
+        return other.quota is self.quota and other.runtime is self.runtime
+
+    @property
+    def own(self) -> Collection[Slot]:
+        """The slots of its kin."""
+        if not self.quota.split:
+            return self.quota.slots
+        homes = [(slot, slot.home()) for slot in self.quota.slots if slot.home is not None]
+        return [slot for slot, home in homes if home is not None and self.kin(home)]
 
     def make_fresh(self) -> None:
         """Have no connections and no waiters: at first, and in a forked child, as they are the parent's."""

@@ -1,12 +1,18 @@
-"""Threads: which one asks, and how one waits."""
+"""Threads: which one asks, how one waits, opens and closes."""
 
 from __future__ import annotations
 
+import gc
+import select
 import threading
 import weakref
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 from ..budget.slots import Attachment, Entry
+from .housekeeping import Worker
+
+_T = TypeVar("_T")
 
 
 class _Life:
@@ -33,6 +39,26 @@ class Caller:
     def alive(self) -> bool:
         """Does the thread still run?"""
         return self._life() is not None
+
+    @property
+    def ended(self) -> bool:
+        """Has it ended, so that it will return nothing?"""
+        return self._life() is None
+
+    @property
+    def number(self) -> int:
+        """The same for all that this thread holds and waits for, and no other's."""
+        return self.ident
+
+    @property
+    def name(self) -> str | None:
+        """What it is called, where that is known without asking :mod:`threading`."""
+        return None if self.alive else f"thread {self.ident}, which has ended"
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """Those that wait for this one to end, as far as is known: none."""
+        return ()
 
 
 class _Here(threading.local):
@@ -88,3 +114,49 @@ class ThreadWaiter:
     def wake(self) -> None:
         """Wake the waiter; called once, by the thread that has to do the ledger's work."""
         self._asleep.release()
+
+    def accept(self) -> Entry | None:
+        """Return what it was given, which is its own from now on."""
+        return self.answer
+
+
+class Threads:
+    """The runtime of the engines whose callers are threads: whatever takes time blocks the thread.
+
+    tasks.py has the one for an event loop, with the same methods.
+    """
+
+    here: ClassVar[_Here] = here
+    """Who asks."""
+
+    def waiter(self, attachment: Attachment, label: str | None, _: Callable[[Any], None]) -> ThreadWaiter:
+        """Return a new waiter: the caller."""
+        return ThreadWaiter(attachment, here.caller, label)
+
+    def open(self, opening: Callable[[], _T], _: Callable[[_T], None]) -> _T:
+        """Run what opens a connection, and return it."""
+        return opening()
+
+    def submit(self, worker: Worker, job: Callable[[], None]) -> bool:
+        """Have ``job`` run in the background; return False where it can't be."""
+        worker.submit(job)
+        return True
+
+    def pause(self, descriptors: Iterable[int], seconds: float) -> None:
+        """Wait until there is news on one of these sockets, for so many seconds at most."""
+        poll = select.poll()
+        for fd in descriptors:
+            poll.register(fd, select.POLLIN)
+        poll.poll(1000 * seconds)
+
+    def call(self, function: Callable[[], _T]) -> _T:
+        """Run what may have to wait, for an application."""
+        return function()
+
+    def collect(self) -> None:
+        """Collect all garbage."""
+        gc.collect()
+
+
+THREADS = Threads()
+"""The one that there is."""

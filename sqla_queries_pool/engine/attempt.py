@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import exc
 
-from ..budget.slots import Permit, Rejected
-from ..concurrency.threads import ThreadWaiter
+from ..budget.slots import Permit, Rejected, Waiter
 from ..errors import PoolDeadlock
 from ..insight import deadlock, stacks
 from ..insight.diagnosis import rejected
@@ -25,7 +26,7 @@ from .stages import OPENING, PROBING, WAITING, Stages
 
 
 class Refused(Exception):
-    """The server has refused a connection, or did so a moment ago, and it is worth trying again."""
+    """There is nothing, and it is worth trying again: the server has refused a connection, mostly."""
 
     def __init__(self, refusal: Any) -> None:
         # Without the traceback, which would keep the record alive for as long as the checkout waits.
@@ -62,13 +63,13 @@ class Attempt:
         :raises CheckoutTimeout: there was none within ``timeout``.
         :raises Exception: the driver's, if one can't be opened.
         """
-        checkouts, again = self._core.checkouts, False
+        again = False
         while True:
             try:
                 left = max(0.0, self._deadline - time.monotonic())
                 if again:
-                    entry = checkouts.take(self._pool._attachment, self._since) if left else None
-                if entry.__class__ is ThreadWaiter:
+                    entry = self._pool._take(self._since) if left else None
+                if entry is not None and not isinstance(entry, (Record, Permit)):
                     entry = self._wait(entry, left, again)
                 if entry is None:
                     raise self._refusal or self._known_refusal() or self._timed_out()
@@ -85,12 +86,14 @@ class Attempt:
                 self._stages.note(error, self._core.section.label)
                 raise
 
-    def _wait(self, waiter: ThreadWaiter, left: float, again: bool) -> Any:
+    def _wait(self, waiter: Waiter, left: float, again: bool) -> Any:
         self._stages.enter(WAITING)
         watch = None if self._pool.settings.on_deadlock == IGNORE else self._watch
         entry = self._core.checkouts.wait(waiter, left, self._pool.settings.gc_on_wait, watch, again)
         if isinstance(entry, Rejected):
             raise self._got_nothing(self._core.now() - self._since, rejected(entry))
+        if entry is waiter:  # its loop stood still, and another one got what it was given
+            raise Refused(None)
         return entry
 
     def _timed_out(self) -> Exception:
@@ -114,7 +117,7 @@ class Attempt:
 
         told = False
 
-        def in_vain(waiter: ThreadWaiter, now: float) -> None:
+        def in_vain(waiter: Waiter, now: float) -> None:
             nonlocal told
             self._deadlock = found = watch.still(waiter) if told else watch.hopeless(waiter, now)
             if found is None or told:
@@ -138,27 +141,22 @@ class Attempt:
         pool, slot = self._pool, record.slot
         # What was handed over was in use a moment ago, so a poll is enough; unless all is to be pinged
         # (ping_after=0), or replaced by the time of day (pool_recycle), which probe.staleness() knows.
-        enough = pool._attachment.ping_after and pool._recycle < 0
+        enough = record.attachment.ping_after and pool._recycle < 0
         if enough and not slot.suspect and not slot.poll(0) and not slot.suspect:
             return record
-        core = self._core
         try:
             if record.dbapi_connection is not None:
                 self._stages.enter(PROBING)
                 self._probe(record)
-            if record.dbapi_connection is None:
-                if not core.admission.may_connect():
-                    raise Refused(None)
-                self._stages.enter(OPENING)
-                record.get_connection()
-                core.checkouts.opened(slot)
+            if record.dbapi_connection is None and not self._core.admission.may_connect():
+                raise Refused(None)
         except BaseException as error:
-            refused = not isinstance(error, Refused) and core.admission.refused(error)
             slot.holder = None  # nobody had it: no checkout
             record.return_hollow(error)
-            if refused:
-                raise Refused(error) from error
             raise
+        if record.dbapi_connection is None:
+            self._stages.enter(OPENING)
+            return _opened(pool, _reopen, record)
         return record
 
     def _probe(self, record: Record) -> None:
@@ -181,15 +179,48 @@ def open_connection(pool: Any, permit: Permit) -> Record:
     :raises Refused: the server has refused, and it is worth trying again.
     :raises Exception: the driver's; the slot was given back.
     """
-    core = pool._core
+    return _opened(pool, _open, permit)
+
+
+def _opened(pool: Any, opening: Callable[[Any, Any], Record], what: Permit | Record) -> Record:
+    """Have the runtime open a connection.  Where its caller leaves meanwhile, it goes to the next one."""
+
+    def unwanted(record: Record) -> None:
+        pool._core.checkouts.give_unused(record.attachment, record)
+
+    record: Record = pool._sides.runtime.open(functools.partial(opening, pool, what), unwanted)
+    return record
+
+
+def _open(pool: Any, permit: Permit) -> Record:
+    core, known = pool._core, False
     try:
         core.checkouts.close_evicted(permit)
         record = Record(pool, permit.slot)
         core.checkouts.bind(record.slot, record)
+        pool._sides.first()
         record.get_connection()
+        known = True
     except BaseException as error:
         refused = core.admission.refused(error)
         core.checkouts.failed(permit)
+        if refused:
+            raise Refused(error) from error
+        raise
+    finally:
+        pool._sides.opened(known)
+    core.checkouts.opened(record.slot)
+    return record
+
+
+def _reopen(pool: Any, record: Record) -> Record:
+    core = pool._core
+    try:
+        record.get_connection()
+    except BaseException as error:
+        refused = core.admission.refused(error)
+        record.slot.holder = None  # nobody had it: no checkout
+        record.return_hollow(error)
         if refused:
             raise Refused(error) from error
         raise

@@ -155,8 +155,10 @@ def _os_user() -> str:
 
 
 def _first(options: Mapping[str, Any], *names: str) -> Any:
-    return next((options[name] for name in names if options.get(name) not in (None, "")), None)
+    return next((options[name] for name in names if options.get(name) not in (None, "", [])), None)
 
 
 def _text(value: Any) -> str:
+    if isinstance(value, (list, tuple)):  # asyncpg takes several hosts and ports so, libpq with commas
+        return ",".join(map(_text, value))
     return "" if value is None else str(value)

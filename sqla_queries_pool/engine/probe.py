@@ -32,10 +32,10 @@ def alive(record: Any, deadline: float) -> bool:
     :param deadline: when the checkout's time is over, by ``time.monotonic``.
     """
     pool, slot = record.owner, record.slot
-    if pool._attachment.ping_after == 0:
+    if record.attachment.ping_after == 0:
         slot.suspect = True
     if slot.poll(0):
-        verdict = liveness.look(slot.handle, slot.poll)
+        verdict = liveness.look(slot.socket, slot.poll)
         if verdict is liveness.DEAD:
             return False
         # What another database's server has sent may mean anything.
@@ -51,7 +51,7 @@ def alive(record: Any, deadline: float) -> bool:
 def _start_timeout(record: Any, deadline: float) -> liveness.PingTimeout:
     """Have the connection hung up if a ping takes too long."""
     pool = record.owner
-    timeout = liveness.PingTimeout(record.slot.handle)
+    timeout = liveness.PingTimeout(record.slot.socket)
     longest = pool.settings.ping_timeout
     if longest is not None:
         left = max(deadline - time.monotonic(), LEAST_PING)

@@ -8,6 +8,7 @@ itself for ``recycle``, ``pre_ping`` and invalidation.
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import re
@@ -17,7 +18,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import event, exc
+from sqlalchemy import event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
@@ -37,6 +38,7 @@ from . import identity, seams
 from .attempt import Attempt, Refused, open_connection
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings
+from .sides import sides
 
 _label = checkout_label.get
 
@@ -52,7 +54,6 @@ class QueriesPool(SQLAlchemyPool):
     :raises TypeError: for a parameter that nobody knows.
     """
 
-    _is_asyncio = False
     _sqla_logger_namespace = logs.NAME
 
     def __init__(
@@ -89,22 +90,13 @@ class QueriesPool(SQLAlchemyPool):
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **parameters.of_sqlalchemys(kw))
-        if self._dialect.is_async:  # SQLAlchemy says so too, but for its oldest 2.0
-            raise exc.ArgumentError(
-                f"Pool class {type(self).__name__} cannot be used with asyncio engine", code="pcls"
-            )
         self._identity = who = self._identify(predecessor)
         if predecessor is not None and predecessor._identity == who:
             quota = predecessor._attachment.quota
         else:
             quota = self._make_quota(who)
-        told = self.settings.of_ledger()
-        if self._pre_ping:
-            told["ping_after"] = 0.0
-        if who.in_memory:  # its one connection is the database
-            told |= {"idle_ttl": math.inf, "ping_after": math.inf}
-        self._attachment: Attachment = Attachment(quota, **told)
-        self._attachment.opener = weakref.WeakMethod(self._open)
+        self._attachment: Attachment = self._new_attachment(quota)
+        """The first one: an engine of asyncio has one for each event loop."""
         if self.settings.read_only_is_disconnect:
             listen_for_read_only(self._dialect)
         if self._pre_ping and _ping_is_over not in self.dispatch.checkout:  # a successor has it already
@@ -113,6 +105,9 @@ class QueriesPool(SQLAlchemyPool):
         self._shared: Pool = attach(who.pid, who.label, self._attachment)
         self._core = self._shared.core
         self._checkouts = self._core.checkouts
+        more = weakref.WeakMethod(self._attach_another)
+        self._sides = sides(self._dialect.is_async, self._attachment, self._core, more, self.records_out)
+        self._take = self._sides.take
         self._core.on_leak = log_leak
         if quota.stated == math.inf:
             self._core.warn_of_no_limit()
@@ -124,6 +119,21 @@ class QueriesPool(SQLAlchemyPool):
                 return identity.private(who.label, who.in_memory)
             return who
         return identity.of_engine(self._creator, self.__dict__.get("_dialect"), self.settings.pool_id)
+
+    def _new_attachment(self, quota: Quota) -> Attachment:
+        told = self.settings.of_ledger()
+        if self._pre_ping:
+            told["ping_after"] = 0.0
+        if self._identity.in_memory:  # its one connection is the database
+            told |= {"idle_ttl": math.inf, "ping_after": math.inf}
+        attachment = Attachment(quota, **told)
+        attachment.opener = weakref.WeakMethod(self._open)
+        return attachment
+
+    def _attach_another(self) -> Attachment:
+        attachment = self._new_attachment(self._attachment.quota)
+        attach(self._shared.id, self._shared.label, attachment)
+        return attachment
 
     def _make_quota(self, who: identity.Identity) -> Quota:
         if who.in_memory:  # a second connection would be a second, empty database
@@ -169,7 +179,7 @@ class QueriesPool(SQLAlchemyPool):
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:
-        record = self._checkouts.take(self._attachment)
+        record = self._take()
         if record.__class__ is Record:
             slot = record.slot
             slot.label = _label()
@@ -189,8 +199,9 @@ class QueriesPool(SQLAlchemyPool):
 
         def connect(record: ConnectionPoolEntry) -> Any:
             # Read before connecting: what a dispose overtakes is of the old generation.
-            generation, core = self._attachment.generation, self._core
-            core.admission.wait_for_room(self.settings.close_timeout)
+            attachment, core = getattr(record, "attachment", self._attachment), self._core
+            generation = attachment.generation
+            core.admission.wait_for_room(self.settings.close_timeout, attachment.runtime.pause)
             begin = time.monotonic()
             try:
                 dbapi_connection = create(record)
@@ -200,8 +211,9 @@ class QueriesPool(SQLAlchemyPool):
             if isinstance(record, Record):
                 took = time.monotonic() - begin
                 core.admission.last_error = None
+                socket = self._sides.socket(dbapi_connection)
                 core.connections.opened(
-                    record.slot, dbapi_connection, generation, lifetime(self._recycle), took
+                    record.slot, dbapi_connection, socket, generation, lifetime(self._recycle), took
                 )
                 if self._invalidate_time > record.starttime:
                     # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
@@ -229,11 +241,14 @@ class QueriesPool(SQLAlchemyPool):
         self._checkouts.let_go(record.slot)  # type: ignore[attr-defined]
 
     def _close_connection(self, connection: Any, *, terminate: bool = False) -> None:
+        connections, close = self._core.connections, super()._close_connection
+        slot = connections.find(connection)
+        socket = self._sides.socket(connection) if slot is None else slot.socket
         try:
-            with self._core.connections.lingering.closing(connection, self.settings.close_timeout):
-                super()._close_connection(connection, terminate=terminate)
+            with connections.lingering.closing(socket, self.settings.close_timeout):
+                self._sides.close(socket, functools.partial(close, connection, terminate=terminate))
         finally:
-            self._core.connections.closed(connection)
+            connections.closed(connection)
 
     # -- what it says of itself -------------------------------------------------------------------
 
@@ -250,21 +265,28 @@ class QueriesPool(SQLAlchemyPool):
     def dispose(self) -> None:
         """Close this engine's idle connections; the pool stays usable."""
         self._disposed = True
-        self._core.dispose(self._attachment)
+        for attachment in self._sides.all():
+            self._core.dispose(attachment)
         self.logger.info("Pool disposed. %s", self.status())
 
-    def warm_up(self) -> None:
+    def warm_up(self) -> Any:
         """Open connections now, until there are ``min_size``, or as many as the limit leaves room for.
+
+        With an engine of asyncio: ``await engine.pool.warm_up()``, in the loop that is to use them.
 
         :raises Exception: the driver's, if one can't be opened.
         """
+        attachment = self._sides.here
+        return self._sides.runtime.call(functools.partial(self._warm_up, attachment))
+
+    def _warm_up(self, attachment: Attachment) -> None:
         permits: list[Permit] = []
         try:
             # All at once: the housekeeper might begin to open some of them, too.
-            while (permit := self._checkouts.reserve(self._attachment)) is not None:
+            while (permit := self._checkouts.reserve(attachment)) is not None:
                 permits.append(permit)
             while permits:
-                self._checkouts.give_unused(self._attachment, self._open(permits.pop()))
+                self._checkouts.give_unused(attachment, self._open(permits.pop()))
         except Refused as error:
             raise error.refusal or error from None
         finally:
@@ -277,11 +299,12 @@ class QueriesPool(SQLAlchemyPool):
         :param rolling: renew them one after the other in the background; else what is idle is closed at once.
             What is checked out is replaced when it is returned, either way.
         """
-        if rolling:
-            self._core.expire_rolling(self._attachment)
-        else:
-            self._core.dispose(self._attachment)
-            self._core.retire(self._attachment)
+        for attachment in self._sides.all():
+            if rolling:
+                self._core.expire_rolling(attachment)
+            else:
+                self._core.dispose(attachment)
+                self._core.retire(attachment)
 
     def audit(self) -> Audit:
         """Compare the bookkeeping of the whole pool with the facts: see :meth:`.Pool.audit`."""
@@ -295,8 +318,9 @@ class QueriesPool(SQLAlchemyPool):
         """
         self.logger.info("Pool recreating")
         if self._disposed:
-            self._attachment.min_size = 0  # its successor keeps connections in readiness
-            self._core.retire(self._attachment)
+            for attachment in self._sides.all():
+                attachment.min_size = 0  # its successor keeps connections in readiness
+                self._core.retire(attachment)
         return self.__class__(
             self._creator,
             **self.settings.as_arguments(),
@@ -320,12 +344,12 @@ class QueriesPool(SQLAlchemyPool):
 
     def checkedin(self) -> int:
         """How many connections this engine has idle."""
-        return len(self._attachment.idle) + len(self._attachment.hollow)
+        return sum(len(attachment.idle) + len(attachment.hollow) for attachment in self._sides.all())
 
     def checkedout(self) -> int:
         """How many connections of this engine are out, or being opened."""
-        ref = self._attachment.ref
-        states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home is ref]
+        homes = {attachment.ref for attachment in self._sides.all()}
+        states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home in homes]
         return sum(state in (HELD, LOCKED, OPENING) for state in states)
 
     def overflow(self) -> int:

@@ -11,8 +11,10 @@ import time
 import weakref
 from typing import Any
 
+from sqlalchemy import util
 from sqlalchemy.pool import reset_commit, reset_rollback
 
+from ..budget.ledger import ABANDONED
 from ..budget.slots import HELD, Slot
 from ..runtime.upkeep import Upkeep
 from ..sockets import liveness
@@ -22,7 +24,7 @@ from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, Connectio
 class Record(ConnectionRecord):
     """SQLAlchemy's record of a connection, which knows its slot."""
 
-    __slots__ = ("owner", "ping_timeout", "slot")
+    __slots__ = ("attachment", "owner", "ping_timeout", "slot")
 
     def __init__(self, owner: Any, slot: Slot) -> None:
         # Without a connection yet: get_connection() opens it, as it does for one that was
@@ -32,6 +34,8 @@ class Record(ConnectionRecord):
         """The ``QueriesPool`` that it was born in."""
         self.slot = slot
         """Its slot, for life."""
+        self.attachment: Any = None if slot.home is None else slot.home()
+        """Its engine's side of the ledger, in the runtime that it was born in."""
         self.ping_timeout: liveness.PingTimeout | None = None
         """What ends SQLAlchemy's own ping (``pool_pre_ping``) where it takes too long."""
 
@@ -69,7 +73,7 @@ class Record(ConnectionRecord):
         fairy_ref, self.fairy_ref = self.fairy_ref, None
         if self.finalize_callback or owner.dispatch.checkin:
             self._tell_listeners(fairy_ref)
-        owner._checkouts.give(owner._attachment, self)
+        owner._checkouts.give(self.attachment, self)
 
     def _tell_listeners(self, fairy_ref: weakref.ref[Any] | None) -> None:
         connection = self.dbapi_connection
@@ -92,7 +96,7 @@ class Record(ConnectionRecord):
             self.invalidate(error)
         finally:
             self.dbapi_connection = None  # a listener may have kept invalidate() from closing it
-            self.owner._checkouts.give_hollow(self.owner._attachment, self)
+            self.owner._checkouts.give_hollow(self.attachment, self)
 
     def abandoned(self, proxy_ref: weakref.ref[Any]) -> None:
         """Its proxy has died without having been closed: return it, as its close would have."""
@@ -100,19 +104,59 @@ class Record(ConnectionRecord):
             Upkeep.abandoned_at = time.monotonic()
             proxy = Proxy(self.owner, self, self.owner._should_log_debug())
             self.fairy_ref = weakref.ref(proxy, self.abandoned)
-            proxy.close()
+            if self.owner._dialect.is_async:
+                self._drop(proxy)
+            else:
+                proxy.close()
             Upkeep.abandoned_at = time.monotonic()
         elif self.fairy_ref is proxy_ref:  # an audit was first
             self.owner.records_out.discard(self)
 
-    def cut_off(self) -> None:
-        """In a forked child: the connection is the parent's.
+    def _drop(self, proxy: Proxy) -> None:
+        """Nothing can be awaited here, so nothing can be rolled back: close the connection.
+
+        As SQLAlchemy does, with its words and its events; and the slot comes back.
+        """
+        owner, connection = self.owner, proxy.dbapi_connection
+        ends = owner._dialect.has_terminate or getattr(self.slot.socket, "known", False)
+        self.slot.reason = ABANDONED
+        self.fairy_ref = None
+        owner.records_out.discard(self)
+        try:
+            proxy._reset(owner, transaction_was_reset=False, terminate_only=True, asyncio_safe=False)
+            owner.dispatch.detach(connection, self)
+            if ends:
+                owner.dispatch.close_detached(connection)
+                owner._close_connection(connection, terminate=owner._dialect.has_terminate)
+        except Exception:
+            owner.logger.error("Exception during reset or similar", exc_info=True)
+        finally:
+            proxy._connection_record = proxy.dbapi_connection = None  # type: ignore[assignment]
+            self.dbapi_connection = None
+            if not ends:
+                owner._core.connections.forget(self.slot)
+            owner._checkouts.give_hollow(self.attachment, self)
+            what = "terminated" if ends else "dropped, as it cannot be safely terminated"
+            message = (
+                "The garbage collector is trying to clean up non-checked-in connection "
+                f"{connection!r}, which will be {what}.  Please "
+                "ensure that SQLAlchemy pooled connections are returned to the pool explicitly, either by "
+                "calling ``close()`` or by using appropriate context managers to manage their lifecycle."
+            )
+            owner.logger.error(message)
+            util.warn(message)
+
+    def cut_off(self, why: str) -> None:
+        """Nobody can use the connection any more: in a forked child it is the parent's; or its event loop has
+        ended.
 
         Its holder finds it broken, as after a restart of the server, and gets another one.
+
+        :param why: a sentence, for the holder.
         """
         fairy = None if self.fairy_ref is None else self.fairy_ref()
         if fairy is not None:
-            fairy.dbapi_connection = LeftBehind(self.owner._dialect)  # type: ignore[assignment]
+            fairy.dbapi_connection = LeftBehind(self.owner._dialect, why)  # type: ignore[assignment]
         self.dbapi_connection = None
         self.__class__ = ForeignRecord
 
@@ -177,7 +221,7 @@ class Proxy(ConnectionFairy):
         self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
         pool.records_out.discard(record)
         record.fairy_ref = None
-        pool._checkouts.give(pool._attachment, record)
+        pool._checkouts.give(record.attachment, record)
 
     _close_special = close
 
@@ -204,17 +248,17 @@ class Proxy(ConnectionFairy):
 
 
 class LeftBehind:
-    """What a connection that was out when the process forked is in the child: one that is lost."""
+    """What a connection is that was cut off from its holder: one that is lost."""
 
     closed = broken = True
 
-    def __init__(self, dialect: Any) -> None:
+    def __init__(self, dialect: Any, why: str) -> None:
         self._dbapi = getattr(dialect, "loaded_dbapi", None)
+        self._why = why
 
     def cursor(self, *_: Any, **__: Any) -> Any:
         """Raise what the driver raises for a connection that is lost."""
-        error = getattr(self._dbapi, "OperationalError", RuntimeError)
-        raise error("this connection belongs to the parent process: check out a new one after the fork")
+        raise getattr(self._dbapi, "OperationalError", RuntimeError)(self._why)
 
     def rollback(self) -> None:
         """Nothing is to be rolled back here."""
@@ -223,7 +267,7 @@ class LeftBehind:
 
 
 class ForeignRecord(Record):
-    """A record that was out when the process forked.  It has no slot here."""
+    """A record that was cut off from its connection while it was out.  It has no slot any more."""
 
     __slots__ = ()
 

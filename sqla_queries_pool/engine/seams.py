@@ -47,7 +47,6 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_checkin": "a parameter of it; of a proxy: SQLAlchemy's own way of returning it",
     "_invalidate_time": "of a pool: what is older is to be replaced",
     "_soft_invalidate_time": "of a record: the same",
-    "_is_asyncio": "create_engine refuses an asynchronous dialect by it",
     "_sqla_logger_namespace": "the logger's name, which is the module's otherwise",
     # Read, to make a successor with the same parameters; SQLAlchemy's own pools do the same.
     "_creator": "what opens a connection",
@@ -69,12 +68,16 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_echo": "is it logged?",
     "_counter": "how many have it, which is one: it is closed when it is 0",
     "_finalizer": "what SQLAlchemy 2.1 gives it in case it is abandoned; detached when it was returned",
+    "_reset": "tells the listeners how a connection was reset that cannot be",
     "_should_log_debug": "of a pool: is a checkout to be logged?",
     "_checkout": "asks the listeners and for a ping, and goes on asking",
     "_close_special": "close(), where the transaction is known to be over",
     "_reset_on_return": "pool_reset_on_return",
     "_finalize_fairy": "a function, known by its code: invalidates a record whose rollback has failed",
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
+    # Of asyncio.
+    "await_only": "waits in a greenlet, and lets the loop go on: dialects of others use it, too",
+    "greenlet_spawn": "runs a function in which await_only() can be used",
     # Of an engine: see connect_arguments.
     "sqlalchemy.engine.create": "the module of the creator that create_engine makes",
     "cargs_tup": "a variable of that creator: the positional connect arguments",

@@ -10,11 +10,11 @@ Nothing of it is on the way of a checkout that need not wait.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..budget.slots import HELD, Slot, Waiter
+from ..concurrency.tasks import TaskCaller
 from ..concurrency.threads import Caller
 from ..pool import Pool
 from ..sockets.liveness import traffic
@@ -62,7 +62,7 @@ class Watch:
             return None
         if now - self._seen[1] < self._grace:
             return None
-        gc.collect()  # a waiting checkout runs the collector, but not always
+        waiter.attachment.runtime.collect()  # a waiting checkout does so, but not always
         for _ in range(SAMPLES):
             waiter.wait(SAMPLED_FOR / SAMPLES)
             sides = _sides(me, pools)
@@ -133,7 +133,7 @@ def _moves(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Iterator[tupl
     for _, waiter in sides:
         yield ("waits", waiter.holder.ident, waiter.since, "")
     for slot in (slot for pool in pools for slot in pool.connections if slot.holder in threads):
-        yield ("holds", id(slot), slot.uses, f"{of_server(slot.handle)[1]} {traffic(slot.handle)}")
+        yield ("holds", id(slot), slot.uses, f"{of_server(slot.handle)[1]} {traffic(slot.socket)}")
 
 
 def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
@@ -146,11 +146,12 @@ def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
         for slot in held:
             details += [f"  checked out at {call}" for call in stacks.as_text(slot.stack)[-DEEPEST_SHOWN:]]
         details += [f"  waits at {call}" for call in threads.at(waiter.holder)[-2:]]
+    kind = "task" if isinstance(sides[0][1].holder, TaskCaller) else "thread"
     return Diagnosis(
         "deadlock",
-        "a thread waits for a connection that it holds itself, and nothing has moved"
+        f"a {kind} waits for a connection that it holds itself, and nothing has moved"
         if len(sides) == 1
         else f"{len(sides)} checkouts wait for each other, and nothing has moved",
-        f"{NEVER_NEST} (If another thread is going to return one of them, this is no deadlock.)",
+        f"{NEVER_NEST} (If another {kind} is going to return one of them, this is no deadlock.)",
         "\n".join(details),
     )

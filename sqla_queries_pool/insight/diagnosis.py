@@ -15,19 +15,22 @@ LONGER = 10.0
 
 NEVER_NEST = (
     "Don't check out a second connection while holding the first, or raise max_size above the number of "
-    "threads that do."
+    "threads or tasks that do."
 )
 
 
-def diagnose(seen: Snapshot, asker: int) -> Diagnosis:
+def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagnosis:
     """Say why a checkout got nothing, most likely, and what to do about it.
 
-    :param asker: the identifier of the thread whose checkout this is; 0 where the snapshot may be older than
-        the checkout, so that nothing is said of the thread itself.
+    :param asker: the :attr:`.Holder.caller` whose checkout this is; 0 where the snapshot may be older than
+        the checkout, so that nothing is said of the asker itself.
+    :param parents: of the asker, as :attr:`.Waiting.parents`.
     """
-    waiting_too = {asker, *(waiting.thread for waiting in seen.waiting)}
-    nested = [holder for holder in seen.holders if holder.thread in waiting_too]
-    mine = sum(holder.thread == asker for holder in nested)
+    waiting_too = {asker, *(waiting.caller for waiting in seen.waiting)}
+    nested = [holder for holder in seen.holders if holder.caller is not None and holder.caller in waiting_too]
+    mine = sum(holder.caller == asker for holder in nested)
+    above = {*parents, *(parent for waiting in seen.waiting for parent in waiting.parents)}
+    outer = next((holder for holder in seen.holders if holder.caller in above), None)
     n = seen.statistics
     if seen.last_connect_error and n.open < (n.limit or math.inf):
         return Diagnosis(
@@ -36,10 +39,17 @@ def diagnose(seen: Snapshot, asker: int) -> Diagnosis:
             "Check the server. The pool keeps trying and serves waiting checkouts as soon as it connects.",
         )
     if nested:
-        whose = "this thread already holds" if mine else "waiting threads already hold"
+        kind = "task" if nested[0].is_task else "thread"
+        whose = f"this {kind} already holds" if mine else f"waiting {kind}s already hold"
         return Diagnosis(
             "nested-checkout",
             f"{whose} {mine or len(nested)} of them, and each nested checkout needs one more",
+            NEVER_NEST,
+        )
+    if outer is not None:
+        return Diagnosis(
+            "nested-checkout",
+            f"{outer} has a connection and has started tasks that wait for one, as asyncio.gather() does",
             NEVER_NEST,
         )
     if seen.holders and all(holder.state == slots.OPENING for holder in seen.holders):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import threading
 
 from ..budget.slots import REJECTED, Attachment
 from ..budget.work import Leaked, Returned
@@ -40,12 +39,14 @@ def checkout_timeout(
         seen, likely = snapshot(pool), found
     else:
         seen, own_snapshot = pool.core.recent_snapshot.get(lambda: snapshot(pool), SHARED_FOR, pool.core.now)
-        me = threading.get_ident()
+        me = attachment.runtime.here.caller
         # This checkout has left the queue, but counts; a shared snapshot may have it in the queue still.
-        waiting = seen.statistics.waiting + bool(timeout and me not in {w.thread for w in seen.waiting})
+        among = me.number in {w.caller for w in seen.waiting}
+        waiting = seen.statistics.waiting + bool(timeout and not among)
         seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=waiting))
-        # What this thread held when a shared snapshot was made, it may have returned since.
-        likely = found if found is not None and deadlock else diagnose(seen, me if own_snapshot else 0)
+        # What the asker held when a shared snapshot was made, it may have returned since.
+        asker = me.number if own_snapshot else 0
+        likely = found if found is not None and deadlock else diagnose(seen, asker, me.parents)
     seen = dataclasses.replace(seen, diagnosis=found or likely)
     advice = f"Most likely {likely.cause}. {likely.remedy}"
     if found is None or deadlock:

@@ -39,9 +39,10 @@ class Holder:
     """Who has one connection."""
 
     thread: int | None
-    """The identifier of the thread; None for a session's, and for one that has ended."""
+    """The identifier of the thread, a task's of the thread of its loop; None for a session's, and for one
+    that has ended."""
     name: str
-    """The thread's name, or the kind of the session that locked it."""
+    """The thread's or the task's name, or the kind of the session that locked it."""
     label: str | None
     """What ``checkout_label`` said when it was checked out."""
     seconds: float
@@ -59,7 +60,14 @@ class Holder:
     now_at: tuple[str, ...] = field(default=(), repr=False)
     """Where its thread is now."""
     ended: bool = False
-    """Has its thread ended?"""
+    """Has its thread ended?  A task's end proves nothing: another task may return what it has."""
+    caller: int | None = None
+    """A number that all have in common that one thread, or one task, holds and waits for."""
+
+    @property
+    def is_task(self) -> bool:
+        """Is it a task of asyncio's?"""
+        return self.thread is not None and self.caller not in (None, self.thread)
 
     def __str__(self) -> str:
         about = [f"{self.seconds:.1f} s"]
@@ -75,11 +83,17 @@ class Waiting:
     """One blocked checkout."""
 
     thread: int
+    """The identifier of the thread, a task's of the thread of its loop."""
     name: str
     label: str | None
     seconds: float
     now_at: tuple[str, ...] = field(default=(), repr=False)
     """Where it waits, outermost call first."""
+    caller: int | None = None
+    """As a holder's."""
+    parents: tuple[int, ...] = ()
+    """The same of the tasks that have started this one, the nearest first, as far as they use a pool: they
+    may wait for it to end."""
 
     def __str__(self) -> str:
         return f"{named(self.name, self.label)} ({self.seconds:.1f} s)"
@@ -203,7 +217,8 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         transaction=transaction,
         stack=stacks.as_text(slot.stack),
         now_at=() if session is not None else threads.at(caller),
-        ended=session is None and caller is not None and not caller.alive,
+        ended=session is None and caller is not None and caller.ended,
+        caller=caller.number if session is None and caller is not None else None,
     )
 
 
@@ -217,6 +232,8 @@ def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
             label=w.label,
             seconds=max(0.0, now - w.since),
             now_at=threads.at(w.holder),
+            caller=w.holder.number,
+            parents=w.holder.parents,
         )
         for w in pool.core.ledger.waiters()
     ]

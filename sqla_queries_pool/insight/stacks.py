@@ -1,4 +1,4 @@
-"""Where in the application a thread is, without the frames of this package and of SQLAlchemy."""
+"""Where in the application a thread or a task is, without the frames of this package and of SQLAlchemy."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ import os
 import re
 import tempfile
 import threading
-from collections.abc import Iterable
+from asyncio import Task
+from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
+from typing import Any
 
 import sqlalchemy
 
+from ..concurrency.tasks import TaskCaller
 from ..concurrency.threads import Caller
 
 DEEPEST = 20
@@ -83,12 +86,27 @@ class Threads:
             elif place := _PLACE.match(line):
                 places.append((place[1], place[2], place[3]))
 
-    def name(self, caller: Caller) -> str:
-        """The name of a thread."""
-        if not caller.alive:
-            return f"thread {caller.ident}, which has ended"
-        return self._names.get(caller.ident) or f"thread {caller.ident}"
+    def name(self, caller: Caller | TaskCaller) -> str:
+        """The name of a thread or a task."""
+        return caller.name or self._names.get(caller.ident) or f"thread {caller.ident}"
 
-    def at(self, caller: Caller | None) -> tuple[str, ...]:
+    def at(self, caller: Caller | TaskCaller | None) -> tuple[str, ...]:
         """Where it is, outermost call first; empty where it has ended, or can't be said."""
-        return _as_text(self._at.get(caller.ident, ())) if caller is not None and caller.alive else ()
+        if caller is None or not caller.alive:
+            return ()
+        if isinstance(caller, TaskCaller):
+            return _as_text(reversed(list(_awaits(caller.task))))
+        return _as_text(self._at.get(caller.ident, ()))
+
+
+def _awaits(task: Task[Any] | None) -> Iterator[Place]:
+    """What a task awaits, the outermost call first: the frames of its coroutines.
+
+    None is followed to its caller, so it does not matter that the task may run.
+    """
+    coroutine: Any = None if task is None else task.get_coro()
+    while coroutine is not None:
+        frame = getattr(coroutine, "cr_frame", None)
+        if frame is not None:
+            yield frame.f_code.co_filename, str(frame.f_lineno), frame.f_code.co_name
+        coroutine = getattr(coroutine, "cr_await", None)

@@ -11,6 +11,7 @@ import ctypes
 import os
 import stat
 import threading
+from collections.abc import Callable
 from typing import Any
 
 from ..budget.stats import ManagerStatistics
@@ -19,6 +20,9 @@ from ..runtime import garbage
 from ..runtime.core import Core
 from .manager import PoolManager
 from .pool import every_pool
+
+INHERITED = "this connection belongs to the parent process: check out a new one after the fork"
+"""What the holder of a connection is told in the child."""
 
 
 def after_fork_in_child() -> None:
@@ -30,10 +34,12 @@ def after_fork_in_child() -> None:
     for pool in list(every_pool):
         for thing in pool.core.after_fork_in_child():
             _keep(thing)
-            _keep(handle := getattr(thing, "handle", None))
-            _cut_off(handle)
+            _keep(getattr(thing, "handle", None))
+            _keep(socket := getattr(thing, "socket", None))
+            _cut_off(getattr(socket, "fileno", None))
+            _cut_off(getattr(socket, "drivers_fileno", None))
             if hasattr(thing, "cut_off"):
-                thing.cut_off()
+                thing.cut_off(INHERITED)
 
 
 def _keep(thing: Any) -> None:
@@ -42,14 +48,18 @@ def _keep(thing: Any) -> None:
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
-def _cut_off(handle: Any) -> None:
+def _cut_off(fileno: Callable[[], int] | None) -> None:
     """Let the descriptor of a connection lead nowhere: nothing can be sent to the parent's server any more.
 
     A holder in the child finds the connection broken.  The descriptor stays for the life of the child:
     closed, its number would soon be that of something else.
+
+    :param fileno: tells the descriptor.
     """
+    if fileno is None:  # a driver that has none to tell
+        return
     try:
-        fd = handle.fileno()
+        fd = fileno()
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return
         nowhere = os.open(os.devnull, os.O_RDWR)
@@ -57,7 +67,7 @@ def _cut_off(handle: Any) -> None:
             os.dup2(nowhere, fd, inheritable=False)
         finally:
             os.close(nowhere)
-    except Exception:  # closed already, or of a driver that has no descriptor to tell
+    except Exception:  # closed already
         return
 
 

@@ -215,12 +215,12 @@ class Pool:
         The socket alone: the record is its holder's, who may be reopening it.  Marked as it is, it is
         reopened at its next checkout at the latest.
         """
-        handle = slot.handle
-        if record is None or handle is None:
+        socket = slot.socket
+        if record is None or socket is None:
             return
         record.invalidate(soft=True)
-        liveness.hang_up(handle)  # a thread that waits for an answer in there has the driver's own lock
-        self.core.connections.close_handle(handle)
+        liveness.hang_up(socket)  # a thread that waits for an answer in there has the driver's own lock
+        self.core.connections.close_socket(socket)
         if slot.state is IDLE:  # it was returned just then
             self.core.section.run(closing.close_one, self.core.ledger, slot)
 

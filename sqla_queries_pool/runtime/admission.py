@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..budget.ledger import Ledger
 from ..errors import QueriesException
 from ..sockets.connect_errors import is_full, passes
@@ -62,13 +64,14 @@ class Admission:
         self.last_error = retold(error)
         self._section.post(self._ledger.totals.one_more, "connect_errors")
 
-    def wait_for_room(self, seconds: float) -> None:
+    def wait_for_room(self, seconds: float, pause: Callable[[list[int], float], None]) -> None:
         """Wait until the server has let go of those that were closed, where there is no room for another.
 
         :param seconds: at most.
+        :param pause: see :meth:`.Lingering.wait`.
         """
         if self._connections.lingering:
-            self._connections.lingering.wait(self._room, seconds)
+            self._connections.lingering.wait(self._room, seconds, pause)
 
     def _room(self) -> float:
         if self._ledger.backoff.refusals:  # the server may be full, of what was just closed for one

@@ -12,16 +12,15 @@ from ..budget import choice
 from ..budget.audit import UNDER_WAY
 from ..budget.choice import PATIENCE, SPARE
 from ..budget.ledger import GAVE_WAY, Ledger
-from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot
+from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot, Waiter
 from ..budget.work import Wake, Work
-from ..concurrency.threads import ThreadWaiter, here
 from ..labels import checkout_label
 from .connections import Connections
 from .critical_section import CriticalSection
 from .garbage import GC_AFTER, collect_garbage
 from .upkeep import Upkeep
 
-InVain: TypeAlias = Callable[[ThreadWaiter, float], None]
+InVain: TypeAlias = Callable[[Waiter, float], None]
 
 
 def looks(alone: bool, gc_after: float) -> Iterator[float]:
@@ -62,14 +61,14 @@ class Checkouts:
 
     def take(self, attachment: Attachment, since: float | None = None) -> Any:
         """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or, where there
-        is no slot, a :class:`ThreadWaiter`: the caller is in the queue, and has to :meth:`wait` with it.
+        is no slot, a waiter: the caller is in the queue, and has to :meth:`wait` with it.
 
         :param since: since when it waits, by the pool's clock, if it was in the queue before: it has its
             place again.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         # section.decide() written out: 0.2 of the 0.9 microseconds that a checkout takes in here.
-        section, ledger = self._section, self._ledger
+        section, ledger, runtime = self._section, self._ledger, attachment.runtime
         try:
             with self._lock:
                 if section.inside:
@@ -77,9 +76,9 @@ class Checkouts:
                 section.inside = True
                 try:
                     now = self._clock()
-                    entry = ledger.take(attachment, here.caller, now)
+                    entry = ledger.take(attachment, runtime.here.caller, now)
                     if entry is None:  # at once, lest others come and go before it looks again
-                        entry = ThreadWaiter(attachment, here.caller, checkout_label.get())
+                        entry = runtime.waiter(attachment, checkout_label.get(), self._declined)
                         ledger.enqueue(entry, now, since)
                 finally:
                     section.inside = False
@@ -92,7 +91,7 @@ class Checkouts:
 
     def wait(
         self,
-        waiter: ThreadWaiter,
+        waiter: Waiter,
         timeout: float,
         gc_on_wait: bool,
         watch: Callable[[], InVain] | None = None,
@@ -107,7 +106,7 @@ class Checkouts:
             look for what is to be mended have changed nothing; that may raise.
         :param again: it was in the queue before, and so is not rejected by ``max_waiting``.
         :return: None if ``timeout`` was over first, :class:`Rejected` if it may not wait, or for no
-            longer.
+            longer; the waiter itself if its answer went to another: it is to be taken again.
         :raises CheckoutReentered: this thread is inside the pool already.
         """
         attachment, ledger, section = waiter.attachment, self._ledger, self._section
@@ -133,16 +132,15 @@ class Checkouts:
                 )
                 if rejected is None and waiter.answer is None:
                     section.decide(ledger.leave, waiter)
-            return rejected or waiter.answer
+            return rejected or (waiter.answer and (waiter.accept() or waiter))
         except BaseException:
-            entry = section.decide(ledger.leave, waiter)
-            if entry is not None:
-                self._hand_back(attachment, entry)
+            section.decide(ledger.leave, waiter)
+            self._declined(waiter)
             raise
 
     def _look_while_waiting(
         self,
-        waiter: ThreadWaiter,
+        waiter: Waiter,
         times: Iterator[float],
         gc_at: float,
         deadline: float,
@@ -163,7 +161,7 @@ class Checkouts:
                 # Where others were served meanwhile, threads run, and the collector with them.
                 moved, waiter.before = attachment.answered != waiter.before, attachment.answered
                 if not moved and gc_on_wait and now >= gc_at:
-                    collect_garbage()
+                    collect_garbage(attachment.runtime.collect)
                 if not moved and self._upkeep.mend_in_passing(now):
                     waiter.wait(2 * UNDER_WAY)
                     self._upkeep.mend()
@@ -179,12 +177,13 @@ class Checkouts:
                 pause = min(pause, max(0.01, until))
             waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
 
-    def _hand_back(self, attachment: Attachment, entry: Any) -> None:
-        """Pass on what a waiter was given that can't use it."""
+    def _declined(self, waiter: Waiter) -> None:
+        """Pass on what a waiter was given, if anything, that can't use it."""
+        entry = waiter.accept()
         if isinstance(entry, Permit):
             self.failed(entry)
-        else:
-            self.give_unused(attachment, entry)
+        elif entry is not None:
+            self.give_unused(waiter.attachment, entry)
 
     def give(self, attachment: Attachment, entry: Any) -> None:
         """Take an entry back.  Never waits, may be called by a finalizer.

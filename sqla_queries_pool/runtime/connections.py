@@ -46,9 +46,12 @@ class Connections:
         slot = self.by_handle.get(id(handle))
         return slot if slot is not None and slot.handle is handle else None
 
-    def opened(self, slot: Slot, handle: Any, generation: int, lifetime: float, seconds: float) -> None:
+    def opened(
+        self, slot: Slot, handle: Any, socket_: Any, generation: int, lifetime: float, seconds: float
+    ) -> None:
         """A slot's holder has opened a connection for it.
 
+        :param socket_: the runtime's, see :attr:`.Slot.socket`.
         :param generation: the attachment's when the connecting began.
         :param lifetime: seconds after which it is to be renewed, ``inf`` for never.
         :param seconds: how long it took to open it.
@@ -56,7 +59,8 @@ class Connections:
         if slot.handle is not None:  # the one that closed it was interrupted
             self.by_handle.pop(id(slot.handle), None)
         slot.expires = self._section.clock() + lifetime
-        slot.poll = liveness.poll_of(handle)
+        slot.socket = socket_
+        slot.poll = liveness.poll_of(socket_)
         slot.suspect = False
         slot.generation = generation
         slot.process = os.getpid()
@@ -73,11 +77,16 @@ class Connections:
             return
         self.last_open = self._section.clock()
         del self.by_handle[id(handle)]
-        slot.handle = slot.poll = None
+        slot.handle = slot.socket = slot.poll = None
         slot.suspect = True
         if slot.state is not CLOSING:  # else the one that closes it says so once, for this and for its slot
             reason, slot.reason = slot.reason or INVALIDATED, None
             self._section.post(self._ledger.totals.closed, reason)
+
+    def forget(self, slot: Slot) -> None:
+        """Nobody can close a slot's connection: the driver may, when it is collected."""
+        self.by_handle.pop(id(slot.handle), None)
+        slot.handle = slot.socket = slot.poll = None
 
     def let_go(self, slot: Slot) -> None:
         """The holder of a connection detaches it: it is its own from now on, and closes it."""
@@ -87,13 +96,13 @@ class Connections:
         self.last_open = self._section.clock()
         key = id(handle)
         self.by_handle.pop(key, None)  # before the slot forgets it: nothing may keep the key of the dead
-        slot.handle = None
+        slot.handle = slot.socket = None
 
         def died(_: weakref.ref[Any]) -> None:
             self.detached.pop(key, None)
 
-        try:
-            self.detached[key] = weakref.ref(handle, died)
+        try:  # SQLAlchemy's adapter for asyncio knows no weak references; the driver's own does
+            self.detached[key] = weakref.ref(getattr(handle, "driver_connection", handle), died)
         except TypeError:  # a DBAPI whose connections know no weak references: till it is closed
             self.detached[key] = None
 
@@ -101,7 +110,7 @@ class Connections:
         """A connection was found dead before it was used: older ones are suspect."""
         slot.reason = DEAD
         self._section.post(self._ledger.totals.one_more, "dead")
-        liveness.hang_up(slot.handle, socket.SHUT_WR)
+        liveness.hang_up(slot.socket, socket.SHUT_WR)
         self._section.decide(self._ledger.suspect, self._section.clock())
 
     def close(self, slot: Slot, entry: Any, reason: str) -> None:
@@ -121,18 +130,21 @@ class Connections:
 
     def drop(self, slot: Slot) -> None:
         """Close the DBAPI connection itself, where nobody did."""
-        handle = slot.handle
+        handle, socket_ = slot.handle, slot.socket
         if handle is None:
             return
         self.closed(handle)
-        slot.handle = None
+        slot.handle = slot.socket = None
         if slot.process == os.getpid():
-            self.close_handle(handle)
+            self.close_socket(handle if socket_ is None else socket_)
 
-    def close_handle(self, handle: Any) -> None:
-        """Close a DBAPI connection, and follow it until the server has let go of it."""
-        with self.lingering.closing(handle, LONGEST):
-            close_quietly(handle, self._section.label)
+    def close_socket(self, socket_: Any) -> None:
+        """Close a connection without its record, and follow it until the server has let go of it.
+
+        :param socket_: its :attr:`.Slot.socket`.
+        """
+        with self.lingering.closing(socket_, LONGEST):
+            close_quietly(socket_, self._section.label)
 
     def strays(self) -> list[Any]:
         """Return the slots whose connection is open and that count nowhere."""
@@ -147,12 +159,13 @@ def logger_of(entry: Any) -> Any:
     return getattr(entry, "logger", logger)
 
 
-def close_quietly(handle: Any, label: str) -> None:
-    """Close a DBAPI connection that nobody wants; failing to is logged.
+def close_quietly(socket_: Any, label: str) -> None:
+    """Close a connection that nobody wants; failing to is logged.
 
+    :param socket_: its :attr:`.Slot.socket`, or the DBAPI connection.
     :param label: which pool it is.
     """
     try:
-        handle.close()
+        socket_.close()
     except Exception as error:
         logger.debug("%s: exception while closing a connection: %r", label, error)

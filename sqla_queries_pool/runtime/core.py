@@ -14,6 +14,7 @@ from ..budget.slots import REJECTED, Attachment, EntryRef, Numbers, Slot
 from ..budget.work import Leaked, Returned, Work
 from ..concurrency.housekeeping import Housekeeper, Worker
 from ..concurrency.recent import Recent
+from ..concurrency.threads import THREADS
 from ..logs import logger
 from ..sockets.lingering import Lingering
 from .admission import Admission
@@ -126,6 +127,7 @@ class Core:
     def attach(self, attachment: Attachment) -> Work:
         """An engine begins to use the pool; the work is the caller's to have done."""
         before = self.ledger.limit
+        attachment.runtime = attachment.runtime or THREADS
         work = self.section.decide(self.ledger.attach, attachment, self._engine_died, self._clock())
         self.log_limit(before)
         return work
@@ -145,6 +147,13 @@ class Core:
                 "(max_connections). With max_size=… checkouts above it wait their turn instead.",
                 self.section.label,
             )
+
+    def abandon(self, attachment: Attachment) -> None:
+        """The runtime of an attachment has ended: close all that it has, and let its waiters go.
+
+        Never waits: may be called by a finalizer.
+        """
+        self.section.post(closing.abandon, self.ledger, attachment)
 
     def dispose(self, attachment: Attachment) -> None:
         """Close an engine's idle connections, and end its generation of connections."""

@@ -63,9 +63,10 @@ class Effects:
                 elif isinstance(item, Close):
                     self._close(item)
                 elif isinstance(item, Renew):
-                    self._worker.submit(functools.partial(self._renew, item))
+                    self._begin_renewal(item)
                 elif isinstance(item, Fill):
-                    self._worker.submit(functools.partial(self._fill, item.attachment))
+                    fill = functools.partial(self._fill, item.attachment)
+                    item.attachment.runtime.submit(self._worker, fill)
                 elif isinstance(item, Reset):
                     self.reset(item.slot, if_stale=True)
                 else:
@@ -120,13 +121,20 @@ class Effects:
         for slot in self._section.decide(locks.stale, self._ledger, attachment):
             self.reset(slot, if_stale=True)
 
-    def _renew(self, item: Renew) -> None:
+    def _begin_renewal(self, item: Renew) -> None:
+        home = item.slot.home() if item.slot.home is not None else None
+        if home is None or not home.runtime.submit(self._worker, functools.partial(self._renew, item)):
+            # Nothing can be opened in the background: the next checkout does.
+            self._worker.submit(functools.partial(self._renew, item, reopen=False))
+
+    def _renew(self, item: Renew, reopen: bool = True) -> None:
         section, slot, entry = self._section, item.slot, item.entry
         slot.reason = LIFETIME
         logger_of(entry).info("%s: closing %r: %s", section.label, slot, LIFETIME)
         try:
             entry.close()
-            entry.get_connection()
+            if reopen:
+                entry.get_connection()
         except Exception as error:
             self._admission.refused(error)
             self._connections.drop(slot)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import threading
 import time
+from collections.abc import Callable
 
 GC_AFTER = 0.2
 """Seconds that a checkout waits before it asks the collector (design 11)."""
@@ -14,18 +14,20 @@ _next_collection = 0.0
 _collecting = threading.Lock()
 
 
-def collect_garbage() -> None:
+def collect_garbage(collect: Callable[[], object]) -> None:
     """Collect, once per second and process at most, and less often where a collection takes long.
 
     While every thread waits nobody allocates, so the collector never runs by itself, and
     connections that were abandoned in reference cycles would never be returned.
+
+    :param collect: the runtime's, which knows how long it may take.
     """
     global _next_collection
     if time.monotonic() < _next_collection or not _collecting.acquire(False):
         return
     try:
         start = time.monotonic()
-        gc.collect()
+        collect()
         took = time.monotonic() - start
         _next_collection = start + max(1.0, took / _GC_SHARE)
     finally:

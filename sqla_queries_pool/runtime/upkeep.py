@@ -111,8 +111,8 @@ class Upkeep:
         section, ledger, dead = self._section, self._ledger, 0
         for slot in [entry.slot for attachment in attachments for entry in list(attachment.idle)]:
             # A poll of its own: that of the slot is its holder's, which anybody may be by now.
-            handle = slot.handle
-            if liveness.look(handle, liveness.poll_of(handle)) is liveness.DEAD:
+            socket = slot.socket
+            if liveness.look(socket, liveness.poll_of(socket)) is liveness.DEAD:
                 work = section.decide(closing.close_one, ledger, slot, False, DEAD)
                 for _ in work:
                     section.post(ledger.totals.one_more, "dead")

@@ -9,6 +9,7 @@ https://www.postgresql.org/docs/current/errcodes-appendix.html
 from __future__ import annotations
 
 import re
+from asyncio import TimeoutError as AsyncTimeoutError  # Python's own since 3.11
 from typing import Final
 
 _FULL: Final = (
@@ -29,6 +30,9 @@ _TEXTS: Final = (
     r"SSL (connection has been closed unexpectedly|SYSCALL error|error: unexpected eof)",
     r"connection to server on socket .* failed: No such file or directory",
     r"timeout expired",
+    # asyncpg, and asyncio below it.
+    r"Connect call failed|unexpected connection_lost\(\) call",
+    r"connection was closed in the middle of operation",
     r"connection timeout",
     # PgBouncer.
     r"server login has been failing",
@@ -36,7 +40,9 @@ _TEXTS: Final = (
 )
 _PASSES: Final = re.compile("|".join(_TEXTS), re.IGNORECASE)
 _IS_FULL: Final = re.compile("|".join(_FULL), re.IGNORECASE)
-_STATES: Final = ("53300", "57P01", "57P02", "57P03")
+_STATES: Final = ("53300", "57P01", "57P02", "57P03", "08003", "08006", "08001")
+_OF_PYTHON: Final = (ConnectionError, TimeoutError, AsyncTimeoutError, FileNotFoundError)
+"""What drivers raise that have the socket from Python: asyncpg does, and as they are."""
 
 
 _CACHED: Final = re.compile(r"cached error: (.*)")
@@ -47,6 +53,8 @@ def passes(error: BaseException) -> bool:
     """Is it worth trying again a moment later?  Not where it is the password, or the name of the database."""
     if state := _state(error):
         return state in _STATES
+    if isinstance(error, _OF_PYTHON):
+        return True
     text = str(error)
     if cached := _CACHED.search(text):
         text = cached.group(1)

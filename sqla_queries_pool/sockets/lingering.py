@@ -47,14 +47,17 @@ class Lingering:
         return len(self._ends)
 
     @contextlib.contextmanager
-    def closing(self, handle: Any, seconds: float) -> Iterator[None]:
-        """The block closes a DBAPI connection; the server is then waited for, for so many seconds at most."""
+    def closing(self, socket_: Any, seconds: float) -> Iterator[None]:
+        """The block closes a connection; the server is then waited for, for so many seconds at most.
+
+        :param socket_: the connection's :attr:`.Slot.socket`.
+        """
         fd = -1
         try:
             if AVAILABLE:
-                own = handle.fileno()
+                own = socket_.fileno()
                 if not _takes_more(own):
-                    hang_up(handle, socket.SHUT_WR)  # else a driver that says goodbye blocks
+                    hang_up(socket_, socket.SHUT_WR)  # else a driver that says goodbye blocks
                 fd = os.dup(own) if seconds > 0 else -1
         except Exception:  # it is closed already, or the driver has no descriptor to tell
             pass
@@ -76,18 +79,20 @@ class Lingering:
             self._scheduled = True
             self._schedule(self, seconds)
 
-    def wait(self, room: Callable[[], float], seconds: float) -> None:
-        """Wait until no more are left than there is room for, for so many seconds at most."""
+    def wait(
+        self, room: Callable[[], float], seconds: float, pause: Callable[[list[int], float], None]
+    ) -> None:
+        """Wait until no more are left than there is room for, for so many seconds at most.
+
+        :param pause: waits until there is news on one of these descriptors, or for so many seconds.
+        """
         deadline = time.monotonic() + seconds
         while len(self._ends) > room():
             self._prune()
             left = deadline - time.monotonic()
             if len(self._ends) <= room() or left <= 0:
                 return
-            poll = select.poll()
-            for fd in list(self._ends):
-                poll.register(fd, select.POLLIN)
-            poll.poll(1000 * min(left, _SLICE))
+            pause(list(self._ends), min(left, _SLICE))
 
     def sweep(self) -> None:
         """Forget those that are gone, and those that have had their time."""

@@ -34,8 +34,9 @@ _nothing: Final[Poll] = dict[int, Any]().get  # without a frame of Python's; wha
 
 
 def poll_of(handle: Any) -> Poll:
-    """Return what tells at once whether there is news on the socket of a DBAPI connection.
+    """Return what tells at once whether there is news on the socket of a connection.
 
+    The functions here take the :attr:`.Slot.socket` of a connection: anything that tells its descriptor.
     Where the driver does not tell its descriptor there never is any; where the platform can't look there
     always may be.
     """

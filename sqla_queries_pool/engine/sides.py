@@ -1,0 +1,198 @@
+"""An engine's sides of its pool: one attachment for threads, or one for each event loop that uses it.
+
+This is the place that chooses the runtime.  A connection of asyncio belongs to the loop in which it was
+opened, and is handed out in it alone; all loops of an engine share its quota.
+"""
+
+from __future__ import annotations
+
+import functools
+import threading
+import weakref
+from asyncio import AbstractEventLoop, _get_running_loop
+from collections.abc import Callable
+from typing import Any, Protocol, TypeAlias
+
+from sqlalchemy import exc
+
+from ..budget.ledger import ENDED
+from ..budget.slots import Attachment
+from ..concurrency import tasks
+from ..concurrency.threads import THREADS
+from ..runtime.core import Core
+from ..sockets.loop_socket import LoopSocket
+
+More: TypeAlias = weakref.WeakMethod[Callable[[], Attachment]]
+_ALONE = 0.005
+"""Seconds between two looks at whether another loop has opened an engine's first connection."""
+
+
+class Sides(Protocol):
+    """What an engine knows of its attachments."""
+
+    take: Callable[..., Any]
+    """:meth:`.Checkouts.take` with the caller's attachment."""
+
+    def all(self) -> list[Attachment]:
+        """The attachments."""
+
+    @property
+    def here(self) -> Attachment:
+        """The caller's attachment."""
+
+    @property
+    def runtime(self) -> Any:
+        """The caller's runtime."""
+
+    def socket(self, handle: Any) -> Any:
+        """Return the :attr:`.Slot.socket` of a connection that was opened here."""
+
+    def close(self, socket: Any, as_sqlalchemy: Callable[[], None]) -> None:
+        """Close a connection; where one can wait, as SQLAlchemy does."""
+
+    def first(self) -> None:
+        """A connection is about to be opened: wait while another loop opens the engine's first one."""
+
+    def opened(self, known: bool) -> None:
+        """A connection was opened, or could not be."""
+
+
+class ThreadSide:
+    """That of an engine whose callers are threads."""
+
+    runtime = THREADS
+
+    def __init__(self, attachment: Attachment, core: Core) -> None:
+        self.here = attachment
+        self.take = functools.partial(core.checkouts.take, attachment)
+
+    def all(self) -> list[Attachment]:
+        return [self.here]
+
+    def socket(self, handle: Any) -> Any:
+        return handle
+
+    def close(self, _: Any, as_sqlalchemy: Callable[[], None]) -> None:
+        as_sqlalchemy()
+
+    def first(self) -> None: ...
+
+    def opened(self, known: bool) -> None: ...
+
+
+class LoopSides:
+    """Those of an engine of asyncio.
+
+    :param first: an attachment that no loop uses yet.
+    :param more: weak: makes and attaches another one.
+    :param records_out: the engine's records that are out.
+    """
+
+    def __init__(self, first: Attachment, core: Core, more: More, records_out: set[Any]) -> None:
+        first.quota.split = True
+        self._core = core
+        self._more = more
+        self._records_out = records_out
+        self._by_loop: weakref.WeakKeyDictionary[AbstractEventLoop, Attachment] = weakref.WeakKeyDictionary()
+        self._lock = threading.RLock()
+        """Guards which loop has which attachment.  Reentrant, for a loop may end in a finalizer."""
+        self._spare = [first]
+        """Attachments that no loop uses."""
+        self._known = False
+        """Was a connection opened?"""
+        self._opening: tasks.Loop | None = None
+        """The loop that opens the first one."""
+
+    def take(self, since: float | None = None) -> Any:
+        loop = _get_running_loop()
+        attachment = self._by_loop.get(loop) if loop is not None else None
+        return self._core.checkouts.take(attachment or self._enter(), since)
+
+    @property
+    def here(self) -> Attachment:
+        loop = _get_running_loop()
+        attachment = self._by_loop.get(loop) if loop is not None else None
+        return attachment or self._enter()
+
+    def _enter(self) -> Attachment:
+        """The running loop uses the engine for the first time."""
+        runtime = tasks.running()
+        loop = _get_running_loop()
+        assert loop is not None
+        with self._lock:
+            attachment = self._spare.pop() if self._spare else None
+        if attachment is None:  # not under the lock: this takes the pool's
+            more = self._more()
+            assert more is not None, "the engine's pool is calling"
+            attachment = more()
+        attachment.runtime = runtime
+        with self._lock:
+            self._by_loop[loop] = attachment
+        runtime.used_by(self)
+        return attachment
+
+    def all(self) -> list[Attachment]:
+        with self._lock:
+            return [*self._spare, *self._by_loop.values()]
+
+    @property
+    def runtime(self) -> tasks.Loop:
+        return tasks.running()
+
+    def socket(self, handle: Any) -> Any:
+        try:
+            return LoopSocket(handle, tasks.running())
+        except exc.MissingGreenlet:  # one that was detached, and is closed where no loop runs
+            return handle
+
+    def close(self, socket: LoopSocket, _: Callable[[], None]) -> None:
+        socket.close()
+
+    def first(self) -> None:
+        """SQLAlchemy has an asyncio.Lock for the first connection, which belongs to one loop."""
+        loop = tasks.running()
+        while not self._known:
+            with self._lock:
+                if self._opening is None or self._opening is loop or self._opening.closed:
+                    self._opening = loop
+                    return
+            loop.pause((), _ALONE)
+
+    def opened(self, known: bool) -> None:
+        self._known = self._known or known
+        self._opening = None
+
+    # -- the end of a loop -------------------------------------------------------------------------
+
+    def loop_ends(self, loop: tasks.Loop) -> None:
+        """Close what is idle, while the loop still runs; what is out when it is returned."""
+        for attachment in self.all():
+            if attachment.runtime is loop:
+                self._core.dispose(attachment)
+                self._core.retire(attachment)
+
+    def loop_ended(self, loop: tasks.Loop) -> None:
+        """Nobody there can return anything: free all slots at once."""
+        with self._lock:
+            ended = [a for a in self._by_loop.values() if a.runtime is loop]
+            for key in [key for key, a in self._by_loop.items() if a in ended]:
+                del self._by_loop[key]
+        for attachment in ended:
+            for record in [r for r in self._records_out.copy() if r.attachment is attachment]:
+                record.cut_off(f"{ENDED}: check out a new connection")
+            self._core.abandon(attachment)
+            self._spare.append(attachment)
+
+
+def sides(
+    asynchronous: bool,
+    attachment: Attachment,
+    core: Core,
+    more: More,
+    records_out: set[Any],
+) -> ThreadSide | LoopSides:
+    """Return the sides of an engine.
+
+    :param asynchronous: is it one of asyncio?
+    """
+    return LoopSides(attachment, core, more, records_out) if asynchronous else ThreadSide(attachment, core)

@@ -1,0 +1,75 @@
+"""What the drivers for asyncio do not tell by a common interface: their socket, and how they end at once.
+
+None of it waits.  Where a driver has no public way, its private one stands here, with the reason; a driver
+that is not known has no socket to be looked at, and is closed as SQLAlchemy closes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any, Final, NamedTuple
+
+_TERMINATE: Final = b"X\x00\x00\x00\x04"
+"""The message with which a client of PostgreSQL says goodbye.
+https://www.postgresql.org/docs/current/protocol-message-formats.html"""
+
+
+class AsyncDriver(NamedTuple):
+    """What is known of one driver."""
+
+    descriptor: Callable[[Any], int]
+    """The descriptor of a connection's socket."""
+    end: Callable[[Any], None]
+    """Closes a connection, in the thread of its loop."""
+    bury: Callable[[Any], None]
+    """The same when the loop is closed and can do nothing any more; in any thread."""
+
+
+def _of_transport(transport: Any) -> int:
+    # asyncpg and the drivers of MySQL have no public way to their socket.
+    return int(transport.get_extra_info("socket").fileno())
+
+
+def _end_asyncpg(connection: Any) -> None:
+    # terminate() says nothing to the server, which counts such a session as abandoned (sessions_abandoned in
+    # pg_stat_database), and logs it where a transaction was open.
+    with contextlib.suppress(Exception):
+        connection._transport.write(_TERMINATE)
+    connection.terminate()
+
+
+def _bury_asyncpg(connection: Any) -> None:
+    with contextlib.suppress(Exception):  # "Event loop is closed"
+        connection.terminate()
+    # What the loop would have done in its next turn.  uvloop's transports are closed with their loop.
+    lost = getattr(connection._transport, "_call_connection_lost", None)
+    if lost is not None:
+        lost(None)
+
+
+def _end_psycopg(connection: Any) -> None:
+    connection.pgconn.finish()
+
+
+def _end_aiosqlite(connection: Any) -> None:
+    connection.stop()
+
+
+def _no_descriptor(_: Any) -> int:
+    return -1
+
+
+_KNOWN: Final = {
+    "asyncpg": AsyncDriver(lambda c: _of_transport(c._transport), _end_asyncpg, _bury_asyncpg),
+    "psycopg": AsyncDriver(lambda c: int(c.fileno()), _end_psycopg, _end_psycopg),
+    "aiosqlite": AsyncDriver(_no_descriptor, _end_aiosqlite, _end_aiosqlite),
+}
+
+
+def known(connection: Any) -> AsyncDriver | None:
+    """Return what is known of the driver of a connection, also of one of a class of the user's own."""
+    for kind in type(connection).__mro__:
+        if (driver := _KNOWN.get(kind.__module__.partition(".")[0])) is not None:
+            return driver
+    return None

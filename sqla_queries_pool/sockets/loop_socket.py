@@ -1,0 +1,86 @@
+"""What any thread may do to a connection that belongs to an event loop: look at it, hang it up, close it.
+
+The driver's own methods are for the thread of its loop alone.  A socket is not: ``shutdown()`` on a duplicate
+of its descriptor frees the server's backend at once, also while the loop is blocked, and the driver notices
+by itself when its loop runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from .async_drivers import AsyncDriver, known
+from .liveness import hang_up
+
+
+class OfLoop(Protocol):
+    """What is needed of a loop's runtime."""
+
+    def soon(self, function: Callable[[], None]) -> bool:
+        """Run it in the thread of the loop, at once if that is this one; False if the loop is closed."""
+
+    def soon_in_greenlet(self, function: Callable[[], None]) -> None:
+        """Run it in a task of the loop, in which it may await as SQLAlchemy's adapters do."""
+
+
+class LoopSocket:
+    """The socket of a connection of asyncio.
+
+    It has a duplicate of the descriptor: drivers close theirs by themselves, and its number may be something
+    else's by then.
+
+    :param handle: SQLAlchemy's adapted connection.
+    :param runtime: that of its loop.
+    """
+
+    __slots__ = ("_driver", "_fd", "_handle", "_runtime", "drivers_own")
+
+    def __init__(self, handle: Any, runtime: OfLoop) -> None:
+        self._fd = -1
+        self._handle = handle
+        self._runtime = runtime
+        self.drivers_own: Any = getattr(handle, "driver_connection", handle)
+        """The driver's own connection."""
+        self._driver: AsyncDriver | None = known(self.drivers_own)
+        if self._driver is not None:
+            with contextlib.suppress(Exception):  # closed already, or a pipe
+                if (fd := self._driver.descriptor(self.drivers_own)) >= 0:
+                    self._fd = os.dup(fd)
+
+    @property
+    def known(self) -> bool:
+        """Can the connection be closed without waiting?"""
+        return self._driver is not None
+
+    def fileno(self) -> int:
+        """The duplicate, -1 where the driver's socket can't be had."""
+        return self._fd
+
+    def drivers_fileno(self) -> int:
+        """The driver's own descriptor, -1 where it has none, or none any more."""
+        try:
+            return self._driver.descriptor(self.drivers_own) if self._driver is not None else -1
+        except Exception:
+            return -1
+
+    def close(self) -> None:
+        """Close the connection without waiting for anything; in any thread."""
+        if self._driver is None:
+            self._runtime.soon_in_greenlet(self._handle.close)
+        elif not self._runtime.soon(self._end):
+            hang_up(self, socket.SHUT_WR)
+            self._driver.bury(self.drivers_own)
+
+    def _end(self) -> None:
+        assert self._driver is not None
+        with contextlib.suppress(Exception):  # closed meanwhile
+            self._driver.end(self.drivers_own)
+        hang_up(self, socket.SHUT_WR)
+
+    def __del__(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
