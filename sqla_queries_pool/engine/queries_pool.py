@@ -26,6 +26,7 @@ from .. import logs, parameters
 from ..budget.audit import Audit
 from ..budget.slots import HELD, LOCKED, OPENING, Attachment, Permit, Quota
 from ..budget.stats import Statistics
+from ..errors import ParameterError
 from ..insight import stacks
 from ..insight.report import log_leak
 from ..insight.snapshot import Snapshot, snapshot
@@ -78,6 +79,7 @@ class QueriesPool(SQLAlchemyPool):
         read_only_is_disconnect: bool = Settings.read_only_is_disconnect,
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
+        share: str | None = Settings.share,
         **kw: Any,
     ) -> None:
         self.settings = Settings.read(locals())
@@ -102,7 +104,7 @@ class QueriesPool(SQLAlchemyPool):
         if self._pre_ping and _ping_is_over not in self.dispatch.checkout:  # a successor has it already
             event.listen(self, "checkout", _ping_is_over, insert=True)
         self._track_stacks = self.settings.track_stacks
-        self._shared: Pool = attach(who.pid, who.label, self._attachment)
+        self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self._checkouts = self._core.checkouts
         more = weakref.WeakMethod(self._attach_another)
@@ -132,8 +134,17 @@ class QueriesPool(SQLAlchemyPool):
 
     def _attach_another(self) -> Attachment:
         attachment = self._new_attachment(self._attachment.quota)
-        attach(self._shared.id, self._shared.label, attachment)
+        self._attach(self._identity, attachment)
         return attachment
+
+    def _attach(self, who: identity.Identity, attachment: Attachment) -> Pool:
+        share = self.settings.share
+        if share is not None and who.private:
+            raise ParameterError(
+                f"share={share!r}: no other process can know the database of this engine ({who.label}). Pass "
+                "the same pool_id='…' to all engines that are to share their limit, or leave share out"
+            )
+        return attach(who.pid, who.label, attachment, share)
 
     def _make_quota(self, who: identity.Identity) -> Quota:
         if who.in_memory:  # a second connection would be a second, empty database

@@ -37,7 +37,6 @@ MOST = 10_000
 """The largest budget."""
 BOX = re.compile(r"box\.(\d{1,10})\.(\d{1,6})\.([0-9a-f]{16})")
 """A mailbox: the process id, the ``max_size`` that the process states, and what makes it the only one."""
-_SLOT = re.compile(r"slot\.(\d{1,6})")
 
 
 class Lease:
@@ -138,9 +137,12 @@ class Folder:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return fd
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
         """Forget the folder; what is in it stays."""
-        fd, self.fd = self.fd, -1
+        fd, self.fd = getattr(self, "fd", -1), -1
         if fd >= 0:
             os.close(fd)
 
@@ -245,11 +247,9 @@ class Folder:
         with contextlib.suppress(OSError):
             yield from (name for name in os.listdir(self.fd) if BOX.fullmatch(name))
 
-    def slots(self) -> int:
-        """Return how many files of slots there are."""
-        with contextlib.suppress(OSError):
-            return sum(_SLOT.fullmatch(name) is not None for name in os.listdir(self.fd))
-        return 0
+    def has(self, box: str) -> bool:
+        """Is there a mailbox of that name?"""
+        return os.access(box, os.F_OK, dir_fd=self.fd, follow_symlinks=False)
 
     def remove(self, box: str) -> None:
         """Remove the mailbox of a process that has died."""

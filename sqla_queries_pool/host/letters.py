@@ -136,6 +136,7 @@ class Mailbox:
 
     def __init__(self, folder: Folder, size: int) -> None:
         self._folder = folder
+        self.size = size
         self.name = f"box.{os.getpid()}.{size}.{secrets.token_hex(8)}"
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | getattr(socket, "SOCK_CLOEXEC", 0))
         try:

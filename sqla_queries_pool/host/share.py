@@ -1,8 +1,8 @@
 """A pool's part in the budget of its host: it locks what is free, reads and writes letters, passes leases.
 
-One thread per process does the letters of all its shares.  It runs while a share has a lease or wants one: only
-then there is a mailbox, too.  A checkout that waits locks what is free itself, and calls the thread only if
-nothing is.
+One thread per process does the letters of all its shares.  It runs while a share has a lease or wants one:
+only then there is a mailbox, too.  A checkout that waits locks what is free itself, and calls the thread only
+if nothing is.
 
 The limit of the pool is lowered *before* a lease is let go of, and what is open is counted after that: so
 there is no moment with more connections than leases.
@@ -58,6 +58,9 @@ class Side(Protocol):
     def own(self) -> Own:
         """Return what the pool has and wants."""
 
+    def waiting(self) -> int:
+        """Return how many checkouts wait; takes no lock."""
+
     def size(self) -> int:
         """Return the ``max_size`` that this process states."""
 
@@ -78,7 +81,8 @@ class Share:
         self.name = share
         self._side = side
         self._folder = Folder(share, pool_id)
-        self._folder.prepare(side.size())
+        self._largest = 0
+        """The largest ``max_size`` that was seen at the last look."""
         self._others: dict[str, tuple[Here, float]] = {}
         """Mailbox -> what its process said of itself, and when."""
         self._problem: str | None = None
@@ -102,6 +106,18 @@ class Share:
         self.due = 0.0
         """When :meth:`tick` is to be called, by ``time.monotonic``."""
 
+    def prepare(self, size: int) -> None:
+        """Make the files of a budget.
+
+        :raises ParameterError: that can't be done.
+        """
+        self._folder.prepare(min(size, MOST))
+
+    @property
+    def limit(self) -> float:
+        """How many connections the pool may have now."""
+        return self._applied
+
     # -- what checkouts do -------------------------------------------------------------------------
 
     def wanted(self) -> None:
@@ -117,7 +133,6 @@ class Share:
                 own = self._side.own()
             self._asking = self._member.needs(own, now) > 0
             if self._asking or not postman.attends(self):
-                self.due = now
                 postman.attend(self)
 
     def room(self) -> None:
@@ -131,6 +146,7 @@ class Share:
                 postman.attend(self)
 
     def _lock_free(self, count: int, now: float) -> None:
+        self._look_around()
         mine = {lease.number for lease in self._member.leases}
         for number in range(self.budget):
             if count <= 0:
@@ -158,20 +174,21 @@ class Share:
     @property
     def budget(self) -> int:
         """The largest ``max_size`` that a process states."""
-        found = [int(match[2]) for name in self._folder.boxes() if (match := BOX.fullmatch(name))]
-        return min(MOST, max([self._side.size(), *found]))
+        return min(MOST, max(self._side.size(), self._largest))
+
+    def _look_around(self) -> None:
+        found = (BOX.fullmatch(name) for name in self._folder.boxes())
+        self._largest = max((int(match[2]) for match in found if match), default=0)
 
     def statistics(self) -> HostStatistics:
-        """Return what is known of the host.  Others are asked for what they have, and answer a moment later."""
+        """Return what is known of the host; takes no lock.  Others are asked for what they have, and answer a
+        moment later."""
         now = time.monotonic()
         if not self._tell and now - self._told_at >= TELL_EVERY:
             self._tell = True
-            with postman.lock:
-                if postman.attends(self):
-                    self.due = now
-                    postman.wake()
-        own = self._side.own()
-        me = HostProcess(os.getpid(), program(), len(self._member.leases), own.waiting, me=True)
+            postman.wake()
+        waiting = self._side.waiting()
+        me = HostProcess(os.getpid(), program(), len(self._member.leases), waiting, me=True)
         others = [
             HostProcess(here.process, here.program, here.have, here.waiting, me=False)
             for here, at in list(self._others.values())
@@ -217,18 +234,17 @@ class Share:
         return now - self._used_at < LINGER
 
     def _look_for_home(self, now: float) -> None:
-        """Make what was deleted again, lock the new files for what it has, and have a mailbox of the right name."""
+        """Make what was deleted again, lock new files for what it has, have a mailbox of the right name."""
         try:
-            new = self._folder.renew()
-            size = self._side.size()
-            budget = self.budget
+            new, size = self._folder.renew(), self._side.size()
             if new:
                 self._folder.prepare(size)
-            box = self._box
+            self._look_around()
+            budget, box = self.budget, self._box
             if box is None or box.size != size or not self._folder.has(box.name):
                 self._box = Mailbox(self._folder, size)
-                if box is not None:
-                    self._empty(box)
+                if box is not None:  # a lease that is still in it is free then
+                    box.remove()
         except (OSError, ParameterError) as error:
             self._failed(str(error))
             self._home_at = now + AGAIN_IN
@@ -322,15 +338,11 @@ class Share:
                     self._gone(post.to)
         self._apply()
 
-    def _empty(self, box: Mailbox) -> None:
-        """Give a mailbox up; a lease that is still in it is free then."""
-        box.remove()
-
     def end(self) -> None:
         """It is of no use for now."""
         box, self._box = self._box, None
         if box is not None:
-            self._empty(box)
+            box.remove()
 
     def after_fork_in_child(self) -> None:
         """What is open is the parent's: close it, and free nothing."""
@@ -347,8 +359,8 @@ class Postman:
 
     def __init__(self) -> None:
         self.lock = threading.RLock()
-        """Guards all shares: held for microseconds, also while the process forks, so that a child knows of each
-        lease that it has inherited.  A pool's own lock is taken inside it, never the other way round."""
+        """Guards all shares: held for microseconds, and while the process forks, so that a child knows of
+        each lease that it has inherited.  A pool's own lock is taken inside it, never the other way round."""
         self._shares: dict[Share, None] = {}
         self._runs = False
         self._pipe: tuple[int, int] | None = None
@@ -370,7 +382,7 @@ class Postman:
         self._runs = True
         try:
             threading.Thread(target=self._run, name="sqla_queries_pool host", daemon=True).start()
-        except RuntimeError:  # too many threads, or the interpreter is about to end: the next call tries again
+        except RuntimeError:  # too many threads, or the interpreter is about to end: the next call tries
             self._runs = False
 
     def wake(self) -> None:
