@@ -62,8 +62,7 @@ def abandon(ledger: Ledger, attachment: Attachment, now: float) -> Work:
     work = ledger.close_idle(attachment, ENDED)
     for slot in [slot for slot in attachment.quota.slots if slot.home is attachment.ref]:
         if slot.state in (HELD, OPENING):
-            slot.reason = ENDED
-            work += ledger.cast_off(slot, now)
+            work += ledger.cast_off(slot, now, ENDED)
         elif slot in attachment.locked:
             work.append(ledger.close(attachment.locked.pop(slot), ENDED))
     return work + ledger.serve(now)

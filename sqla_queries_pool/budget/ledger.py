@@ -351,7 +351,7 @@ class Ledger(LedgerState):
             return []  # its closing is under way, see below
         return self.cast_off(slot, now)
 
-    def cast_off(self, slot: Slot, now: float) -> Work:
+    def cast_off(self, slot: Slot, now: float, reason: str = ABANDONED) -> Work:
         """Nobody has it: close its connection, if there is one, and free it."""
         evicted, slot.instead_of = slot.instead_of, None
         if slot.state is OPENING and evicted is not None and evicted.handle is not None:
@@ -362,14 +362,14 @@ class Ledger(LedgerState):
             self.slots.add(evicted)
             if evicted.quota is not None:
                 evicted.quota.slots.add(evicted)
-            return [self._closing(evicted, None, ABANDONED), *self.serve(now)]
+            return [self._closing(evicted, None, reason), *self.serve(now)]
         self.totals.left += slot.state is HELD
         if slot.handle is None:
             return self._free(slot, now)
         if slot not in self.slots:
-            return [Close(slot, None, ABANDONED)]
+            return [Close(slot, None, reason)]
         self.opening.discard(slot)
-        return [self._closing(slot, None, ABANDONED), *self.serve(now)]
+        return [self._closing(slot, None, reason), *self.serve(now)]
 
     def _free(self, slot: Slot, now: float) -> Work:
         self._remove(slot)

@@ -43,6 +43,8 @@ milliseconds, and to watch a descriptor would take longer."""
 YOUNG = 1
 """The oldest generation that is collected while a checkout waits: all of them may take a second, in which
 nothing else runs in the loop.  What was abandoned a moment ago is young."""
+LONGEST_END = 1.0
+"""Seconds for which the end of a loop waits for what is under way."""
 TURNS = 3
 """How many turns of the loop transports need to close their sockets."""
 
@@ -57,7 +59,7 @@ class TaskCaller:
     """A task that has used a pool.  Unlike a thread's, its end proves nothing: another one may return what it
     has (``async with`` in SQLAlchemy closes in a task of its own, ``asyncio.wait_for`` may open in one)."""
 
-    __slots__ = ("__weakref__", "_name", "_parent", "_task", "ident")
+    __slots__ = ("__weakref__", "_name", "_parent", "ident", "task")
 
     ended = False
 
@@ -65,18 +67,14 @@ class TaskCaller:
         self.ident = threading.get_ident()
         """The thread of its loop."""
         self._name = "a callback" if task is None else f"task {task.get_name()!r}"
-        self._task = None if task is None else weakref.ref(task)
-        self._parent = None if parent is None else weakref.ref(parent)
-
-    @property
-    def task(self) -> Task[Any] | None:
+        self.task: Callable[[], Task[Any] | None] = _no_task if task is None else weakref.ref(task)
         """The task, while it exists."""
-        return None if self._task is None else self._task()
+        self._parent = None if parent is None else weakref.ref(parent)
 
     @property
     def alive(self) -> bool:
         """Does the task still run?"""
-        return (task := self.task) is not None and not task.done()
+        return (task := self.task()) is not None and not task.done()
 
     @property
     def number(self) -> int:
@@ -86,9 +84,9 @@ class TaskCaller:
     @property
     def name(self) -> str:
         """What it is called."""
-        if (task := self.task) is not None:
+        if (task := self.task()) is not None:
             self._name = f"task {task.get_name()!r}"
-        return self._name if self.alive or self._task is None else f"{self._name}, which has ended"
+        return self._name if self.alive or self.task is _no_task else f"{self._name}, which has ended"
 
     @property
     def parents(self) -> tuple[int, ...]:
@@ -101,6 +99,10 @@ class TaskCaller:
                 found.append(caller.number)
             caller = None if caller._parent is None else caller._parent()
         return tuple(found)
+
+
+def _no_task() -> None:
+    """A callback of the loop is in no task."""
 
 
 class TaskWaiter:
@@ -236,14 +238,13 @@ class Loop:
 
     def __init__(self, loop: AbstractEventLoop) -> None:
         self._loop = weakref.ref(loop)
-        self._callers: weakref.WeakKeyDictionary[Task[Any], TaskCaller] = weakref.WeakKeyDictionary()
         self._users: weakref.WeakSet[UsesLoop] = weakref.WeakSet()
-        self._tasks: set[Task[Any]] = set()
-        """Ours, under way: a loop refers to its tasks weakly."""
+        self._unfinished: set[Future[Any]] = set()
+        """Tasks of ours that are under way, to which a loop refers weakly; what drivers have to do yet."""
         self.here = self
         self.closed = False
         """Is the loop closed?"""
-        sentinel = _Sentinel(_until_the_end(self._users, self))
+        sentinel = _Sentinel(_until_the_end(self._users, self, self._unfinished))
         loop.call_later(FOREVER, sentinel)
         # It may die in any thread, at any moment; those who hear of it may not wait.
         self._ended = weakref.ref(sentinel, self._loop_ended)
@@ -253,15 +254,12 @@ class Loop:
     @property
     def caller(self) -> TaskCaller:
         """The task that asks."""
-        task = asyncio.current_task()
-        if task is None:
-            return TaskCaller(None, None)
-        try:
-            return self._callers[task]
-        except KeyError:
-            self._callers[task] = caller = TaskCaller(task, _asker.get())
-            _asker.set(caller)
-            return caller
+        task, before = asyncio.current_task(), _asker.get()
+        if before is not None and before.task() is task:
+            return before
+        caller = TaskCaller(task, before)  # one that is inherited is the parent
+        _asker.set(caller)
+        return caller
 
     def waiter(self, attachment: Attachment, label: str | None, decline: Callable[[Any], None]) -> TaskWaiter:
         """Return a new waiter: the caller."""
@@ -295,9 +293,14 @@ class Loop:
     def _start(self, function: Callable[[], _T]) -> Task[_T]:
         loop = asyncio.get_running_loop()
         task = loop.create_task(greenlet_spawn(function), name=f"sqla_queries_pool-{next(_number)}")
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
+        self.finish(task)
         return task
+
+    def finish(self, future: Future[Any] | None) -> None:
+        """Before the loop ends, wait for this, if it is anything."""
+        if future is not None:
+            self._unfinished.add(future)
+            future.add_done_callback(self._unfinished.discard)
 
     def submit(self, _: Worker, job: Callable[[], None]) -> bool:
         """Have ``job`` run in a task of the loop; return False where the loop does not run."""
@@ -347,7 +350,9 @@ class Loop:
                 logger.exception("Exception at the end of an event loop")
 
 
-async def _until_the_end(users: Iterable[UsesLoop], loop: Loop) -> AsyncGenerator[None, None]:
+async def _until_the_end(
+    users: Iterable[UsesLoop], loop: Loop, unfinished: set[Future[Any]]
+) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
@@ -355,6 +360,8 @@ async def _until_the_end(users: Iterable[UsesLoop], loop: Loop) -> AsyncGenerato
             user.loop_ends(loop)
         for _ in range(TURNS):
             await asyncio.sleep(0)
+        if unfinished:
+            await asyncio.wait(unfinished, timeout=LONGEST_END)
 
 
 def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:

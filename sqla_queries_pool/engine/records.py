@@ -256,6 +256,15 @@ class LeftBehind:
         self._dbapi = getattr(dialect, "loaded_dbapi", None)
         self._why = why
 
+    @property
+    def _connection(self) -> LeftBehind:
+        """asyncpg's dialect asks what is below SQLAlchemy's adapter whether it is closed."""
+        return self
+
+    def is_closed(self) -> bool:
+        """It is."""
+        return True
+
     def cursor(self, *_: Any, **__: Any) -> Any:
         """Raise what the driver raises for a connection that is lost."""
         raise getattr(self._dbapi, "OperationalError", RuntimeError)(self._why)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import threading
 import weakref
-from asyncio import AbstractEventLoop, _get_running_loop
+from asyncio import _get_running_loop
 from collections.abc import Callable
 from typing import Any, Protocol, TypeAlias
 
@@ -91,9 +91,12 @@ class LoopSides:
     def __init__(self, first: Attachment, core: Core, more: More, records_out: set[Any]) -> None:
         first.quota.split = True
         self._core = core
+        self._checkouts = core.checkouts
         self._more = more
         self._records_out = records_out
-        self._by_loop: weakref.WeakKeyDictionary[AbstractEventLoop, Attachment] = weakref.WeakKeyDictionary()
+        self._by_loop: dict[int, Attachment] = {}
+        """``id()`` of a loop that is not closed -> its attachment: :meth:`loop_ended` comes before the number
+        can be another's, and to look a loop up by a weak reference takes half as long as all the rest."""
         self._lock = threading.RLock()
         """Guards which loop has which attachment.  Reentrant, for a loop may end in a finalizer."""
         self._spare = [first]
@@ -104,21 +107,16 @@ class LoopSides:
         """The loop that opens the first one."""
 
     def take(self, since: float | None = None) -> Any:
-        loop = _get_running_loop()
-        attachment = self._by_loop.get(loop) if loop is not None else None
-        return self._core.checkouts.take(attachment or self._enter(), since)
+        attachment = self._by_loop.get(id(_get_running_loop())) or self._enter()
+        return self._checkouts.take(attachment, since)
 
     @property
     def here(self) -> Attachment:
-        loop = _get_running_loop()
-        attachment = self._by_loop.get(loop) if loop is not None else None
-        return attachment or self._enter()
+        return self._by_loop.get(id(_get_running_loop())) or self._enter()
 
     def _enter(self) -> Attachment:
         """The running loop uses the engine for the first time."""
         runtime = tasks.running()
-        loop = _get_running_loop()
-        assert loop is not None
         with self._lock:
             attachment = self._spare.pop() if self._spare else None
         if attachment is None:  # not under the lock: this takes the pool's
@@ -127,7 +125,7 @@ class LoopSides:
             attachment = more()
         attachment.runtime = runtime
         with self._lock:
-            self._by_loop[loop] = attachment
+            self._by_loop[id(_get_running_loop())] = attachment
         runtime.used_by(self)
         return attachment
 
@@ -174,9 +172,8 @@ class LoopSides:
     def loop_ended(self, loop: tasks.Loop) -> None:
         """Nobody there can return anything: free all slots at once."""
         with self._lock:
-            ended = [a for a in self._by_loop.values() if a.runtime is loop]
-            for key in [key for key, a in self._by_loop.items() if a in ended]:
-                del self._by_loop[key]
+            keys = [key for key, attachment in self._by_loop.items() if attachment.runtime is loop]
+            ended = [self._by_loop.pop(key) for key in keys]
         for attachment in ended:
             for record in [r for r in self._records_out.copy() if r.attachment is attachment]:
                 record.cut_off(f"{ENDED}: check out a new connection")

@@ -242,10 +242,13 @@ def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
 
 def of_server(handle: Any) -> tuple[int | None, str | None]:
     """Return the backend's process id and the transaction's state, as far as the driver knows by itself."""
-    info = getattr(handle, "info", None)
+    driver = getattr(handle, "driver_connection", handle)  # below SQLAlchemy's adapter for asyncio
+    info = getattr(driver, "info", None)
     try:
-        backend = int(info.backend_pid) if info is not None else None
-        transaction = _TRANSACTIONS.get(int(info.transaction_status)) if info is not None else None
+        if info is not None:
+            return int(info.backend_pid) or None, _TRANSACTIONS.get(int(info.transaction_status))
+        if hasattr(driver, "get_server_pid"):  # asyncpg
+            return int(driver.get_server_pid()), "in transaction" if driver.is_in_transaction() else "idle"
     except Exception:  # another driver's, or closed meanwhile
-        return None, None
-    return backend or None, transaction
+        pass
+    return None, None

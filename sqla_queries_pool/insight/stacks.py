@@ -95,7 +95,7 @@ class Threads:
         if caller is None or not caller.alive:
             return ()
         if isinstance(caller, TaskCaller):
-            return _as_text(reversed(list(_awaits(caller.task))))
+            return _as_text(reversed(list(_awaits(caller.task()))))
         return _as_text(self._at.get(caller.ident, ()))
 
 

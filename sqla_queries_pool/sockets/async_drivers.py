@@ -20,8 +20,9 @@ class AsyncDriver(NamedTuple):
 
     descriptor: Callable[[Any], int]
     """The descriptor of a connection's socket."""
-    end: Callable[[Any], None]
-    """Closes a connection, in the thread of its loop."""
+    end: Callable[[Any], Any]
+    """Closes a connection, in the thread of its loop.  What it returns, if anything, is a future: of what is
+    left to be done before the loop ends."""
     bury: Callable[[Any], None]
     """The same when the loop is closed and can do nothing any more; in any thread."""
 
@@ -52,8 +53,8 @@ def _end_psycopg(connection: Any) -> None:
     connection.pgconn.finish()
 
 
-def _end_aiosqlite(connection: Any) -> None:
-    connection.stop()
+def _end_aiosqlite(connection: Any) -> Any:
+    return connection.stop()  # its thread closes the connection, and then says so in the loop
 
 
 def _no_descriptor(_: Any) -> int:
@@ -71,5 +72,5 @@ def known(connection: Any) -> AsyncDriver | None:
     """Return what is known of the driver of a connection, also of one of a class of the user's own."""
     for kind in type(connection).__mro__:
         if (driver := _KNOWN.get(kind.__module__.partition(".")[0])) is not None:
-            return driver
+            return driver if driver.end is not _end_aiosqlite or hasattr(connection, "stop") else None
     return None

@@ -26,6 +26,9 @@ class OfLoop(Protocol):
     def soon_in_greenlet(self, function: Callable[[], None]) -> None:
         """Run it in a task of the loop, in which it may await as SQLAlchemy's adapters do."""
 
+    def finish(self, future: Any) -> None:
+        """Before the loop ends, wait for this, if it is anything."""
+
 
 class LoopSocket:
     """The socket of a connection of asyncio.
@@ -78,7 +81,7 @@ class LoopSocket:
     def _end(self) -> None:
         assert self._driver is not None
         with contextlib.suppress(Exception):  # closed meanwhile
-            self._driver.end(self.drivers_own)
+            self._runtime.finish(self._driver.end(self.drivers_own))
         hang_up(self, socket.SHUT_WR)
 
     def __del__(self) -> None:
