@@ -178,6 +178,11 @@ class HostStatistics:
         """How many of them are this process's."""
         return sum(each.leases for each in self.processes if each.me)
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """May other processes have what this one lacks?"""
+        return self.mine < self.budget
+
     def __str__(self) -> str:
         who, count = "; ".join(map(str, self.processes)), len(self.processes)
         processes = f"{count} process{'es' if count > 1 else ''}"

@@ -137,6 +137,17 @@ class Folder:
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return fd
 
+    @classmethod
+    def at(cls, path: str) -> Folder:
+        """Open one that is there, perhaps another user's, to look at it.
+
+        :raises OSError: there is none, or this user may not.
+        """
+        self = cls.__new__(cls)
+        self.share, self.path = HOST, path
+        self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        return self
+
     def __del__(self) -> None:
         self.close()
 

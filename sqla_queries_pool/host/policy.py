@@ -30,12 +30,14 @@ IDLE_FOR = 0.05
 """Seconds after which an idle connection is of no use to its process, where no checkout waits there."""
 PATIENCE = 0.05
 """Seconds that a checkout waits before its process, if it has a lease already, gets one of a busy process."""
-TURN = 0.2
+TURN = 0.4
 """Seconds for which a process keeps its only lease, and for which another that has none waits for it."""
 SETTLE = 0.005
 """Seconds for which offers are collected, where nobody has any to spare."""
 MARGIN = 1.25
 """How much larger the part has to be that is left to who gives: demand is a guess."""
+NO = Offer(0, 0.0, 0.0)
+"""The answer to who takes what it can't have any more."""
 MEAN_OF = 1.0
 """Seconds over which the demand is averaged."""
 GIVE_WITHIN = 2.0
@@ -147,16 +149,15 @@ class Member:
             self._needs_since = now
         posts: list[Post] = []
         awaited = self._awaited is not None and now < self._awaited[1]
-        if self._offers and now >= self._asked_at + SETTLE:
-            if not awaited:
-                best = max(self._offers, key=lambda name: self._offers[name][1:])
-                self._awaited = best, now + TAKE_AGAIN
-                posts.append(Post(best, Take(1)))
-            self._offers.clear()
+        if self._offers and not awaited and now >= self._asked_at + SETTLE:
+            best = max(self._offers, key=lambda name: self._offers[name][1:])
+            del self._offers[best]
+            self._awaited = best, now + TAKE_AGAIN
+            posts.append(Post(best, Take(1)))
         if now >= self._asked_at + ASK_EVERY:
             self._asked_at = now
             self._offers.clear()
-            waited = max(own.waited, now - self._needs_since)
+            waited = max(own.waited, now - self._needs_since) if self.leases else own.waited
             posts.append(Post("", Ask(len(self.leases), max(self.want, 1.0), waited, False)))
         return posts
 
@@ -164,7 +165,8 @@ class Member:
         """Return after how many seconds :meth:`look` is to be called again, if no letter comes."""
         if not self.needs(own, now):
             return else_in
-        until = self._asked_at + (SETTLE if self._offers else ASK_EVERY)
+        awaited = self._awaited is not None and now < self._awaited[1]
+        until = self._asked_at + (SETTLE if self._offers and not awaited else ASK_EVERY)
         return max(0.0, min(else_in, until - now))
 
     def _average(self, own: Own, now: float) -> None:
@@ -182,8 +184,8 @@ class Member:
             return [] if offer is None else [Post(sender, offer)]
         if isinstance(letter, Offer):
             return self._offered(sender, letter, own, now)
-        if isinstance(letter, Take):
-            self._promise(sender, letter.number, own, now)
+        if isinstance(letter, Take) and not self._promise(sender, letter.number, own, now):
+            return [Post(sender, NO)]
         return []
 
     def _offer(self, asks: Ask, own: Own, now: float) -> Offer | None:
@@ -196,7 +198,7 @@ class Member:
         turn = max(0.0, min(now - self._turn_since, 1e6))
         if free == 1:
             due = asks.have == 0 and asks.waited >= TURN and turn >= TURN
-            return Offer(0, 0.0, turn) if due else None
+            return Offer(0, 0.0, turn) if due and not self._overtakes(asks, now) else None
         want = max(self.want, 0.1)
         patient = asks.have == 0 or asks.waited >= PATIENCE
         if patient and (free - 1) * asks.want > asks.have * want * MARGIN:
@@ -204,6 +206,11 @@ class Member:
         return None
 
     def _offered(self, sender: str, offer: Offer, own: Own, now: float) -> list[Post]:
+        if offer == NO:
+            self._coming.pop(sender, None)
+            if self._awaited is not None and self._awaited[0] == sender:
+                self._awaited = None
+            return []
         needs = self.needs(own, now)
         if not needs:
             return []
@@ -214,24 +221,23 @@ class Member:
         self._coming[sender] = count, now + SPARE_WITHIN
         return [Post(sender, Take(count))]
 
-    def _promise(self, to: str, number: int, own: Own, now: float) -> None:
+    def _promise(self, to: str, number: int, own: Own, now: float) -> bool:
         """One takes what it was offered, perhaps a while ago: is it still so?"""
         peer = self._peers.get(to)
-        if peer is None or now - peer.at >= FRESH or any(promise.to == to for promise in self.promises):
-            return
-        offer = self._offer(peer.ask, own, now)
-        if offer is None:
-            return
-        if not offer.spare and peer.ask.have == 0 and self._is_overtaking(peer, now):
-            return
+        if any(promise.to == to for promise in self.promises):
+            return True
+        offer = None if peer is None or now - peer.at >= FRESH else self._offer(peer.ask, own, now)
+        if peer is None or offer is None:
+            return False
         self.promises += [Promise(to, now + GIVE_WITHIN)] * min(number, max(offer.spare, 1))
+        return True
 
-    def _is_overtaking(self, peer: _Peer, now: float) -> bool:
-        """Has another that has nothing waited for much longer?"""
+    def _overtakes(self, asks: Ask, now: float) -> bool:
+        """Has another that has nothing, and asked lately, waited for longer?"""
         return any(
-            other.ask.have == 0 and other.ask.waited > 2 * peer.ask.waited + TURN
+            other.ask.have == 0 and other.ask.waited > 1.25 * asks.waited + ASK_EVERY
             for other in self._peers.values()
-            if now - other.at < 1.5 * ASK_EVERY
+            if now - other.at < 3.5 * ASK_EVERY  # three asks, lest a lost one cost it its place
         )
 
     # -- leases ------------------------------------------------------------------------------------
@@ -257,6 +263,7 @@ class Member:
             if own.used >= len(self.leases):
                 return
             self.promises.remove(promise)
+            self._peers.pop(promise.to, None)  # what it said is no longer so
             lease = max(self.leases, key=lambda lease: lease.number)
             self.leases.remove(lease)
             yield Post(promise.to, Passed(lease.number), lease, promise)

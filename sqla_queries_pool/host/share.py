@@ -43,7 +43,9 @@ LINGER = 5.0
 """Seconds for which a mailbox stays that has no use any more."""
 TELL_EVERY = 1.0
 """Seconds between two questions who else is there."""
-REMEMBERED = 5.0
+VISIT_EVERY = 10.0
+"""Seconds between two such questions where nobody wants to know: so the mailboxes of the dead are found."""
+REMEMBERED = 15.0
 """Seconds for which an answer to that is believed."""
 AGAIN_IN = 1.0
 """Seconds after which what has failed is tried again."""
@@ -176,6 +178,11 @@ class Share:
         """The largest ``max_size`` that a process states."""
         return min(MOST, max(self._side.size(), self._largest))
 
+    @property
+    def is_elsewhere(self) -> bool:
+        """May other processes have what this one lacks?"""
+        return len(self._member.leases) < self.budget
+
     def _look_around(self) -> None:
         found = (BOX.fullmatch(name) for name in self._folder.boxes())
         self._largest = max((int(match[2]) for match in found if match), default=0)
@@ -272,6 +279,7 @@ class Share:
 
     def _read_all(self, now: float) -> list[Post]:
         posts: list[Post] = []
+        own: Own | None = None
         for _ in range(MOST_AT_ONCE):
             received = None if self._box is None else self._box.receive()
             if received is None:
@@ -281,10 +289,12 @@ class Share:
                 lease = self._folder.adopt(letter.number, fd)
                 if lease is not None:
                     self._member.got(lease, now, sender)
+                    self._apply()
+                    own = None
             elif isinstance(letter, Here):
                 self._others[sender] = letter, now
             elif letter is not None:
-                own = self._side.own()
+                own = own or self._side.own()  # as it was when the first of them came
                 posts += self._member.heard(sender, letter, own, now)
                 if isinstance(letter, Ask) and letter.tell:
                     posts.append(Post(sender, self._here(own)))
@@ -300,7 +310,8 @@ class Share:
         box = self._box
         if box is None:
             return
-        tell = now - self._told_at >= TELL_EVERY and (self._tell or self._asking)
+        wanted = TELL_EVERY if self._tell or self._member.needs(self._side.own(), now) else VISIT_EVERY
+        tell = now - self._told_at >= wanted
         if tell and not any(isinstance(post.letter, Ask) for post in posts):
             posts.append(Post("", Ask(len(self._member.leases), 0.0, 0.0, True)))
         for post in posts:

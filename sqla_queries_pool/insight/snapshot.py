@@ -105,7 +105,7 @@ class Diagnosis:
 
     kind: str
     """One of ``deadlock queue-full overload refused nested-checkout slow-connect leak long-use
-    too-small``."""
+    host too-small``."""
     cause: str
     remedy: str
     details: str = ""
@@ -142,6 +142,8 @@ class Snapshot:
     def report(self) -> str:
         """The holders and the waiting checkouts, a line each, and where they are in the code."""
         lines = self.diagnosis.details.splitlines() if self.diagnosis else []
+        if self.statistics.host is not None:
+            lines.append(str(self.statistics.host))
         lines.append("Holders, longest first:")
         for n, holder in enumerate(self.holders[:MOST_HOLDERS]):
             times = "time" if holder.uses == 1 else "times"
