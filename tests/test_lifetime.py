@@ -139,6 +139,27 @@ def test_who_waits_does_not_wait_for_a_renewal(
     eventually(lambda: driver.numbers() == [2] and quiet(pool), "it is renewed")
 
 
+def test_what_a_waiter_gets_from_a_renewal_is_renewed_again(
+    make: Make, driver: FakeDriver, clock: FakeClock, eventually: Eventually
+) -> None:
+    """Its new lifetime counts from the renewal on, whoever had it then."""
+    pool = make(recycle=100, max_size=1)
+    use_all(pool, 1)
+    clock.now += 101
+    driver.gate.clear()
+    inside.upkeep(pool).sweep()
+    eventually(lambda: driver.connecting == 1, "it is being renewed")
+    waiter = Task(pool.connect)
+    eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
+    driver.gate.set()
+    waiter.result().close()
+    assert driver.numbers() == [2]
+    clock.now += 101
+    inside.upkeep(pool).sweep()
+    eventually(lambda: driver.numbers() == [3] and quiet(pool), "it is renewed again")
+    assert_whole(pool, eventually)
+
+
 def test_a_renewal_does_not_make_an_idle_connection_younger(
     driver: FakeDriver, clock: FakeClock, eventually: Eventually
 ) -> None:

@@ -385,7 +385,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     a.connect().close()
     renew_and_warm_up(a, eventually)
     step()
-    inside.core(b).abandon(inside.attachment(b))
+    inside.core(b).abandon(inside.attachment(b), lambda _: None)
     step()
 
 

@@ -498,13 +498,13 @@ class Ledger(LedgerState):
 
     def renewed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
         """Take back what was renewed, or could not be; if nobody waits, it is idle for as long as before."""
-        self.lifetimes.end()
+        self.lifetimes.end(slot)
         attachment = slot.home() if slot.home is not None else None
         work: Work = []
         if slot.state is HELD and attachment is not None:
             work = self.give_unused(attachment, entry, now) or []
+            work += self._note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted
             if slot.state is IDLE and slot.handle is not None:
-                work += self._note_lifetime(slot)
                 slot.since = since
                 idle = attachment.idle
                 idle.remove(entry)

@@ -99,6 +99,7 @@ class Slot:
 
     __slots__ = (
         "__weakref__",
+        "begun",
         "entry",
         "expires",
         "generation",
@@ -129,6 +130,9 @@ class Slot:
         self.handle = handle
         """The DBAPI connection, None while there is none (opening, hollow, closed); written by
         its holder, when that opens or closes the socket."""
+        self.begun: Callable[[], Any] | None = None
+        """Has a transaction begun, as far as the driver knows without asking the server?  None where nobody
+        needs to know, because a rollback of nothing costs nothing; written with :attr:`handle`."""
         self.poll: Any = None
         """Called with 0: is there news on the socket?  See liveness.py; written with :attr:`handle`."""
         self.suspect = handle is None

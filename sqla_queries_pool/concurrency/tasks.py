@@ -254,7 +254,7 @@ class Loop:
     @property
     def caller(self) -> TaskCaller:
         """The task that asks."""
-        task, before = asyncio.current_task(), _asker.get()
+        task, before = asyncio.current_task(self._loop()), _asker.get()
         if before is not None and before.task() is task:
             return before
         caller = TaskCaller(task, before)  # one that is inherited is the parent
@@ -292,7 +292,8 @@ class Loop:
 
     def _start(self, function: Callable[[], _T]) -> Task[_T]:
         loop = asyncio.get_running_loop()
-        task = loop.create_task(greenlet_spawn(function), name=f"sqla_queries_pool-{next(_number)}")
+        # Not by the loop's factory: an eager one would begin at once, in the greenlet of the caller.
+        task = Task(greenlet_spawn(function), loop=loop, name=f"sqla_queries_pool-{next(_number)}")
         self.finish(task)
         return task
 

@@ -222,9 +222,14 @@ class QueriesPool(SQLAlchemyPool):
             if isinstance(record, Record):
                 took = time.monotonic() - begin
                 core.admission.last_error = None
-                socket = self._sides.socket(dbapi_connection)
                 core.connections.opened(
-                    record.slot, dbapi_connection, socket, generation, lifetime(self._recycle), took
+                    record.slot,
+                    dbapi_connection,
+                    self._sides.socket(dbapi_connection),
+                    self._sides.begun(dbapi_connection, self._dialect),
+                    generation,
+                    lifetime(self._recycle),
+                    took,
                 )
                 if self._invalidate_time > record.starttime:
                     # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at

@@ -27,11 +27,10 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
         the checkout, so that nothing is said of the asker itself.
     :param parents: of the asker, as :attr:`.Waiting.parents`.
     """
-    waiting_too = {asker, *(waiting.caller for waiting in seen.waiting)}
-    nested = [holder for holder in seen.holders if holder.caller is not None and holder.caller in waiting_too]
+    callers = [(holder, holder.caller) for holder in seen.holders if holder.caller is not None]
+    nested = [holder for holder, who in callers if who == asker or who in seen.callers_waiting]
     mine = sum(holder.caller == asker for holder in nested)
-    above = {*parents, *(parent for waiting in seen.waiting for parent in waiting.parents)}
-    outer = next((holder for holder in seen.holders if holder.caller in above), None)
+    outer = next((h for h, who in callers if who in parents or who in seen.parents_of_waiting), None)
     n = seen.statistics
     if seen.last_connect_error and n.open < (n.limit or math.inf):
         return Diagnosis(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -126,8 +127,22 @@ class Snapshot:
     diagnosis: Diagnosis | None
     """None unless a checkout got no connection."""
 
+    @functools.cached_property
+    def callers_waiting(self) -> frozenset[int | None]:
+        """The callers that wait."""
+        return frozenset(waiting.caller for waiting in self.waiting)
+
+    @functools.cached_property
+    def parents_of_waiting(self) -> frozenset[int]:
+        """The tasks that may wait for those that wait."""
+        return frozenset(parent for waiting in self.waiting for parent in waiting.parents)
+
     def named(self) -> str:
         """Who has held connections the longest."""
+        return self._named
+
+    @functools.cached_property
+    def _named(self) -> str:
         names = ", ".join(map(str, self.holders[:MOST_NAMED])) or "nobody any more"
         rest = len(self.holders) - MOST_NAMED
         return f"Held by, longest first: {names}{f', and {rest} more' if rest > 0 else ''}"
@@ -139,12 +154,19 @@ class Snapshot:
         counts = f"open {n.open}, held {n.held}, opening {n.opening}, waiting {n.waiting}, limit {limit}"
         return f"{n.label} (pid {n.pid}){f' {what}' if what else ': '}{counts}"
 
-    def report(self) -> str:
-        """The holders and the waiting checkouts, a line each, and where they are in the code."""
-        lines = self.diagnosis.details.splitlines() if self.diagnosis else []
-        if self.statistics.host is not None:
-            lines.append(str(self.statistics.host))
-        lines.append("Holders, longest first:")
+    def report(self, lists: str = "") -> str:
+        """The holders and the waiting checkouts, a line each, and where they are in the code.
+
+        :param lists: :attr:`lists`, where that was made before.
+        """
+        details = self.diagnosis.details.splitlines() if self.diagnosis else []
+        return "\n".join([*details, lists or self.lists])
+
+    @functools.cached_property
+    def lists(self) -> str:
+        """The holders and the waiting checkouts."""
+        shared = self.statistics.host
+        lines = [*([str(shared)] if shared is not None else []), "Holders, longest first:"]
         for n, holder in enumerate(self.holders[:MOST_HOLDERS]):
             times = "time" if holder.uses == 1 else "times"
             backend = f", backend {holder.backend_pid}" if holder.backend_pid else ""
@@ -220,7 +242,7 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         stack=stacks.as_text(slot.stack),
         now_at=() if session is not None else threads.at(caller),
         ended=session is None and caller is not None and caller.ended,
-        caller=caller.number if session is None and caller is not None else None,
+        caller=caller.number if session is None and caller is not None and not caller.ended else None,
     )
 
 

@@ -216,12 +216,15 @@ class Core:
                 self.section.label,
             )
 
-    def abandon(self, attachment: Attachment) -> None:
+    def abandon(self, attachment: Attachment, then: Callable[[Attachment], None]) -> None:
         """The runtime of an attachment has ended: close all that it has, and let its waiters go.
 
         Never waits: may be called by a finalizer.
+
+        :param then: called when the ledger knows, inside the critical section.
         """
         self.section.post(closing.abandon, self.ledger, attachment)
+        self.section.post(lambda _: then(attachment))
 
     def dispose(self, attachment: Attachment) -> None:
         """Close an engine's idle connections, and end its generation of connections."""
