@@ -37,6 +37,7 @@ from ..pool.manager import attach
 from ..runtime.jitter import lifetime
 from . import identity, seams
 from .attempt import Attempt, Refused, open_connection
+from .limits import Check
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings
 from .sides import sides
@@ -80,6 +81,7 @@ class QueriesPool(SQLAlchemyPool):
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
         share: str | None = Settings.share,
+        check_limits: bool = Settings.check_limits,
         **kw: Any,
     ) -> None:
         self.settings = Settings.read(locals())
@@ -237,9 +239,17 @@ class QueriesPool(SQLAlchemyPool):
                     record.starttime = time.time()
                     record.slot.suspect = True
                 self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
+                if core.limits_check is None and self.settings.check_limits:
+                    self._check_limits(attachment)
             return dbapi_connection
 
         return connect
+
+    def _check_limits(self, attachment: Attachment) -> None:
+        core = self._core
+        core.limits_check = Check(self, attachment)
+        if getattr(self._dialect, "name", "") == "postgresql" and not self._identity.private:
+            core.limits_check.begin()
 
     # -- what happens to what is out; Record.checkin returns it -------------------------------------
 

@@ -217,6 +217,15 @@ class Settings:
         ),
     ] = None
 
+    check_limits: Annotated[
+        bool,
+        Option(
+            parameters.flag,
+            "Ask the server once, in the background, whether it has room for max_size connections of each "
+            "process, and log a warning if not.",
+        ),
+    ] = True
+
     @classmethod
     def read(cls, stated: Mapping[str, Any]) -> Settings:
         """Return what was stated, as text or not; what else is in there is left alone.
@@ -286,6 +295,7 @@ class QueriesPoolOptions(TypedDict, total=False):
     max_waiting: int | None
     queue_target: float | None
     share: str | None
+    check_limits: bool
     pool_recycle: float
     pool_pre_ping: bool
     pool_reset_on_return: Any

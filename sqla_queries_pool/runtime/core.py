@@ -78,6 +78,8 @@ class Core:
         self.timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
         """Snapshots of the last checkouts that got nothing, the newest last."""
         self._warned_of_no_limit = False
+        self.limits_check: Any = None
+        """What asks the server whether it has room (engine/limits.py); once for a pool."""
         self.stated_limit: float | None = None
         """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
         self.share: Share | None = None
@@ -94,7 +96,7 @@ class Core:
         self.section = section = CriticalSection(label, self._clock)
         self.recent_snapshot: Recent[Any] = Recent()
         """The last snapshot that was made for an error: see insight/report.py."""
-        worker = Worker()
+        self.worker = worker = Worker()
         self.connections = Connections(section, ledger, Lingering(self.housekeeper.schedule))
         self.admission = Admission(section, ledger, self.connections)
         self.upkeep = Upkeep(section, ledger, self.connections, worker, self.housekeeper, self._on_vacant)
