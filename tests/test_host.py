@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import itertools
 import json
@@ -12,17 +13,19 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import inside
 import pytest
 from conftest import Observer, SessionServer
 from hazards import DEADLINE
 from sqlalchemy import create_engine, exc, make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.exporters import prometheus
 from sqla_queries_pool.host import lease
 
 pytestmark = [
@@ -388,5 +391,76 @@ def test_leases_are_freed_when_they_are_of_no_use(
     engine.dispose()
     eventually(lambda: pool.statistics().host.mine == 0)
     eventually(lambda: not list(tmp_path.rglob("box.*")))
-    names = {thread.name for thread in threading.enumerate()}
-    assert names, time.monotonic()
+    eventually(lambda: "sqla_queries_pool host" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_tasks_share_too(host: Hosts) -> None:
+    """An asynchronous engine waits for another process without blocking its loop."""
+    one = host(2)
+    (other,) = one.start()
+    assert other.do("take", 2) == 2
+    url = one.url.set(drivername="postgresql+asyncpg")
+    turns = 0
+
+    async def main() -> int:
+        nonlocal turns
+        engine = create_async_engine(url, poolclass=QueriesPool, share=str(one.folder), max_size=2)
+        waiting = asyncio.create_task(engine.connect().__aenter__())
+        while not inside.waiters(engine.pool):
+            await asyncio.sleep(0)
+        other.begin("release")
+        while not waiting.done():
+            turns += 1
+            await asyncio.sleep(0.001)
+        connection = await waiting
+        found = await connection.scalar(text("SELECT 1"))
+        await connection.close()
+        await engine.dispose()
+        return int(found)
+
+    assert asyncio.run(main()) == 1
+    assert other.result() == 0
+    assert turns > 1
+
+
+def test_the_command_lists_who_has_what(host: Hosts) -> None:
+    """From outside: the database without its password, each process, and what it has."""
+    one = host(3)
+    first, second = one.start(2)
+    first.do("take", 2)
+    second.do("take", 1)
+    command = [sys.executable, "-m", "sqla_queries_pool", "host", "--share", str(one.folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        f"postgresql://{one.role}@{one.url.host}:{one.url.port}/{one.url.database}: 3 of 3 taken",
+        f"  process {first.pid} (host_worker.py) 2",
+        f"  process {second.pid} (host_worker.py) 1",
+    ]
+    first.kill()
+    second.kill()
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"No process shares a budget below {one.folder}\n"
+
+
+def test_the_page_and_the_metrics_show_the_host(host: Hosts, eventually: Eventually) -> None:
+    """Which process has how many."""
+    from sqla_queries_pool.monitor import Monitor
+
+    one = host(3)
+    (other,) = one.start()
+    other.do("take", 2)
+    engine = create_engine(one.url, poolclass=QueriesPool, share=str(one.folder), max_size=3)
+    with engine.connect():
+        pool: Any = engine.pool
+        eventually(lambda: pool.statistics().host.leases == 3)
+        page = Monitor(allow=lambda _: True)
+        shown = b"".join(
+            page({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda *_: lambda _: None)
+        ).decode()
+        assert "Shared by the processes of this host (3 of 3 taken)" in shown
+        assert f"process {other.pid} (host_worker.py)" in shown
+        metrics = {m.name: m for m in prometheus.QueriesPoolCollector().collect()}
+        for name, value in (("host_connections_max", 3), ("host_leases", 1)):
+            samples = metrics[f"sqla_queries_pool_{name}"].samples
+            assert [s.value for s in samples if s.labels["pool"] == pool.pid] == [value]
+    engine.dispose()

@@ -11,6 +11,7 @@ from typing import Any
 import inside
 import pytest
 from conftest import Observer, SessionServer
+from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from sqla_queries_pool import QueriesPool
@@ -95,6 +96,38 @@ def test_a_connection_stays_idle_for_as_long_as_before(limited: str, eventually:
     with engine.connect() as connection:
         info: Any = connection.connection.driver_connection
         assert info.info.transaction_status == 0
+    engine.dispose()
+
+
+@pytest.mark.skipif(PROGRAM is None, reason="there is no PgBouncer")
+def test_behind_pgbouncer_nothing_is_said(
+    pg_own_server: Callable[..., Any], caplog: pytest.LogCaptureFixture, eventually: Eventually
+) -> None:
+    """The server's limits are PgBouncer's affair."""
+    server = pg_own_server(max_connections="8")
+    with PgBouncer(server, {"pool_mode": "transaction", "default_pool_size": 2}) as bouncer:
+        engine = create_engine(bouncer.url(), poolclass=QueriesPool, max_size=50)
+        asked(engine, eventually)
+        engine.dispose()
+    assert said(caplog) == []
+    direct = create_engine(server.url(), poolclass=QueriesPool, max_size=50)
+    asked(direct, eventually)
+    direct.dispose()
+    assert len(said(caplog)) == 1
+
+
+def test_what_the_user_may_not_know_is_not_told(
+    limited: str, caplog: pytest.LogCaptureFixture, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the server is nobody's, and the connection is as good as before."""
+    monkeypatch.setattr(limits, "QUERY", "SELECT * FROM pg_authid")
+    engine = create_engine(limited, poolclass=QueriesPool, max_size=50)
+    asked(engine, eventually)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 1")) == 1
+    pool: Any = engine.pool
+    assert pool.statistics().connects == 1
+    assert said(caplog) == []
     engine.dispose()
 
 
