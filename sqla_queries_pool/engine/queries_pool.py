@@ -40,7 +40,7 @@ from .attempt import Attempt, Refused, open_connection
 from .limits import Check
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings
-from .sides import sides
+from .sides import LoopSides, ThreadSide, sides
 
 _label = checkout_label.get
 
@@ -109,12 +109,23 @@ class QueriesPool(SQLAlchemyPool):
         self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self._checkouts = self._core.checkouts
-        more = weakref.WeakMethod(self._attach_another)
-        self._sides = sides(self._dialect.is_async, self._attachment, self._core, more, self.records_out)
-        self._take = self._sides.take
         self._core.on_leak = log_leak
         if quota.stated == math.inf:
             self._core.warn_of_no_limit()
+
+    @functools.cached_property
+    def _sides(self) -> ThreadSide | LoopSides:
+        """Its attachments.  Chosen when they are first asked for: a pool that is made before its engine
+        (``create_async_engine(pool=…)``) gets the engine's dialect later."""
+        more = weakref.WeakMethod(self._attach_another)
+        new = sides(self._dialect.is_async, self._attachment, self._core, more, self.records_out)
+        # Of two threads that ask at once, both get the first one's.
+        chosen: ThreadSide | LoopSides = self.__dict__.setdefault("_sides", new)
+        return chosen
+
+    @functools.cached_property
+    def _take(self) -> Callable[..., Any]:
+        return self._sides.take
 
     def _identify(self, predecessor: QueriesPool | None) -> identity.Identity:
         if predecessor is not None:

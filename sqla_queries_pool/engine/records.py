@@ -104,9 +104,9 @@ class Record(ConnectionRecord):
             Upkeep.abandoned_at = time.monotonic()
             proxy = Proxy(self.owner, self, self.owner._should_log_debug())
             self.fairy_ref = weakref.ref(proxy, self.abandoned)
-            if self.owner._dialect.is_async:
+            if self.owner._dialect.is_async and proxy.dbapi_connection is not None:
                 self._drop(proxy)
-            else:
+            else:  # also where it was invalidated: nothing is to be rolled back
                 proxy.close()
             Upkeep.abandoned_at = time.monotonic()
         elif self.fairy_ref is proxy_ref:  # an audit was first
@@ -118,7 +118,7 @@ class Record(ConnectionRecord):
         As SQLAlchemy does, with its words and its events; and the slot comes back.
         """
         owner, connection = self.owner, proxy.dbapi_connection
-        ends = owner._dialect.has_terminate or getattr(self.slot.socket, "known", False)
+        ends = owner._dialect.has_terminate or getattr(self.slot.socket, "known", False) is True
         self.slot.reason = ABANDONED
         self.fairy_ref = None
         owner.records_out.discard(self)

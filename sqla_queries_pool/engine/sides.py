@@ -18,7 +18,7 @@ from typing import Any, Protocol, TypeAlias
 from sqlalchemy import exc
 
 from ..budget.ledger import ENDED
-from ..budget.slots import Attachment
+from ..budget.slots import CLOSING, GONE, Attachment
 from ..concurrency import tasks
 from ..concurrency.threads import THREADS
 from ..runtime.core import Core
@@ -202,6 +202,10 @@ class LoopSides:
             if attachment.runtime is loop:
                 self._core.dispose(attachment)
                 self._core.retire(attachment)
+                for slot in list(self._core.connections.by_handle.values()):
+                    socket = slot.socket
+                    if slot.home is attachment.ref and slot.state in (CLOSING, GONE) and socket is not None:
+                        socket.close()  # another thread is about to, and may come too late
 
     def loop_ended(self, loop: tasks.Loop) -> None:
         """Nobody there can return anything: free all slots at once."""

@@ -58,7 +58,8 @@ def _bury_asyncpg(connection: Any) -> None:
     # What the loop would have done in its next turn.  uvloop's transports are closed with their loop.
     lost = getattr(connection._transport, "_call_connection_lost", None)
     if lost is not None:
-        lost(None)
+        with contextlib.suppress(Exception):  # it has done so
+            lost(None)
 
 
 def _end_psycopg(connection: Any) -> None:
