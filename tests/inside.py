@@ -429,3 +429,9 @@ def close_special(connection: Any) -> None:
 def observe(feed: Any, options: Any) -> Any:
     """What OpenTelemetry calls."""
     return feed._observe(options)
+
+
+def is_checked(pool: Any) -> bool:
+    """Has its server said how many connections it has room for?"""
+    check = core(pool).limits_check
+    return check is not None and check.done

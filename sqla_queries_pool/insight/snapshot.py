@@ -106,7 +106,7 @@ class Diagnosis:
 
     kind: str
     """One of ``deadlock queue-full overload refused nested-checkout slow-connect leak long-use
-    too-small``."""
+    host too-small``."""
     cause: str
     remedy: str
     details: str = ""
@@ -165,7 +165,8 @@ class Snapshot:
     @functools.cached_property
     def lists(self) -> str:
         """The holders and the waiting checkouts."""
-        lines = ["Holders, longest first:"]
+        shared = self.statistics.host
+        lines = [*([str(shared)] if shared is not None else []), "Holders, longest first:"]
         for n, holder in enumerate(self.holders[:MOST_HOLDERS]):
             times = "time" if holder.uses == 1 else "times"
             backend = f", backend {holder.backend_pid}" if holder.backend_pid else ""
