@@ -330,12 +330,14 @@ SETTINGS = ("recycle", "pre_ping", "reset_on_return", "creator", "dialect")
 
 def setting(pool: Any, name: str) -> Any:
     """What was stated for an engine, by the name of the parameter."""
+    if name == "pre_ping":
+        return pool.pings
     return getattr(pool.settings, name) if hasattr(pool.settings, name) else getattr(pool, f"_{name}")
 
 
 def settings(pool: Any) -> dict[str, Any]:
     """All that can be compared of what was stated for an engine."""
-    return {"settings": pool.settings} | {name: getattr(pool, f"_{name}") for name in SETTINGS}
+    return {"settings": pool.settings} | {name: setting(pool, name) for name in SETTINGS}
 
 
 def set_timeout(pool: Any, timeout: float | None) -> None:
@@ -453,3 +455,9 @@ def close_special(connection: Any) -> None:
 def observe(feed: Any, options: Any) -> Any:
     """What OpenTelemetry calls."""
     return feed._observe(options)
+
+
+def is_checked(pool: Any) -> bool:
+    """Has its server said how many connections it has room for?"""
+    check = core(pool).limits_check
+    return check is not None and check.done
