@@ -155,7 +155,7 @@ def test_a_loop_that_stops_while_it_renews_holds_no_other_renewal_up_for_long(
 def test_what_an_ended_loop_had_is_no_other_loops_before_the_pool_knows(
     make: Make, pg_url: str, pg_observer: Observer
 ) -> None:
-    """Where another thread is inside the pool hears of the end in a letter; till then it has its idle ones."""
+    """Where another thread is inside, the pool hears of it in a letter; till then it has its idle ones."""
     tasks = make()
     loop = asyncio.new_event_loop()
     loop.run_until_complete(self_test(tasks))
@@ -197,7 +197,7 @@ def test_an_eager_task_factory_is_no_trouble(make: Make) -> None:
 def test_a_loop_that_ends_while_its_min_size_is_filled_leaves_nothing(
     make: Make, pg_url: str, pg_observer: Observer, forever: bool
 ) -> None:
-    """``asyncio.run()`` does not cancel the opening; what it brings is closed, and one that hangs is ended."""
+    """``asyncio.run()`` does not cancel the opening; what it brings is closed; one that hangs is ended."""
     tasks = make(min_size=3)
     stopped, go_on = opening_stops(tasks, 2)
     cancelled = []
