@@ -5,8 +5,8 @@
 64 threads share 4 engines of 2 databases, hence 2 pools, with more threads than connections.  Beside them
 run two event loops, whose tasks use 2 engines of the same databases and are cancelled at any await; each ends
 with its tasks in the midst of it, and another one follows.  Meanwhile one thread restarts the server,
-terminates backends, changes limits, disposes of engines, forks, detaches, and now and then has all threads and
-tasks rest to see that everything was returned.  What is looked at:
+terminates backends, changes limits, disposes of engines, forks, detaches, and now and then has all of them
+rest to see that everything was returned.  What is looked at:
 
 * The server never sees more connections than the limit: each pool has a role of its own, whose CONNECTION
   LIMIT follows the pool's limit.  So the server itself refuses what is above, and its log says so.

@@ -195,7 +195,7 @@ def test_an_eager_task_factory_is_no_trouble(make: Make) -> None:
 
 @pytest.mark.parametrize("forever", [False, True])
 def test_a_loop_that_ends_while_its_min_size_is_filled_leaves_nothing(
-    make: Make, pg_url: str, pg_observer: Observer, forever: bool
+    make: Make, pg_url: str, pg_observer: Observer, forever: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``asyncio.run()`` does not cancel the opening; what it brings is closed; one that hangs is ended."""
     tasks = make(min_size=3)
@@ -215,6 +215,8 @@ def test_a_loop_that_ends_while_its_min_size_is_filled_leaves_nothing(
     eventually(lambda: pg_observer.backends(name_of(pg_url)) == 0, "all are closed")
     eventually(lambda: pool_of(tasks).statistics().open == 0, "all slots are free")
     assert pool_of(tasks).statistics().connects == 2
+    gc.collect()
+    assert [record for record in caplog.records if "destroyed" in record.getMessage()] == []
 
 
 # -- the collector ---------------------------------------------------------------------------------------
