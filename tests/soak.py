@@ -148,6 +148,8 @@ class Log(logging.Handler):
         "%s: could not renew",
         "%s: could not open a connection for min_size",
         "%s: closing %r: rollback failed",
+        # At the end of a loop asyncio.run() cancels the task in which SQLAlchemy would have returned it.
+        "The garbage collector is trying to clean up non-checked-in connection",
     )
 
     def __init__(self, fail: Callable[[BaseException], None]) -> None:

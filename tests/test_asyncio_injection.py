@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import itertools
 import random
 import warnings
@@ -38,6 +39,10 @@ TASKS = 5
 CASES = list(itertools.product(STEPS, OUTCOMES, VISITS))
 SHARE = 30
 """How many of them are tried where not all are."""
+
+
+asker: contextvars.ContextVar[asyncio.Task[Any]] = contextvars.ContextVar("asker")
+"""The task for which a step is done."""
 
 
 class Injected(exc.SQLAlchemyError):
@@ -79,14 +84,15 @@ class Case:
             elif self._outcome == "never":
                 await_only(self.go_on.wait())
             elif self._outcome == "cancelled":
-                task = asyncio.current_task()
-                assert task is not None
-                task.cancel()
+                asker.get().cancel()  # the pool opens in a task of its own
                 await_only(asyncio.sleep(0))
 
 
 async def work(engine: AsyncEngine) -> None:
     """Use a connection, commit, and invalidate it at last."""
+    me = asyncio.current_task()
+    assert me is not None
+    asker.set(me)
     async with engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
         await connection.commit()
