@@ -378,3 +378,32 @@ def test_cancellations_at_random_awaits_lose_nothing(
     run(main())
     eventually(lambda: pg_observer.backends(name) == 0, "all are closed")
     assert pool_of(tasks).statistics().open == 0
+
+
+@pytest.mark.parametrize("name", ["close", "invalidate"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_invalidation_that_a_listener_interrupts_leaves_no_transaction_open(
+    make: Make, pg_url: str, pg_observer: Observer, name: str, fails: bool
+) -> None:
+    """The connection is closed all the same, whether the listener fails or is cancelled."""
+    tasks = make(max_size=1)
+    interrupted = []
+
+    async def main() -> None:
+        @event.listens_for(tasks.sync_engine, name)
+        def listen(*_: Any) -> None:
+            if not interrupted:
+                interrupted.append(name)
+                if fails:
+                    raise ValueError
+                raise asyncio.CancelledError
+
+        with contextlib.suppress(asyncio.CancelledError, ValueError):
+            async with tasks.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+                await connection.invalidate()
+        assert interrupted
+        await soon(lambda: pg_observer.backends(name_of(pg_url)) == 0, "it is closed")
+        await self_test(tasks)
+
+    asyncio.run(main())
