@@ -28,6 +28,7 @@ from .async_competitors import (
     places,
     servers,
 )
+from .clock import Clock
 from .competitors import TIMEOUT, Backend
 from .contended import Load, figures, rounds, throughput
 from .effort import Effort
@@ -108,14 +109,17 @@ async def _outcomes(
     outcomes: dict[str, list[Outcome]] = {competitor.name: [] for competitor in competitors}
     for _ in range(rounds(_seconds(load, effort), effort)):
         for competitor in order:
-            async with place.pools(competitor, load.connections, max(TIMEOUT, 8 * load.turn)) as sources:
-                outcome = await tasks.run(
-                    sources,
-                    work,
-                    tasks=load.threads,
-                    seconds=_seconds(load, effort),
-                    warm_up=load.turn + WARM_UP,
-                )
+            timeout = max(TIMEOUT, 8 * load.turn)
+            async with place.pools(competitor, load.connections, timeout) as sources:
+                with Clock() as clock:
+                    outcome = await tasks.run(
+                        sources,
+                        work,
+                        tasks=load.threads,
+                        seconds=_seconds(load, effort),
+                        warm_up=load.turn + WARM_UP,
+                        clock=clock,
+                    )
             outcomes[competitor.name].append(outcome)
         order.append(order.pop(0))
     return outcomes

@@ -59,7 +59,7 @@ FULL = Effort(
     loops=("asyncio", "uvloop"),
     task_works=(0.0, 0.001, 0.005),
     task_seconds=1.0,
-    fault=1.0,
+    fault=2.0,
 )
 QUICK = Effort(
     rounds=2,

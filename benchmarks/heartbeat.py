@@ -308,6 +308,8 @@ def _logs_to_nowhere() -> Iterator[None]:
 
 
 def _cells(server: EmbeddedPostgres, network: Network, place: Place, effort: Effort) -> Iterator[Cell]:
+    beats: dict[str, list[float]] = {QUEUE.name: [], QUERIES.name: []}
+    served = dict.fromkeys(beats, 0)
     for name, fault in FAULTS.items():
         cell = Cell(GROUP, f"{place}: {name}")
         for competitor in (QUEUE, QUERIES):
@@ -315,14 +317,26 @@ def _cells(server: EmbeddedPostgres, network: Network, place: Place, effort: Eff
                 continue
             scene = Scene(place, server, network, competitor, effort.fault)
             late = place.run(_measure(fault, scene))
-            cell.figures[competitor.name] = {
-                "p99, ms": Figure.of([_percentile(late, 0.99) * 1000]),
-                "longest, ms": Figure.of([late[-1] * 1000]),
-                "beats": Figure.of([len(late)]),
-                "served": Figure.of([scene.served]),
-            }
+            cell.figures[competitor.name] = _figures(late, scene.served)
+            if fault is not nothing:
+                beats[competitor.name] += late
+                served[competitor.name] += scene.served
         cell.targets.extend(_targets(cell, judged=fault is not nothing))
         yield cell
+    cell = Cell(GROUP, f"{place}: all of these together")
+    cell.figures.update({name: _figures(sorted(late), served[name]) for name, late in beats.items()})
+    cell.targets.extend(_targets(cell, judged=True))
+    yield cell
+
+
+def _figures(late: Sequence[float], served: int) -> dict[str, Figure]:
+    """Sum up beats, in order of how late they were."""
+    return {
+        "p99, ms": Figure.of([late[min(len(late) - 1, int(0.99 * len(late)))] * 1000]),
+        "longest, ms": Figure.of([late[-1] * 1000]),
+        "beats": Figure.of([len(late)]),
+        "served": Figure.of([served]),
+    }
 
 
 def _targets(cell: Cell, judged: bool) -> Iterator[Target]:
@@ -343,7 +357,3 @@ async def _measure(fault: Fault, scene: Scene) -> list[float]:
             await scene.heart.stop()
     assert scene.heart is not None, "nothing was measured"
     return sorted(scene.heart.late)
-
-
-def _percentile(ordered: Sequence[float], part: float) -> float:
-    return ordered[min(len(ordered) - 1, int(part * len(ordered)))]

@@ -13,6 +13,8 @@ from typing import Any, Protocol, TypeAlias
 
 from sqla_queries_pool.demo.workload import WARM_UP, Outcome, Share
 
+from .clock import Clock
+
 
 class Source(Protocol):
     """A pool as tasks see it, or an engine with its pool."""
@@ -60,14 +62,21 @@ def on_server(seconds: float) -> Work:
 
 
 async def run(
-    sources: Sequence[Source], work: Work, *, tasks: int, seconds: float, warm_up: float = WARM_UP
+    sources: Sequence[Source],
+    work: Work,
+    *,
+    tasks: int,
+    seconds: float,
+    warm_up: float = WARM_UP,
+    clock: Clock | None = None,
 ) -> Outcome:
     """Let ``tasks`` tasks, spread evenly over the sources, use connections for a while.
 
     :param seconds: how long to measure, after ``warm_up`` seconds that do not count.
+    :param clock: the throughput is per second of this clock; waits are as long as they are.
     :raises Exception: the first error of a task other than the pool's timeout, after all have ended.
     """
-    load = _Load(work, seconds, warm_up)
+    load = _Load(work, seconds, warm_up, clock or time.perf_counter)
     shares = tuple(Share() for _ in range(tasks))
     running = [
         asyncio.create_task(load.task(sources[number % len(sources)], share), name=f"load {number}")
@@ -79,21 +88,30 @@ async def run(
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
-    return Outcome(seconds, shares, sum(len(source.connects) for source in sources))
+    return Outcome(load.seconds, shares, sum(len(source.connects) for source in sources))
 
 
 class _Load:
     """One run.  Each task looks at the clock itself: with some pools no other task would run meanwhile."""
 
-    def __init__(self, work: Work, seconds: float, warm_up: float) -> None:
+    def __init__(self, work: Work, seconds: float, warm_up: float, clock: Callable[[], float]) -> None:
         self._work = work
+        self._clock = clock
         self._from = time.perf_counter() + warm_up
         self._until = self._from + seconds
         """Checkouts between these two times count."""
+        self._began = self._ended = 0.0
+        """The same, by the clock; read once each, for it costs as much as some pools."""
+
+    @property
+    def seconds(self) -> float:
+        """How long it took, by the clock."""
+        return self._ended - self._began
 
     async def task(self, source: Source, share: Share) -> None:
         while time.perf_counter() < self._until:
             await self._checkout(source, share)
+        self._ended = self._ended or self._clock()
 
     async def _checkout(self, source: Source, share: Share) -> None:
         asked = time.perf_counter()
@@ -118,6 +136,7 @@ class _Load:
         now = time.perf_counter()
         if now < self._from:
             return
+        self._began = self._began or self._clock()
         # As for threads: the part of a wait that is inside the measurement counts.
         waited = max(0.0, min(now, self._until) - max(asked, self._from))
         share.longest_wait = max(share.longest_wait, waited)

@@ -90,6 +90,11 @@ def waiters(pool: Any) -> Any:
     return core(pool).ledger.waiters()
 
 
+def slots(pool: Any) -> list[Any]:
+    """All that counts against its limit."""
+    return list(ledger(pool).slots)
+
+
 def by_handle(pool: Any) -> dict[int, Any]:
     """Its slots by the ``id()`` of their connections."""
     return connections(pool).by_handle
@@ -319,12 +324,14 @@ SETTINGS = ("recycle", "pre_ping", "reset_on_return", "creator", "dialect")
 
 def setting(pool: Any, name: str) -> Any:
     """What was stated for an engine, by the name of the parameter."""
+    if name == "pre_ping":
+        return pool.pings
     return getattr(pool.settings, name) if hasattr(pool.settings, name) else getattr(pool, f"_{name}")
 
 
 def settings(pool: Any) -> dict[str, Any]:
     """All that can be compared of what was stated for an engine."""
-    return {"settings": pool.settings} | {name: getattr(pool, f"_{name}") for name in SETTINGS}
+    return {"settings": pool.settings} | {name: setting(pool, name) for name in SETTINGS}
 
 
 def set_timeout(pool: Any, timeout: float | None) -> None:
@@ -352,11 +359,6 @@ def before_a_look(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], 
         return real(self, *args)
 
     monkeypatch.setattr(attempt.Attempt, "_usable", later)
-
-
-def ping_of(timeout: Any) -> Any:
-    """The connection that would be hung up, None once it has answered."""
-    return timeout._handle
 
 
 # -- others ----------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any
 import inside
 import pytest
 from conftest import Observer
-from hazards import Thread, eventually
+from hazards import DEADLINE, Thread, eventually
 from sqlalchemy import Engine, create_engine, event, exc, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
@@ -92,9 +92,11 @@ def name_of(pg_url: str) -> str:
     return str(make_url(pg_url).database)
 
 
-async def soon(condition: Callable[[], object], what: str = "the condition") -> None:
+async def soon(
+    condition: Callable[[], object], what: str = "the condition", seconds: float = DEADLINE
+) -> None:
     """As ``eventually``, while the loop goes on."""
-    deadline = asyncio.get_running_loop().time() + 20
+    deadline = asyncio.get_running_loop().time() + seconds
     while not condition():
         assert asyncio.get_running_loop().time() < deadline, f"{what} did not come about"
         await asyncio.sleep(0.001)

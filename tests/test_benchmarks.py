@@ -563,7 +563,7 @@ def test_all_groups_have_their_cells_and_all_cells_are_shown(
     assert groups.count("many tasks") == (works + 1) * drivers
     assert groups.count("one budget, tasks") == len(program.async_contended.BUDGET_LOADS) * drivers
     assert groups.count("one budget, threads and tasks") == 1
-    assert groups.count("a heartbeat") == len(program.heartbeat.FAULTS) * drivers
+    assert groups.count("a heartbeat") == (len(program.heartbeat.FAULTS) + 1) * drivers
     assert len({(cell.group, cell.name) for cell in cells}) == len(cells)
     text = shown(program, cells)
     assert all(cell.name in text and cell.group in text for cell in cells)
@@ -574,6 +574,7 @@ def test_all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> N
     """Each in one cell at least; and who takes part in a cell has the same figures as the others."""
     measured = {name for cell in cells for name in cell.figures}
     assert {competitor.name for competitor in everybody(program)} <= measured
+    assert {competitor.name for competitor in program.async_competitors.ALL} <= measured
     for cell in cells:
         if cell.group != "more of something":
             assert len({tuple(figures) for figures in cell.figures.values()}) <= 1

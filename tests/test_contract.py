@@ -674,8 +674,8 @@ def logged(name: str, error: type[BaseException]) -> bool:
 def expected_of(path: str, name: str, error: type[BaseException], once: bool) -> type[BaseException] | None:
     """What comes out of it."""
     disconnected = issubclass(error, exc.DisconnectionError)
-    if name == "checkout" and disconnected:  # a ping that fails is one attempt, too
-        return None if once and path != "pre_ping" else exc.InvalidRequestError
+    if name == "checkout" and disconnected:  # QueuePool counts a ping that fails as one of its two attempts
+        return None if once else exc.InvalidRequestError
     if path == "pre_ping" and name in {"invalidate", "close"}:
         return error
     if path == "abandon" or logged(name, error) or (path == "dispose" and issubclass(error, Exception)):

@@ -69,8 +69,8 @@ class Ledger(LedgerState):
             slot = entry.slot
             if now - slot.since >= attachment.ping_after or now >= slot.expires:
                 slot.suspect = True
+            slot.holder = holder  # first: held by nobody is what the pool renews
             slot.state = HELD
-            slot.holder = holder
             slot.since = now
             slot.uses += 1
             self.out = out = self.out + 1

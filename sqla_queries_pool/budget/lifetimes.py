@@ -21,7 +21,8 @@ class Lifetimes:
     def __init__(self) -> None:
         self._ends: list[tuple[float, int, weakref.ref[Slot]]] = []
         """Heap: when the lifetime of a connection is over; also of some that are gone by then."""
-        self._renewing: Slot | None = None
+        self._renewing: dict[Slot, None] = {}
+        """Mostly one, see :meth:`begin`."""
         self._next_at = -math.inf
         """When the next one is renewed, though the renewal of one is not over."""
 
@@ -44,7 +45,7 @@ class Lifetimes:
 
         :return: the slot, its engine and its entry, or None.
         """
-        while self._ends and self._ends[0][0] <= now and (self.renewing is None or now >= self._next_at):
+        while self._ends and self._ends[0][0] <= now and (not self.renewing or now >= self._next_at):
             slot = heapq.heappop(self._ends)[2]()
             if slot is None or slot.state is not IDLE or slot.expires > now or slot.handle is None:
                 continue
@@ -52,27 +53,28 @@ class Lifetimes:
             entry = slot.entry() if slot.entry is not None else None
             if attachment is None or entry is None:
                 continue
-            self._renewing, self._next_at = slot, now + LONGEST_RENEWAL
+            self._renewing = {**dict.fromkeys(self.renewing), slot: None}
+            self._next_at = now + LONGEST_RENEWAL
             return slot, attachment, entry
         return None
 
     def end(self, slot: Slot) -> None:
         """The connection was renewed, or could not be."""
-        if self._renewing is slot:
-            self._renewing = None
+        self._renewing.pop(slot, None)
 
     @property
-    def renewing(self) -> Slot | None:
-        """The connection that is being renewed: one at a time, so that few are missed.
+    def renewing(self) -> list[Slot]:
+        """The connections that are being renewed: one at a time, so that few are missed, but for those that
+        take too long.
 
-        It is held meanwhile.  One that is not has lost its renewal to an interrupt: the next one goes on.
+        They are held meanwhile, by nobody.  One that is not has lost its renewal to an interrupt: the next
+        one goes on.
         """
-        slot = self._renewing
-        return slot if slot is not None and slot.state is HELD else None
+        return [slot for slot in list(self._renewing) if slot.state is HELD and slot.holder is None]
 
     @property
     def due(self) -> float:
         """When the next one is renewed, ``inf`` for never.  The end of a renewal begins the next, too."""
         if not self._ends:
             return math.inf
-        return self._ends[0][0] if self.renewing is None else max(self._ends[0][0], self._next_at)
+        return self._ends[0][0] if not self.renewing else max(self._ends[0][0], self._next_at)

@@ -127,7 +127,7 @@ class Slot:
     def __init__(self, handle: Any = None) -> None:
         self.state = GONE
         """One of the words above; written under the lock alone, see :data:`TRANSITIONS`."""
-        self.socket: Any = handle
+        self.socket: Any = None
         """What any thread may look at, hang up and close (``fileno()``, ``close()``): the DBAPI connection
         itself, or what stands for one that belongs to an event loop; written with :attr:`handle`."""
         self.handle = handle
@@ -356,8 +356,10 @@ class Numbers(NamedTuple):
     total: int
     """All that count against the limit."""
     held: int
+    """Those that somebody has; not what the pool itself renews."""
     idle: int
     opening: int
+    """Also those that are being renewed."""
     closing: int
     hollow: int
     """Idle slots without a connection: it was invalidated."""

@@ -205,6 +205,7 @@ class Statistics:
     held: int
     """Connections that are checked out."""
     opening: int
+    """Connections that are being opened, or renewed."""
     closing: int
     waiting: int
     """Blocked checkouts."""

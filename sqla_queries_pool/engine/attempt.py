@@ -171,6 +171,8 @@ class Attempt:
             record.close()
         elif not alive:
             self._core.connections.found_dead(record.slot)
+            if self._pool.pings:  # as SQLAlchemy has it: older ones are replaced without a ping of theirs
+                self._pool._invalidate_time = time.time()
             record.invalidate(exc.DisconnectionError("found dead before it was used"))
 
 

@@ -24,7 +24,7 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from .. import logs, parameters
 from ..budget.audit import Audit
-from ..budget.slots import HELD, LOCKED, OPENING, Attachment, Permit, Quota
+from ..budget.slots import HELD, IDLE, LOCKED, OPENING, Attachment, Permit, Quota, Slot
 from ..budget.stats import Statistics
 from ..errors import ParameterError
 from ..insight import stacks
@@ -35,6 +35,7 @@ from ..parameters import Unstated
 from ..pool import Pool
 from ..pool.manager import attach
 from ..runtime.jitter import lifetime
+from ..sockets.drivers import UNSEEN_FOR, is_seen
 from . import identity, seams
 from .attempt import Attempt, Refused, open_connection
 from .limits import Check
@@ -94,6 +95,9 @@ class QueriesPool(SQLAlchemyPool):
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **parameters.of_sqlalchemys(kw))
+        # SQLAlchemy's own ping knows no limit of time, and listeners run right after it.  So probe.py pings.
+        self.pings, self._pre_ping = self._pre_ping, False
+        """Was ``pool_pre_ping`` stated?  Then each checkout pings, as SQLAlchemy does."""
         self._identity = who = self._identify(predecessor)
         if predecessor is not None and predecessor._identity == who:
             quota = predecessor._attachment.quota
@@ -103,8 +107,6 @@ class QueriesPool(SQLAlchemyPool):
         """The first one: an engine of asyncio has one for each event loop."""
         if self.settings.read_only_is_disconnect:
             listen_for_read_only(self._dialect)
-        if self._pre_ping and _ping_is_over not in self.dispatch.checkout:  # a successor has it already
-            event.listen(self, "checkout", _ping_is_over, insert=True)
         self._track_stacks = self.settings.track_stacks
         self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
@@ -137,7 +139,7 @@ class QueriesPool(SQLAlchemyPool):
 
     def _new_attachment(self, quota: Quota) -> Attachment:
         told = self.settings.of_ledger()
-        if self._pre_ping:
+        if self.pings:
             told["ping_after"] = 0.0
         if self._identity.in_memory:  # its one connection is the database
             told |= {"idle_ttl": math.inf, "ping_after": math.inf}
@@ -197,7 +199,7 @@ class QueriesPool(SQLAlchemyPool):
         self.records_out.add(record)
         if echo:
             self.logger.debug("Connection %r checked out from pool", proxy.dbapi_connection)
-        if self._pre_ping or self.dispatch.checkout:
+        if self.dispatch.checkout:
             proxy._counter = 0
             return Proxy._checkout(self, None, proxy)
         return proxy
@@ -235,10 +237,13 @@ class QueriesPool(SQLAlchemyPool):
             if isinstance(record, Record):
                 took = time.monotonic() - begin
                 core.admission.last_error = None
+                socket = self._sides.socket(dbapi_connection)
+                if attachment.ping_after > UNSEEN_FOR and not self._is_seen(socket):
+                    attachment.ping_after = UNSEEN_FOR
                 core.connections.opened(
                     record.slot,
                     dbapi_connection,
-                    self._sides.socket(dbapi_connection),
+                    socket,
                     self._sides.begun(dbapi_connection, self._dialect),
                     generation,
                     lifetime(self._recycle),
@@ -255,6 +260,11 @@ class QueriesPool(SQLAlchemyPool):
             return dbapi_connection
 
         return connect
+
+    def _is_seen(self, socket: Any) -> bool:
+        """Need a connection that was idle for a moment not be pinged?  One of SQLite's can't be lost."""
+        never = self.settings.ping_after is None or getattr(self._dialect, "name", None) in (None, "sqlite")
+        return never or is_seen(socket)
 
     def _check_limits(self, attachment: Attachment) -> None:
         core = self._core
@@ -365,7 +375,7 @@ class QueriesPool(SQLAlchemyPool):
             echo=self.echo,
             logging_name=self._orig_logging_name,
             reset_on_return=self._reset_on_return,
-            pre_ping=self._pre_ping,
+            pre_ping=self.pings,
             dialect=self._dialect,
             _dispatch=self.dispatch,
             _predecessor=self,
@@ -380,14 +390,21 @@ class QueriesPool(SQLAlchemyPool):
         return 0 if size is None or size == math.inf else int(size)
 
     def checkedin(self) -> int:
-        """How many connections this engine has idle."""
-        return sum(len(attachment.idle) + len(attachment.hollow) for attachment in self._sides.all())
+        """How many connections this engine has idle, those included that are being renewed."""
+        return sum(
+            slot.state is IDLE or (slot.state is HELD and slot.holder is None) for slot in self._slots()
+        )
 
     def checkedout(self) -> int:
-        """How many connections of this engine are out, or being opened."""
+        """How many connections of this engine are out, or being opened for a checkout."""
+        return sum(
+            slot.state is LOCKED or (slot.state in (HELD, OPENING) and slot.holder is not None)
+            for slot in self._slots()
+        )
+
+    def _slots(self) -> list[Slot]:
         homes = {attachment.ref for attachment in self._sides.all()}
-        states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home in homes]
-        return sum(state in (HELD, LOCKED, OPENING) for state in states)
+        return [slot for slot in list(self._attachment.quota.slots) if slot.home in homes]
 
     def overflow(self) -> int:
         """QueuePool's: how many connections there are above ``size()``; here, zero or less."""
@@ -419,13 +436,6 @@ if QueriesPool.__doc__:  # None under -OO
 
 if not seams.KNOWS_PROXY:
     del QueriesPool.connect  # SQLAlchemy's own, then, which asks _do_get()
-
-
-def _ping_is_over(_: Any, record: Any, __: Any) -> None:
-    """A listener of ``checkout``, the first: what SQLAlchemy does next after its ping."""
-    if record.ping_timeout is not None:
-        record.ping_timeout.cancel()
-        record.ping_timeout = None
 
 
 def listen_for_read_only(dialect: Any) -> None:

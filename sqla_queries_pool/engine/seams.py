@@ -55,7 +55,8 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_creator": "what opens a connection",
     "_dialect": "resets and closes; an instance has one only if it was passed",
     "_recycle": "pool_recycle",
-    "_pre_ping": "pool_pre_ping",
+    "_pre_ping": "pool_pre_ping; off, for probe.py pings",
+    "Dialect._do_ping_w_event": "what pool_pre_ping asks; it tells the handle_error listeners",
     "_orig_logging_name": "pool_logging_name, None where none was stated",
     "_dispatch": "a parameter of Pool: the listeners",
     # Of a record.

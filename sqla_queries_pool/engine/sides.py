@@ -22,6 +22,7 @@ from ..budget.slots import CLOSING, GONE, Attachment
 from ..concurrency import tasks
 from ..concurrency.threads import THREADS
 from ..runtime.core import Core
+from ..sockets.drivers import socket_of
 from ..sockets.loop_socket import LoopSocket
 from .seams import begun
 
@@ -81,7 +82,7 @@ class ThreadSide:
         return [self.here]
 
     def socket(self, handle: Any) -> Any:
-        return handle
+        return socket_of(handle)
 
     def begun(self, _: Any, __: Any) -> None:
         return None

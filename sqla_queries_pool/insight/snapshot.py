@@ -199,14 +199,17 @@ class Snapshot:
         }
 
 
-def snapshot(pool: Pool) -> Snapshot:
-    """Return what a pool is like now.  It takes no lock and asks no server: call it from any thread."""
+def snapshot(pool: Pool, placed: int | None = None) -> Snapshot:
+    """Return what a pool is like now.  It takes no lock and asks no server: call it from any thread.
+
+    :param placed: for how many waiting checkouts it says where they are; None for all.
+    """
     error, threads = pool.core.admission.last_error, stacks.Threads()
     return Snapshot(
         taken_at=datetime.datetime.now(datetime.timezone.utc),
         statistics=pool.statistics(),
         holders=tuple(holders(pool, threads)),
-        waiting=tuple(waiting(pool, threads)),
+        waiting=tuple(waiting(pool, threads, placed)),
         last_connect_error=None if error is None else f"{type(error).__name__}: {str(error).strip()}",
         diagnosis=None,
     )
@@ -246,22 +249,21 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
     )
 
 
-def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
+def waiting(pool: Pool, threads: stacks.Threads, placed: int | None = None) -> list[Waiting]:
     """Return the checkouts that wait for a pool's connections, longest first.  Takes no lock of the pool."""
     now = pool.core.now()
-    found = [
+    return [
         Waiting(
             thread=w.holder.ident,
             name=threads.name(w.holder),
             label=w.label,
             seconds=max(0.0, now - w.since),
-            now_at=threads.at(w.holder),
+            now_at=threads.at(w.holder) if placed is None or number < placed else (),
             caller=w.holder.number,
             parents=w.holder.parents,
         )
-        for w in pool.core.ledger.waiters()
+        for number, w in enumerate(sorted(pool.core.ledger.waiters(), key=lambda waiter: waiter.since))
     ]
-    return sorted(found, key=lambda waiting: -waiting.seconds)
 
 
 def of_server(handle: Any) -> tuple[int | None, str | None]:

@@ -18,6 +18,7 @@ from ..parameters import Unstated
 from ..runtime.connections import close_quietly
 from ..runtime.core import Core
 from ..sockets import liveness
+from ..sockets.drivers import socket_of
 from .connection import Connection
 
 DEFAULT_IDLE_TTL = 60.0
@@ -89,6 +90,7 @@ class Pool:
             if self.core.connections.by_handle.setdefault(id(handle), slot) is not slot:
                 raise ValueError("Connection already exists in pool")
             slot._pool = self
+            slot.socket = socket_of(handle)
             work = self.core.section.decide(self.core.ledger.add, slot, self.core.now())
         finally:
             if slot not in self.core.ledger.slots and self.core.connections.by_handle.get(id(handle)) is slot:

@@ -116,6 +116,10 @@ class Connections:
         except TypeError:  # a DBAPI whose connections know no weak references: till it is closed
             self.detached[key] = None
 
+    def is_detached(self, handle: Any) -> bool:
+        """Was it detached, and not closed since?"""
+        return id(handle) in self.detached
+
     def found_dead(self, slot: Slot) -> None:
         """A connection was found dead before it was used: older ones are suspect."""
         slot.reason = DEAD

@@ -148,7 +148,7 @@ class Effects:
         """Open what an engine's ``min_size`` asks for, as far as there is room."""
         section, ledger, opener = self._section, self._ledger, attachment.opener()
         try:
-            while opener is not None:
+            while opener is not None and not attachment.runtime.ending:
                 self.before_reserving()
                 permit = section.decide(ledger.reserve, attachment, section.clock())
                 if permit is None:
