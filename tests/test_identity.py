@@ -345,6 +345,29 @@ def test_no_argument_brings_a_password_into_the_label(connect_args: dict[str, st
     assert "cret" not in shown
 
 
+@pytest.mark.parametrize(
+    "file", ["file:{}/shop.db?key=se%27cret", "file:shop?mode=memory&cache=shared&hexkey=se%27cret"]
+)
+def test_no_parameter_of_an_sqlite_uri_is_shown(file: str, tmp_path: Any) -> None:
+    """Some builds of SQLite take the key of an encrypted database there."""
+    made = engine(f"sqlite:///{file.format(tmp_path)}&uri=true")
+    pool: Any = made.pool
+    shown = [
+        repr(pool),
+        pool.status(),
+        repr(PoolManager.report()),
+        repr(pool.snapshot()),
+        repr(pool.statistics()),
+    ]
+    assert not [text for text in shown if "cret" in text or "key" in text]
+    assert ["shop" in text for text in shown] == [True] * 5
+
+
+def test_the_id_of_an_sqlite_file_does_not_follow_from_its_key() -> None:
+    """It is shown in logs and dashboards: nobody is to guess a key with it."""
+    assert pid("sqlite:///file:shop.db?key=one&uri=true") == pid("sqlite:///file:shop.db?key=two&uri=true")
+
+
 def test_a_dsn_that_is_not_understood_brings_no_password_either() -> None:
     """The driver will say what is wrong with it, when it connects."""
     dsn = "not a dsn password=secret"

@@ -13,16 +13,13 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote
 
 from ..logs import logger
 from . import seams
-
-_IN_MEMORY = re.compile(r"^file:.*\?(.*&)?(mode=memory|vfs=memdb)(&|$)")
-"""A file name of SQLite's that means no file: https://www.sqlite.org/inmemorydb.html"""
 
 
 class Identity(NamedTuple):
@@ -35,12 +32,14 @@ class Identity(NamedTuple):
     private: bool
     """Can no other engine have the same?"""
     in_memory: bool = False
-    """A database that lives and dies with its one connection."""
+    """A database that lives and dies with its connections."""
+    alone: bool = False
+    """A second connection would be a second, empty database."""
 
 
-def private(label: str, in_memory: bool = False) -> Identity:
+def private(label: str, in_memory: bool = False, alone: bool = False) -> Identity:
     """An identity that is shared with nobody."""
-    return Identity(f"private-{uuid.uuid4().hex}", label, private=True, in_memory=in_memory)
+    return Identity(f"private-{uuid.uuid4().hex}", label, True, in_memory, alone)
 
 
 def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identity:
@@ -49,8 +48,8 @@ def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identit
     :param creator: what ``create_engine`` hands to a pool class; one of the user's own makes the identity
         private.
     :param dialect: the engine's dialect, None for a pool without an engine.
-    :param pool_id: the id that the user states.  It wins, unless the database is the one connection: in
-        a pool with others, that would give way one day, and the database with it.
+    :param pool_id: the id that the user states.  It wins, unless the database is in memory: in a pool with
+        others, its last connection would give way one day, and the database with it.
     """
     arguments = seams.connect_arguments(creator, dialect)
     found = None if arguments is None else of_arguments(dialect.name, *arguments)
@@ -92,11 +91,24 @@ def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, A
 
 
 def _of_sqlite(arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity:
+    """SQLite's rules: https://www.sqlite.org/uri.html and https://www.sqlite.org/inmemorydb.html
+
+    A URI's parameters are neither in the id nor in the label: one of them may be a key.
+    """
     file = _text(arguments[0] if arguments else options.get("database"))
-    if file in ("", ":memory:") or file.startswith("file::memory:") or _IN_MEMORY.search(file):
-        return private("sqlite://", in_memory=True)
-    path = file if file.startswith("file:") else os.path.abspath(file)
-    return _identity("sqlite", [], path, "")
+    parameters: dict[str, str] = {}
+    if options.get("uri") and file.startswith("file:"):
+        where, _, query = file.removeprefix("file:").partition("#")[0].partition("?")
+        parameters = dict(parse_qsl(query, keep_blank_values=True))
+        if where.startswith("//"):  # the authority, which is empty or localhost
+            where = "/" + where[2:].partition("/")[2]
+        file = unquote(where)
+    memdb = parameters.get("vfs") == "memdb"
+    if file in ("", ":memory:") or memdb or parameters.get("mode") == "memory":
+        shared = bool(file) and parameters.get("cache") == "shared" and not memdb
+        label = f"sqlite:///{file} (shared memory)" if shared else "sqlite://"
+        return private(label, in_memory=True, alone=not shared)
+    return _identity("sqlite", [], os.path.abspath(file), "")
 
 
 def _of_postgresql(options: Mapping[str, Any]) -> Identity:
