@@ -1,4 +1,4 @@
-"""The command line: ``python -m sqla_queries_pool demo``, or ``monitor``."""
+"""The command line: ``python -m sqla_queries_pool demo``, ``monitor`` or ``explain``."""
 
 from __future__ import annotations
 
@@ -74,6 +74,16 @@ def _parser() -> argparse.ArgumentParser:
     monitor.add_argument("--url", help="with --text: the address of a monitor's page")
     monitor.add_argument("--once", action="store_true", help="with --text: show them once, then exit")
     monitor.set_defaults(command=_monitor)
+    explain = commands.add_parser(
+        "explain",
+        help="show which pool a URL leads to",
+        description="Show which pool an engine of a URL uses, its limit and its settings. Nothing connects. "
+        "The environment counts as it does for the driver (PGHOST and others).",
+    )
+    explain.add_argument(
+        "url", help="as create_engine takes it; with plugin=queries it may have the pool's parameters"
+    )
+    explain.set_defaults(command=_explain)
     return parser
 
 
@@ -128,6 +138,15 @@ def _monitor(chosen: argparse.Namespace) -> None:
         else:
             demo.serve(chosen.port, chosen.database)
     except (DemoError, text.MonitorError) as error:
+        raise _Usage(error) from None
+
+
+def _explain(chosen: argparse.Namespace) -> None:
+    from .explain import UrlError, explain
+
+    try:
+        print(explain(chosen.url))
+    except UrlError as error:
         raise _Usage(error) from None
 
 

@@ -21,6 +21,11 @@ from urllib.parse import parse_qsl, unquote
 from ..logs import logger
 from . import seams
 
+_SAME = {"mysql": "mysql", "mariadb": "mysql"}
+"""SQLAlchemy's names for one kind of server."""
+_STANDBYS = ("standby", "read-only", "prefer-standby")
+"""Values of ``target_session_attrs`` that lead to other servers than the rest."""
+
 
 class Identity(NamedTuple):
     """Which pool an engine uses."""
@@ -81,8 +86,10 @@ def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, A
                 # As the drivers do: keywords win over what the string says.
                 options = {**_parse_dsn(dsn), **options}
         return _of_postgresql(options)
+    if backend in _SAME and not any(arguments):
+        return _of_mysql(backend, options)
     database = _first(options, "database", "dbname", "db", "service_name", "sid")
-    host = _first(options, "host", "hostname", "server", "unix_socket")
+    host = _first(options, "host", "hostname", "server")
     if any(arguments) or (host is None and database is None):
         return None
     user = _first(options, "user", "username")
@@ -123,19 +130,42 @@ def _of_postgresql(options: Mapping[str, Any]) -> Identity:
     ports = [p.strip() or "5432" for p in _text(port).split(",")]
     if len(ports) == 1:
         ports *= len(hosts)
+    session = _first(options, "target_session_attrs") or env("PGTARGETSESSIONATTRS", "")
+    more = [f"service {service}"] if service else []
+    # The primary is one of them, and that is where the others lead that say nothing, or "any".
+    if _text(getattr(session, "value", session)) in _STANDBYS:  # asyncpg has an enumeration
+        more.append("standby")
     return _identity(
-        "postgresql",
-        list(zip(hosts, ports, strict=False)),
-        _text(database),
-        user,
-        f"service {service}" if service else "",
+        "postgresql", list(zip(hosts, ports, strict=False)), _text(database), user, ", ".join(more)
     )
+
+
+def _of_mysql(backend: str, options: Mapping[str, Any]) -> Identity | None:
+    """The drivers' rules: a socket wins over a host, and a file of options fills in what is not said.
+
+    https://dev.mysql.com/doc/c-api/8.4/en/mysql-real-connect.html; each driver names the file in its own way.
+    """
+    socket, host = _text(_first(options, "unix_socket")), _text(_first(options, "host")).lower()
+    database = _text(_first(options, "database", "db"))
+    stated = _text(_first(options, "read_default_file", "default_file", "option_files"))
+    groups = _text(_first(options, "read_default_group", "default_group", "option_groups"))
+    files = [os.path.abspath(os.path.expanduser(file)) for file in stated.split(",") if file]
+    if not (socket or host or database or files):
+        return None
+    port = _text(_first(options, "port"))
+    if not (files or groups):  # else what is not said may be said there
+        host, port = host or "localhost", port or "3306"
+    more = [f"options of {','.join(files)}"] if files else []
+    more += [f"group {groups}"] if groups else []
+    where = (socket, "") if socket else (host, port)
+    return _identity(backend, [where], database, _text(_first(options, "user", "username")), ", ".join(more))
 
 
 def _identity(
     backend: str, hosts: list[tuple[str, str]], database: str, user: str, more: str = ""
 ) -> Identity:
-    canonical = json.dumps([backend, hosts, database, user, more])
+    # Hosts in any order: all of a list are one cluster, whichever is tried first.
+    canonical = json.dumps([_SAME.get(backend, backend), sorted(hosts), database, user, more])
     where = ",".join(_host_and_port(host, port) for host, port in hosts)
     who = f"{user}@" if user else ""
     label = f"{backend}://{who}{where}/{database.lstrip('/')}" + (f" ({more})" if more else "")
