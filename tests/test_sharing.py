@@ -403,6 +403,26 @@ def test_a_pool_id_makes_private_pools_share(
     connection.close()
 
 
+def test_pools_of_engines_that_were_dropped_unused_leave_within_a_minute() -> None:
+    """Thousands of tenants, each with an engine for a moment, would stay for an hour, which is their TTL."""
+    clock = FakeClock(1000.0)
+    pids = set()
+    for number in range(50):
+        url = f"postgresql+psycopg2://me@db.example.net/tenant{number}"
+        pool: Any = create_engine(url, poolclass=QueriesPool, idle_ttl=3600).pool
+        inside.set_clock(pool, clock)
+        pids.add(pool.pid)
+    upkeeps = [inside.pools()[pid].core.upkeep for pid in pids]
+    del pool
+    gc.collect()
+    assert pids <= set(inside.pools())
+    for seconds in (1, 59, 1):
+        clock.now += seconds
+        for upkeep in upkeeps:
+            upkeep.sweep()
+    assert not pids & set(inside.pools())
+
+
 def sqlite(path: str, **kw: Any) -> Engine:
     """An engine of an SQLite database."""
     return create_engine(path, poolclass=QueriesPool, pool_timeout=0, **kw)
