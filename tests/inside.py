@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Engine
 
 from sqla_queries_pool import Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget import lifetimes
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.demo import embedded
 from sqla_queries_pool.engine import attempt
@@ -67,6 +68,11 @@ def ledger(pool: Any) -> Any:
 def attachment(pool: Any) -> Any:
     """One engine's side of the ledger."""
     return pool._attachment
+
+
+def attachment_here(pool: Any) -> Any:
+    """The one of the running event loop."""
+    return pool._sides.here
 
 
 def record(connection: Any) -> Any:
@@ -361,6 +367,24 @@ def before_a_look(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], 
     monkeypatch.setattr(attempt.Attempt, "_usable", later)
 
 
+def before_a_take(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], object]) -> None:
+    """Have something done once inside the critical section, before the next checkout takes a slot."""
+    real = Ledger.take
+
+    def later(self: Any, *args: Any) -> Any:
+        if self is ledger(pool):
+            monkeypatch.setattr(Ledger, "take", real)
+            act()
+        return real(self, *args)
+
+    monkeypatch.setattr(Ledger, "take", later)
+
+
+def renew_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have the renewal of a connection hold the others up for so long."""
+    monkeypatch.setattr(lifetimes, "LONGEST_RENEWAL", seconds)
+
+
 # -- others ----------------------------------------------------------------------------------------------
 
 
@@ -431,3 +455,9 @@ def close_special(connection: Any) -> None:
 def observe(feed: Any, options: Any) -> Any:
     """What OpenTelemetry calls."""
     return feed._observe(options)
+
+
+def is_checked(pool: Any) -> bool:
+    """Has its server said how many connections it has room for?"""
+    check = core(pool).limits_check
+    return check is not None and check.done

@@ -18,7 +18,7 @@ PACKAGE = Path(sqla_queries_pool.__file__).parent
 NAME = PACKAGE.name
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("budget", "errors", "labels", "logs", "try_lock"),
-    ("concurrency", "parameters", "sockets"),
+    ("concurrency", "host", "parameters", "sockets"),
     ("runtime",),
     ("pool",),
     ("exporters", "insight"),

@@ -106,8 +106,9 @@ def test_every_parameter_of_the_pool_is_known_to_the_url() -> None:
 
 def test_nothing_of_ours_reaches_the_driver(make: Any) -> None:
     """Neither through the URL nor through what is connected with; the driver's own options do."""
+    words = {"on_deadlock": "warn", "share": "none"}
     every = "&".join(
-        f"{name}={'warn' if name == 'on_deadlock' else 1}"
+        f"{name}={words.get(name, 1)}"
         for name in NAMES
         if name not in ("pool_size", "max_overflow", "pool_reset_on_return")
     )

@@ -499,6 +499,20 @@ class Ledger(LedgerState):
     def renewed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
         """Take back what was renewed, or could not be; if nobody waits, it is idle for as long as before."""
         self.lifetimes.end(slot)
+        return self.give_borrowed(slot, entry, since, now)
+
+    def borrow(self, attachment: Attachment) -> tuple[Any, float] | None:
+        """Take an idle entry for the pool itself, if no checkout of its engine waits: the one that a checkout
+        would get last; return it, and since when it is idle."""
+        if attachment.queue or not attachment.idle:
+            return None
+        entry = attachment.idle.popleft() if attachment.lifo else attachment.idle.pop()
+        entry.slot.holder = None
+        self.move(entry.slot, HELD)
+        return entry, entry.slot.since
+
+    def give_borrowed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
+        """Take it back; if nobody waits, it is idle for as long as before."""
         attachment = slot.home() if slot.home is not None else None
         work: Work = []
         if slot.state is HELD and attachment is not None:

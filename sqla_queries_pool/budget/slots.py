@@ -38,7 +38,10 @@ TRANSITIONS: Final[dict[tuple[str, str], str]] = {
     (OPENING, HELD): "opened: the one that opened it has it",
     (OPENING, CLOSING): "_closing: the one that opened it has died with the socket open",
     (OPENING, GONE): "_remove: opening failed, or its permit has died",
-    (IDLE, HELD): "take, _hold, _renew: a checkout has it, at once or as a waiter; or it is being renewed",
+    (
+        IDLE,
+        HELD,
+    ): "take, _hold, _renew, borrow: a checkout has it, at once or as a waiter; or the pool itself",
     (IDLE, LOCKED): "lock: a session has it",
     (IDLE, CLOSING): "_closing: it is too old, too many, disposed, dead or removed",
     (IDLE, GONE): "_remove: it gave way to a permit, which closes its connection",

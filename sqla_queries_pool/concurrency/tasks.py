@@ -247,7 +247,7 @@ class Loop:
         self.here = self
         self.closed = False
         """Is the loop closed?"""
-        self._ending = False
+        self.ending = False
         """Was it said to end?  Then nothing begins in the background any more."""
         sentinel = _Sentinel(_until_the_end(self, self._users, self._unfinished))
         loop.call_later(FOREVER, sentinel)
@@ -299,6 +299,9 @@ class Loop:
         loop = asyncio.get_running_loop()
         # Not by the loop's factory: an eager one would begin at once, in the greenlet of the caller.
         task = Task(greenlet_spawn(function), loop=loop, name=f"sqla_queries_pool-{next(_number)}")
+        # It is not the application's: asyncio.run() cancels all tasks that it knows before the loop ends, and
+        # not every driver likes that while it connects.  _until_the_end() waits for it.
+        asyncio._unregister_task(task)
         self.finish(task)
         return task
 
@@ -311,7 +314,7 @@ class Loop:
     def submit(self, _: Worker, job: Callable[[], None]) -> bool:
         """Have ``job`` run in a task of the loop; return False where the loop does not run."""
         loop = self._loop()
-        runs = loop is not None and loop.is_running() and not self._ending
+        runs = loop is not None and loop.is_running() and not self.ending
         return runs and self.soon(functools.partial(self._start, job))
 
     def soon(self, function: Callable[[], object]) -> bool:
@@ -363,10 +366,14 @@ async def _until_the_end(
     try:
         yield
     finally:
-        loop._ending = True
+        loop.ending = True
         await _close_idle(loop, users)
         if unfinished:
-            await asyncio.wait(unfinished, timeout=LONGEST_END)
+            _, late = await asyncio.wait(unfinished, timeout=LONGEST_END)
+            if late:
+                for future in late:
+                    future.cancel()
+                await asyncio.wait(late, timeout=LONGEST_END)
             await _close_idle(loop, users)  # what was opened meanwhile
 
 

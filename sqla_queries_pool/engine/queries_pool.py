@@ -26,6 +26,7 @@ from .. import logs, parameters
 from ..budget.audit import Audit
 from ..budget.slots import HELD, IDLE, LOCKED, OPENING, Attachment, Permit, Quota, Slot
 from ..budget.stats import Statistics
+from ..errors import ParameterError
 from ..insight import stacks
 from ..insight.report import log_leak
 from ..insight.snapshot import Snapshot, snapshot
@@ -37,6 +38,7 @@ from ..runtime.jitter import lifetime
 from ..sockets.drivers import UNSEEN_FOR, is_seen
 from . import identity, seams
 from .attempt import Attempt, Refused, open_connection
+from .limits import Check
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings
 from .sides import LoopSides, ThreadSide, sides
@@ -79,6 +81,8 @@ class QueriesPool(SQLAlchemyPool):
         read_only_is_disconnect: bool = Settings.read_only_is_disconnect,
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
+        share: str | None = Settings.share,
+        check_limits: bool = Settings.check_limits,
         **kw: Any,
     ) -> None:
         self.settings = Settings.read(locals())
@@ -104,7 +108,7 @@ class QueriesPool(SQLAlchemyPool):
         if self.settings.read_only_is_disconnect:
             listen_for_read_only(self._dialect)
         self._track_stacks = self.settings.track_stacks
-        self._shared: Pool = attach(who.pid, who.label, self._attachment)
+        self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self._checkouts = self._core.checkouts
         self._core.on_leak = log_leak
@@ -145,8 +149,17 @@ class QueriesPool(SQLAlchemyPool):
 
     def _attach_another(self) -> Attachment:
         attachment = self._new_attachment(self._attachment.quota)
-        attach(self._shared.id, self._shared.label, attachment)
+        self._attach(self._identity, attachment)
         return attachment
+
+    def _attach(self, who: identity.Identity, attachment: Attachment) -> Pool:
+        share = self.settings.share
+        if share is not None and who.private:
+            raise ParameterError(
+                f"share={share!r}: no other process can know the database of this engine ({who.label}). Pass "
+                "the same pool_id='…' to all engines that are to share their limit, or leave share out"
+            )
+        return attach(who.pid, who.label, attachment, share)
 
     def _make_quota(self, who: identity.Identity) -> Quota:
         if who.alone:  # a second connection would be a second, empty database
@@ -242,6 +255,8 @@ class QueriesPool(SQLAlchemyPool):
                     record.starttime = time.time()
                     record.slot.suspect = True
                 self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
+                if core.limits_check is None and self.settings.check_limits:
+                    self._check_limits(attachment)
             return dbapi_connection
 
         return connect
@@ -250,6 +265,12 @@ class QueriesPool(SQLAlchemyPool):
         """Need a connection that was idle for a moment not be pinged?  One of SQLite's can't be lost."""
         never = self.settings.ping_after is None or getattr(self._dialect, "name", None) in (None, "sqlite")
         return never or is_seen(socket)
+
+    def _check_limits(self, attachment: Attachment) -> None:
+        core = self._core
+        core.limits_check = Check(self, attachment)
+        if getattr(self._dialect, "name", "") == "postgresql" and not self._identity.private:
+            core.limits_check.begin()
 
     # -- what happens to what is out; Record.checkin returns it -------------------------------------
 

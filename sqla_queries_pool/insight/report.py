@@ -13,7 +13,7 @@ from ..pool import Pool
 from ..runtime.core import Core
 from . import stacks
 from .diagnosis import diagnose
-from .snapshot import Diagnosis, holder_of, snapshot
+from .snapshot import MOST_HOLDERS, Diagnosis, holder_of, snapshot
 
 SHARED_FOR = 0.1
 """Seconds for which one snapshot serves all errors of a pool.  Where hundreds wait, a snapshot takes tens of
@@ -39,7 +39,9 @@ def checkout_timeout(
         seen, likely = snapshot(pool), found
         numbers = seen.statistics
     else:
-        seen, own_snapshot = pool.core.recent_snapshot.get(lambda: snapshot(pool), SHARED_FOR, pool.core.now)
+        seen, own_snapshot = pool.core.recent_snapshot.get(
+            lambda: snapshot(pool, MOST_HOLDERS), SHARED_FOR, pool.core.now
+        )
         me = attachment.runtime.here.caller
         # This checkout has left the queue, but counts; a shared snapshot may have it in the queue still.
         waiting = seen.statistics.waiting + bool(timeout and me.number not in seen.callers_waiting)

@@ -106,7 +106,7 @@ class Diagnosis:
 
     kind: str
     """One of ``deadlock queue-full overload refused nested-checkout slow-connect leak long-use
-    too-small``."""
+    host too-small``."""
     cause: str
     remedy: str
     details: str = ""
@@ -165,7 +165,8 @@ class Snapshot:
     @functools.cached_property
     def lists(self) -> str:
         """The holders and the waiting checkouts."""
-        lines = ["Holders, longest first:"]
+        shared = self.statistics.host
+        lines = [*([str(shared)] if shared is not None else []), "Holders, longest first:"]
         for n, holder in enumerate(self.holders[:MOST_HOLDERS]):
             times = "time" if holder.uses == 1 else "times"
             backend = f", backend {holder.backend_pid}" if holder.backend_pid else ""
@@ -198,14 +199,17 @@ class Snapshot:
         }
 
 
-def snapshot(pool: Pool) -> Snapshot:
-    """Return what a pool is like now.  It takes no lock and asks no server: call it from any thread."""
+def snapshot(pool: Pool, placed: int | None = None) -> Snapshot:
+    """Return what a pool is like now.  It takes no lock and asks no server: call it from any thread.
+
+    :param placed: for how many waiting checkouts it says where they are; None for all.
+    """
     error, threads = pool.core.admission.last_error, stacks.Threads()
     return Snapshot(
         taken_at=datetime.datetime.now(datetime.timezone.utc),
         statistics=pool.statistics(),
         holders=tuple(holders(pool, threads)),
-        waiting=tuple(waiting(pool, threads)),
+        waiting=tuple(waiting(pool, threads, placed)),
         last_connect_error=None if error is None else f"{type(error).__name__}: {str(error).strip()}",
         diagnosis=None,
     )
@@ -245,22 +249,21 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
     )
 
 
-def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
+def waiting(pool: Pool, threads: stacks.Threads, placed: int | None = None) -> list[Waiting]:
     """Return the checkouts that wait for a pool's connections, longest first.  Takes no lock of the pool."""
     now = pool.core.now()
-    found = [
+    return [
         Waiting(
             thread=w.holder.ident,
             name=threads.name(w.holder),
             label=w.label,
             seconds=max(0.0, now - w.since),
-            now_at=threads.at(w.holder),
+            now_at=threads.at(w.holder) if placed is None or number < placed else (),
             caller=w.holder.number,
             parents=w.holder.parents,
         )
-        for w in pool.core.ledger.waiters()
+        for number, w in enumerate(sorted(pool.core.ledger.waiters(), key=lambda waiter: waiter.since))
     ]
-    return sorted(found, key=lambda waiting: -waiting.seconds)
 
 
 def of_server(handle: Any) -> tuple[int | None, str | None]:

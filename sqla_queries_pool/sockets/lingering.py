@@ -96,6 +96,11 @@ class Lingering:
                 return
             pause(list(self._ends), min(left, _SLICE))
 
+    def still(self) -> int:
+        """Look which of them are gone; return how many are left."""
+        self._prune()
+        return len(self._ends)
+
     def sweep(self) -> None:
         """Forget those that are gone, and those that have had their time."""
         self._scheduled = False
