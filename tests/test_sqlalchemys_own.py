@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ import psycopg2
 import pytest
 import sqlalchemy
 from sqlalchemy import make_url
+from test_contract import VERSION
 
 import sqla_queries_pool
 
@@ -39,6 +41,8 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SQLAlchemy's source distribution, unpacked, of the version that is installed."""
     folder = tmp_path_factory.mktemp("sqlalchemy")
     version = sqlalchemy.__version__
+    if VERSION < (2, 0, 58):
+        pytest.skip("what is expected to fail is known for SQLAlchemy 2.0.58 and later")
     command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "sqlalchemy"]
     done = subprocess.run(
         [*command, "-d", str(folder), f"sqlalchemy=={version}"], capture_output=True, text=True, check=False
@@ -70,6 +74,7 @@ def test_sqlalchemys_own_tests_pass(source: Path, url: str, run: str) -> None:
     files = [file for file in files if (source / file).exists()]
     if not files:
         pytest.skip("this SQLAlchemy has no such tests")
+    faulthandler.cancel_dump_traceback_later()  # it takes minutes, and has a timeout below
     dburi = make_url(url).set(drivername=f"postgresql+{driver}").render_as_string(False)
     if driver == "sqlite":
         dburi = "sqlite://"
@@ -83,5 +88,6 @@ def test_sqlalchemys_own_tests_pass(source: Path, url: str, run: str) -> None:
         capture_output=True,
         text=True,
         check=False,
+        timeout=1500,
     )
     assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
