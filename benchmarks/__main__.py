@@ -14,7 +14,20 @@ from rich.console import Console
 
 from sqla_queries_pool.demo.server import DemoError, Server, database
 
-from . import bursts, chart, contended, footprint, gil, overload, report, scaling, uncontended
+from . import (
+    async_contended,
+    async_uncontended,
+    bursts,
+    chart,
+    contended,
+    footprint,
+    gil,
+    heartbeat,
+    overload,
+    report,
+    scaling,
+    uncontended,
+)
 from .competitors import Backend, fake, postgresql
 from .effort import FULL, QUICK, Effort
 from .figures import Cell
@@ -28,6 +41,10 @@ GROUPS: dict[str, Callable[[Sequence[Backend], Effort], Iterator[Cell]]] = {
     "footprint": footprint.cells,
     "overload": overload.cells,
     "gil": gil.cells,
+    "async-uncontended": async_uncontended.cells,
+    "async-contended": async_contended.grid,
+    "async-budget": async_contended.budget,
+    "heartbeat": heartbeat.cells,
 }
 
 
@@ -70,9 +87,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure QueriesPool beside other pools; takes less than ten minutes.",
+        description="Measure QueriesPool beside other pools; takes less than twenty minutes.",
     )
-    parser.add_argument("--quick", action="store_true", help="measure for less than a minute, less exactly")
+    parser.add_argument(
+        "--quick", action="store_true", help="measure for three minutes at most, less exactly"
+    )
     parser.add_argument(
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help=", ".join(GROUPS)
     )

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any, TypeAlias
 
-from sqlalchemy.engine import Dialect
+from sqlalchemy.engine import URL, Dialect
 from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool, QueuePool
 
 from sqla_queries_pool import QueriesPool
@@ -46,6 +46,10 @@ class BarePool(Pool):
         while self._idle:
             self._idle.pop().close()
 
+    def recreate(self) -> Pool:
+        """Make the next one: an engine asks for it when it is disposed."""
+        return type(self)(self._creator, dialect=self._dialect)
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -61,6 +65,8 @@ class Backend:
     """The smallest thing that one uses a connection for; None where there is nothing to use."""
     connect_3: Callable[[], Any] | None = field(default=None, repr=False)
     """Opens a connection for psycopg_pool, where ``connect`` gives none that it can use."""
+    url: URL | None = field(default=None, repr=False)
+    """Of the server, with the password; None where there is none."""
 
     @contextmanager
     def pools(self, competitor: Competitor, max_size: int, timeout: float = TIMEOUT) -> Iterator[list[Pool]]:
@@ -197,4 +203,4 @@ def postgresql(server: Server) -> Backend:
         cursor.execute("SELECT 1")
         cursor.close()
 
-    return Backend("PostgreSQL", connect, sleep_on_server, engine.dialect, look, connect_3)
+    return Backend("PostgreSQL", connect, sleep_on_server, engine.dialect, look, connect_3, engine.url)

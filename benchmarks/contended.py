@@ -29,11 +29,12 @@ LONG = 1.0
 
 @dataclass(frozen=True)
 class Load:
-    """How many threads want how many connections, for how many seconds each."""
+    """How many threads, or tasks, want how many connections, for how many seconds each."""
 
     threads: int
     connections: int
     work: float
+    who: str = "threads"
 
     @property
     def turn(self) -> float:
@@ -45,8 +46,12 @@ class Load:
         """Does anybody have to wait?"""
         return self.threads > self.connections
 
+    def seconds(self, effort: Effort) -> float:
+        """How long to measure."""
+        return max(effort.seconds, effort.turns * self.turn)
+
     def __str__(self) -> str:
-        return f"{self.threads} threads, {self.connections} connections, {self.work * 1000:g} ms"
+        return f"{self.threads} {self.who}, {self.connections} connections, {self.work * 1000:g} ms"
 
 
 def grid(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
@@ -71,7 +76,7 @@ def budget(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
         for load in [Load(*each) for each in BUDGET_LOADS]:
             outcomes = _measure(backend, competitors, load, effort)
             cell = _cell(BUDGET, f"{backend.name}: {load}", outcomes, load)
-            ratio = _throughput(outcomes, QUERIES_3.name, QUERIES.name)
+            ratio = throughput(outcomes, QUERIES_3.name, QUERIES.name)
             fair = cell.figures[QUERIES_3.name]["Jain"]
             judged = load == Load(*BUDGET_LOADS[0])
             cell.targets.append(Target("throughput / one engine", ratio, at_least=0.9 if judged else None))
@@ -84,17 +89,16 @@ def _measure(
 ) -> dict[str, list[Outcome]]:
     """Let the competitors take turns."""
     order = list(competitors)
-    seconds = max(effort.seconds, effort.turns * load.turn)
     warm_up = load.turn + (SETTLED if backend.dialect is None else WARM_UP)
     outcomes: dict[str, list[Outcome]] = {competitor.name: [] for competitor in competitors}
-    for _ in range(min(effort.load_rounds, 2) if seconds > LONG else effort.load_rounds):
+    for _ in range(rounds(load.seconds(effort), effort)):
         for competitor in order:
             with backend.pools(competitor, load.connections, max(TIMEOUT, 4 * load.turn)) as pools:
                 outcome = run(
                     pools,
                     backend.work(load.work),
                     threads=load.threads,
-                    seconds=seconds,
+                    seconds=load.seconds(effort),
                     warm_up=warm_up,
                 )
             outcomes[competitor.name].append(outcome)
@@ -102,24 +106,30 @@ def _measure(
     return outcomes
 
 
+def rounds(seconds: float, effort: Effort) -> int:
+    """How often to measure what takes that long."""
+    return min(effort.load_rounds, 2) if seconds > LONG else effort.load_rounds
+
+
 def _cell(group: str, name: str, outcomes: dict[str, list[Outcome]], load: Load) -> Cell:
-    return Cell(group, name, {each: _figures(outcomes[each], load.turn) for each in outcomes})
+    return Cell(group, name, {each: figures(outcomes[each], load.turn) for each in outcomes})
 
 
-def _figures(outcomes: list[Outcome], turn: float) -> dict[str, Figure]:
+def figures(outcomes: list[Outcome], turn: float) -> dict[str, Figure]:
     """Sum up one competitor."""
-    figures = {
+    summed = {
         "checkouts/s": Figure.of(outcome.throughput for outcome in outcomes),
         "Jain": Figure.of(outcome.jain for outcome in outcomes),
         "longest wait, ms": Figure.of(outcome.longest_wait * 1000 for outcome in outcomes),
     }
     if turn:
-        figures["in turns"] = Figure.of(outcome.longest_wait / turn for outcome in outcomes)
-    figures["timeouts"] = Figure.of(outcome.timeouts for outcome in outcomes)
-    return figures
+        summed["in turns"] = Figure.of(outcome.longest_wait / turn for outcome in outcomes)
+    summed["timeouts"] = Figure.of(outcome.timeouts for outcome in outcomes)
+    return summed
 
 
-def _throughput(outcomes: dict[str, list[Outcome]], one: str, other: str) -> Figure:
+def throughput(outcomes: dict[str, list[Outcome]], one: str, other: str) -> Figure:
+    """The ratio of two competitors."""
     return Figure.ratio((o.throughput for o in outcomes[one]), (o.throughput for o in outcomes[other]))
 
 
@@ -128,21 +138,21 @@ def _beside(
 ) -> Iterator[Target]:
     for competitor in competitors:
         if competitor is not QUERIES:
-            ratio = _throughput(outcomes, QUERIES.name, competitor.name)
+            ratio = throughput(outcomes, QUERIES.name, competitor.name)
             shown = bar if competitor is QUEUE else ""
             yield Target(f"throughput / {competitor.name}", ratio, at_least=1.0, bar=shown)
 
 
-def _fairness(figures: dict[str, dict[str, Figure]], load: Load) -> Iterator[Target]:
+def _fairness(measured: dict[str, dict[str, Figure]], load: Load) -> Iterator[Target]:
     """What can be judged: where nobody waits the pool has no say, and without work there is no turn.
 
     Beside it stands how long somebody waits with psycopg_pool, which is as fair: so much is the machine's.
     """
     judged = load.scarce or load.work > 0
-    ours = figures[QUERIES.name]
+    ours = measured[QUERIES.name]
     yield Target("Jain's index", ours["Jain"], at_least=0.95 if judged else None)
     what, unit, bound = ("in turns", "turns", 2.0) if load.work else ("longest wait, ms", "ms", None)
     yield Target(f"longest wait, {unit}", ours[what], at_most=bound if load.scarce else None)
-    if PSYCOPG.name in figures:
-        yield Target(f"psycopg_pool's, {unit}", figures[PSYCOPG.name][what])
+    if PSYCOPG.name in measured:
+        yield Target(f"psycopg_pool's, {unit}", measured[PSYCOPG.name][what])
     yield Target("timeouts", ours["timeouts"], at_most=0)

@@ -33,6 +33,14 @@ class Effort:
     """... how often the package is imported, ..."""
     overload: float
     """... and for how many seconds too many ask."""
+    loops: tuple[str, ...]
+    """asyncio: in which event loops, where they are installed, ..."""
+    task_works: tuple[float, ...]
+    """... for how many seconds tasks want a connection, ..."""
+    task_seconds: float
+    """... for how many seconds they are measured, at least, ..."""
+    fault: float
+    """... and how many seconds each fault lasts."""
 
 
 FULL = Effort(
@@ -48,6 +56,10 @@ FULL = Effort(
     crowd=10_000,
     imports=15,
     overload=30.0,
+    loops=("asyncio", "uvloop"),
+    task_works=(0.0, 0.001, 0.005),
+    task_seconds=1.0,
+    fault=2.0,
 )
 QUICK = Effort(
     rounds=2,
@@ -62,4 +74,8 @@ QUICK = Effort(
     crowd=1_000,
     imports=3,
     overload=2.0,
+    loops=("asyncio",),
+    task_works=(0.0,),
+    task_seconds=0.4,
+    fault=0.3,
 )

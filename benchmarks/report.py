@@ -25,14 +25,16 @@ LONG = 3
 """A group of more cells than these, which all have much the same targets, is shown in a line for each."""
 STYLES = {MET: "green", WITHIN: "yellow", NOT_MET: "red", "": "default"}
 NOTE = """Medians of the rounds (least..most); a ratio is to the other's of the same round.
-A turn is threads / connections x work: the time in which everybody could have had a connection once.
+A turn is threads (or tasks) / connections x work: the time in which everybody could have had a connection
+once.  A heartbeat is a task that wants to run every 5 ms; its p99 and its longest are how late it was.
 Waits are as long as they can be seen: a thread that got nothing waited for the whole of its measurement.
 "within the spread": the median misses it, and a round reached it.
 Capacity is what the connections could serve if they were never idle; in time is what was served before its
 caller gave up.
-psycopg_pool, psycopg2.pool and queries' own have no SQLAlchemy around them, only an object that gives the
-connection back; psycopg_pool's connections are psycopg 3's. psycopg2.pool and queries' own raise when they
-are full, and NullPool has no limit: where anybody has to wait, they can't take part."""
+psycopg_pool, psycopg2.pool, queries' own and asyncpg's pool have no SQLAlchemy around them, only an object
+that gives the connection back; psycopg_pool's connections are psycopg 3's, and asyncpg's pool resets a
+connection by a statement.  psycopg2.pool and queries' own raise when they are full, and NullPool has no
+limit: where anybody has to wait, they can't take part."""
 
 
 def show(cells: Sequence[Cell], console: Console) -> None:

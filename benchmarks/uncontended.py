@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from statistics import median
 
@@ -70,7 +70,7 @@ def _measure(
         seconds = [median(turn[competitor] for turn in turns) for turns in rows]
         cell.figures[competitor] = {
             "µs": Figure.of(second * 1e6 for second in seconds),
-            "ratio": _ratio(rows, competitor, QUEUE.name),
+            "ratio": ratio(rows, competitor, QUEUE.name),
         }
     if work is None:
         cell.targets.extend(_targets(rows, f"checkout, {backend.name}"))
@@ -78,16 +78,17 @@ def _measure(
 
 
 def _targets(rows: list[list[dict[str, float]]], bar: str) -> Iterator[Target]:
-    ratio = _ratio(rows, QUERIES.name, QUEUE.name)
-    yield Target("time / QueuePool", ratio, at_most=1.0, bar=bar)
+    to_queue = ratio(rows, QUERIES.name, QUEUE.name)
+    yield Target("time / QueuePool", to_queue, at_most=1.0, bar=bar)
     if PRE_PING.name in rows[0][0]:
-        ratio = _ratio(rows, QUERIES.name, PRE_PING.name)
-        yield Target("time / QueuePool, pre-ping", ratio, at_most=0.25, bar=f"{bar}, to pre-ping")
+        to_pre_ping = ratio(rows, QUERIES.name, PRE_PING.name)
+        yield Target("time / QueuePool, pre-ping", to_pre_ping, at_most=0.25, bar=f"{bar}, to pre-ping")
     else:
-        yield Target("time / QueuePool, the goal", ratio, at_most=0.85)
+        yield Target("time / QueuePool, the goal", to_queue, at_most=0.85)
 
 
-def _ratio(rows: list[list[dict[str, float]]], one: str, other: str) -> Figure:
+def ratio(rows: list[list[dict[str, float]]], one: str, other: str) -> Figure:
+    """The ratio of two competitors: in each round the median of what the batches of the same turn took."""
     return Figure.of(median(turn[one] / turn[other] for turn in turns) for turns in rows)
 
 
@@ -101,11 +102,13 @@ def _round(pools: dict[str, Pool], work: Work | None, batches: int, checkouts: i
     return turns
 
 
-def batch(pool: Pool, work: Work | None, checkouts: int) -> float:
+def batch(
+    pool: Pool, work: Work | None, checkouts: int, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """Return the seconds of one checkout."""
     connect = pool.connect
     connect().close()  # opens the connection, and brings the pool's code into the caches
-    start = time.perf_counter()
+    start = clock()
     if work is None:
         for _ in range(checkouts):
             connect().close()
@@ -114,4 +117,4 @@ def batch(pool: Pool, work: Work | None, checkouts: int) -> float:
             connection = connect()
             work(connection)
             connection.close()
-    return (time.perf_counter() - start) / checkouts
+    return (clock() - start) / checkouts

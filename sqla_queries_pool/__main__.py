@@ -1,4 +1,4 @@
-"""The command line: ``python -m sqla_queries_pool demo``, or ``monitor``."""
+"""The command line: ``python -m sqla_queries_pool demo``, ``monitor`` or ``explain``."""
 
 from __future__ import annotations
 
@@ -74,6 +74,26 @@ def _parser() -> argparse.ArgumentParser:
     monitor.add_argument("--url", help="with --text: the address of a monitor's page")
     monitor.add_argument("--once", action="store_true", help="with --text: show them once, then exit")
     monitor.set_defaults(command=_monitor)
+    host = commands.add_parser(
+        "host",
+        help="list the budgets that processes of this host share",
+        description='List the budgets that processes of this host share (share="host"), and who has what. It '
+        "shows those of this user; root sees all.",
+    )
+    host.add_argument(
+        "--share", metavar="PATH", default="host", help='the folder, where engines state one: share="/path"'
+    )
+    host.set_defaults(command=_host)
+    explain = commands.add_parser(
+        "explain",
+        help="show which pool a URL leads to",
+        description="Show which pool an engine of a URL uses, its limit and its settings. Nothing connects. "
+        "The environment counts as it does for the driver (PGHOST and others).",
+    )
+    explain.add_argument(
+        "url", help="as create_engine takes it; with plugin=queries it may have the pool's parameters"
+    )
+    explain.set_defaults(command=_explain)
     return parser
 
 
@@ -128,6 +148,40 @@ def _monitor(chosen: argparse.Namespace) -> None:
         else:
             demo.serve(chosen.port, chosen.database)
     except (DemoError, text.MonitorError) as error:
+        raise _Usage(error) from None
+
+
+def _host(chosen: argparse.Namespace) -> None:
+    from .host.lease import base_of, folders_of
+    from .host.visit import visit
+
+    shown = 0
+    for path in folders_of(chosen.share):
+        try:
+            found, silent = visit(path)
+        except OSError:
+            continue  # another user's
+        if found or silent:
+            shown += 1
+            label = found[0].database if found else path
+            print(
+                f"{label}: {sum(here.have for here in found)} of {max([0, *(h.budget for h in found)])} taken"
+            )
+            for here in found:
+                waiting = f", {here.waiting} waiting" if here.waiting else ""
+                print(f"  process {here.process} ({here.program}) {here.have}{waiting}")
+            if silent:
+                print(f"  {silent} more did not answer")
+    if not shown:
+        print(f"No process shares a budget below {base_of(chosen.share)}")
+
+
+def _explain(chosen: argparse.Namespace) -> None:
+    from .explain import UrlError, explain
+
+    try:
+        print(explain(chosen.url))
+    except UrlError as error:
         raise _Usage(error) from None
 
 

@@ -99,11 +99,12 @@ class PoolDeadlock(CheckoutTimeout):
 
 
 class CheckoutReentered(exc.InvalidRequestError):
-    """A finalizer called the pool while its own thread was inside the pool.
+    """A finalizer or a signal handler called the pool while its own thread was inside the pool.
 
     The garbage collector may run a finalizer, and with it an event listener, in a thread that is
-    in the pool's critical section.  A check-in from there is done a moment later; a checkout or a dispose
-    would have to wait for the critical section, which waits for the finalizer.
+    in the pool's critical section; Python runs signal handlers in the main thread, wherever that is.  A
+    check-in from there is done a moment later; a checkout or a dispose would have to wait for the critical
+    section, which waits for the finalizer or the handler.
     """
 
 

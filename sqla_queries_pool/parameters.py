@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
+import os
 from collections.abc import Callable
 from typing import Any, Final, Literal
 
@@ -232,6 +233,18 @@ def pool_id(name: str, value: object) -> str | None:
     if value is None or (isinstance(value, str) and value):
         return value
     raise _error(name, value, "a name, or None")
+
+
+def share(name: str, value: object) -> str | None:
+    """Return with which processes a limit is shared: ``host``, a folder, or None for none.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    if value is None or value == "" or (isinstance(value, str) and value.strip().lower() == "none"):
+        return None
+    if isinstance(value, str) and (value == "host" or (os.path.isabs(value) and "\0" not in value)):
+        return value
+    raise _error(name, value, "'host', the absolute path of a folder, or None")
 
 
 def _number(value: object) -> float | None:

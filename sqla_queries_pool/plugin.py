@@ -27,10 +27,10 @@ class QueriesPlugin(CreateEnginePlugin):
     """Has ``create_engine`` use :class:`~sqla_queries_pool.QueriesPool` with what the URL says.
 
     A ``poolclass`` or ``pool`` in the code wins.  The URL's pool parameters are then ignored, and removed so
-    that the driver does not get them.
+    that the driver does not get them.  A parameter in the URL wins over the same one in the code.
 
-    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a parameter is misspelt, or given
-        twice: in the URL, or in the URL and in the code.
+    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a parameter is misspelt, or stands
+        twice in the URL.
     """
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
@@ -38,24 +38,33 @@ class QueriesPlugin(CreateEnginePlugin):
         said = {name: _values(url.query, name) for name in url.query}
         if [*said.get("plugin", ()), *kwargs.get("plugins", ())].count("queries") > 1:
             raise ParameterError("plugin=queries is given twice: remove one of them")
-        # Flask-SQLAlchemy states echo_pool=False where its user states nothing.
-        in_code = {name for name in kwargs if name != "echo_pool" or kwargs[name]}
         for name, values in said.items():
             if name not in NAMES:
                 _refuse_misspelt(name)
-            elif len(values) > 1 or name in in_code:
-                where = "in the URL" if len(values) > 1 else "in the URL and in the code"
-                raise ParameterError(f"{name} is given twice, {where}: remove one of them")
+            elif len(values) > 1:
+                raise ParameterError(f"{name} is given twice, in the URL: remove one of them")
         stated = kwargs.get("poolclass")
         if kwargs.get("pool") is not None or not issubclass(stated or QueriesPool, QueriesPool):
             logger.info("plugin=queries: the code sets another pool class, which is used")
             return
         kwargs["poolclass"] = stated or QueriesPool
+        if overruled := [name for name in kwargs if _means_what_is_in(said, name)]:
+            # No error: frameworks state their own, and their users can change nothing but the URL.
+            for name in overruled:
+                del kwargs[name]
+            logger.info("plugin=queries: the URL is followed, not the code's %s", ", ".join(overruled))
         kwargs.update({name: said[name][0] for name in NAMES if name in said})
 
     def update_url(self, url: URL) -> URL:
         """Return the URL without the parameters of the pool."""
         return url.difference_update_query(NAMES)
+
+
+def _means_what_is_in(said: Mapping[str, Any], name: str) -> bool:
+    """Does the URL state this parameter of the code?  ``max_size`` is what QueuePool has two names for."""
+    if name == "max_size":
+        return bool(said.keys() & {"max_size", "pool_size", "max_overflow"})
+    return name in NAMES and (name in said or (name in ("pool_size", "max_overflow") and "max_size" in said))
 
 
 def _values(query: Mapping[str, Any], name: str) -> list[str]:

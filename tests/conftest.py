@@ -27,6 +27,7 @@ from pytest_postgresql.janitor import DatabaseJanitor
 
 from sqla_queries_pool import PoolManager
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
+from sqla_queries_pool.sockets import drivers
 
 MAX_CONNECTIONS = 100  # of the session's server
 MEMORY = Path("/dev/shm")
@@ -34,6 +35,10 @@ ROOM = 1 << 30  # bytes; the session's server takes about a fifth of that
 LONGEST = ("test_soak", "test_benchmarks", "test_examples", "test_injection")
 """Files whose tests take longest, whatever their number."""
 _numbers = itertools.count(1)
+
+
+drivers.TELLING.update({"test_injection", "test_lingering", "test_liveness"})
+"""Files with connections of their own that have a socket."""
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Engine
 
 from sqla_queries_pool import Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget import lifetimes
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.demo import embedded
 from sqla_queries_pool.engine import attempt
@@ -69,6 +70,11 @@ def attachment(pool: Any) -> Any:
     return pool._attachment
 
 
+def attachment_here(pool: Any) -> Any:
+    """The one of the running event loop."""
+    return pool._sides.here
+
+
 def record(connection: Any) -> Any:
     """SQLAlchemy's record of a connection that is out."""
     return connection._connection_record
@@ -88,6 +94,11 @@ def manager() -> Any:
 def waiters(pool: Any) -> Any:
     """Who waits for a slot."""
     return core(pool).ledger.waiters()
+
+
+def slots(pool: Any) -> list[Any]:
+    """All that counts against its limit."""
+    return list(ledger(pool).slots)
 
 
 def by_handle(pool: Any) -> dict[int, Any]:
@@ -319,12 +330,14 @@ SETTINGS = ("recycle", "pre_ping", "reset_on_return", "creator", "dialect")
 
 def setting(pool: Any, name: str) -> Any:
     """What was stated for an engine, by the name of the parameter."""
+    if name == "pre_ping":
+        return pool.pings
     return getattr(pool.settings, name) if hasattr(pool.settings, name) else getattr(pool, f"_{name}")
 
 
 def settings(pool: Any) -> dict[str, Any]:
     """All that can be compared of what was stated for an engine."""
-    return {"settings": pool.settings} | {name: getattr(pool, f"_{name}") for name in SETTINGS}
+    return {"settings": pool.settings} | {name: setting(pool, name) for name in SETTINGS}
 
 
 def set_timeout(pool: Any, timeout: float | None) -> None:
@@ -354,9 +367,22 @@ def before_a_look(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], 
     monkeypatch.setattr(attempt.Attempt, "_usable", later)
 
 
-def ping_of(timeout: Any) -> Any:
-    """The connection that would be hung up, None once it has answered."""
-    return timeout._handle
+def before_a_take(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], object]) -> None:
+    """Have something done once inside the critical section, before the next checkout takes a slot."""
+    real = Ledger.take
+
+    def later(self: Any, *args: Any) -> Any:
+        if self is ledger(pool):
+            monkeypatch.setattr(Ledger, "take", real)
+            act()
+        return real(self, *args)
+
+    monkeypatch.setattr(Ledger, "take", later)
+
+
+def renew_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have the renewal of a connection hold the others up for so long."""
+    monkeypatch.setattr(lifetimes, "LONGEST_RENEWAL", seconds)
 
 
 # -- others ----------------------------------------------------------------------------------------------
@@ -429,3 +455,9 @@ def close_special(connection: Any) -> None:
 def observe(feed: Any, options: Any) -> Any:
     """What OpenTelemetry calls."""
     return feed._observe(options)
+
+
+def is_checked(pool: Any) -> bool:
+    """Has its server said how many connections it has room for?"""
+    check = core(pool).limits_check
+    return check is not None and check.done

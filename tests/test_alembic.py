@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import io
 import json
@@ -35,6 +36,7 @@ from sqlalchemy import (
     make_url,
     text,
 )
+from sqlalchemy.ext.asyncio import create_async_engine
 
 import sqla_queries_pool
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -539,6 +541,38 @@ def test_offline_mode_makes_no_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(PoolManager.report()["pools"]) <= before  # what other tests have left may go meanwhile
 
 
+def test_a_migration_in_a_thread_of_an_asynchronous_application_takes_from_its_limit(
+    tmp_path: Path, pg_url: str, pg_observer: Observer, eventually: Eventually
+) -> None:
+    """The template async has a loop of its own, in a thread beside the application's loop. An idle connection
+    of the application gives way to the migration, and afterwards the application has one again."""
+    project = Project(tmp_path, "async")
+    project.add("one", STEPS["one"])
+    engine = create_async_engine(url_for("async", pg_url), poolclass=QueriesPool, max_size=1)
+    config = project.config(url_for("async", pg_url), pool_timeout=30)
+    seen = []
+
+    def during(connection: Connection) -> None:
+        eventually(lambda: pg_observer.backends(database(pg_url)) == 1, "max_size backends")
+        seen.append(engine.pool.statistics())  # type: ignore[attr-defined]
+
+    async def application() -> set[str]:
+        await names()
+        await asyncio.to_thread(command.upgrade, config, "head")
+        try:
+            return await names()
+        finally:
+            await engine.dispose()
+
+    async def names() -> set[str]:
+        async with engine.connect() as connection:
+            return set(await connection.run_sync(lambda sync: inspect(sync).get_table_names()))
+
+    config.attributes["during"] = during
+    assert asyncio.run(application()) == {"alembic_version", "one"}
+    assert [(now.open, now.held, now.limit) for now in seen] == [(1, 1, 1)]
+
+
 # -- the program ---------------------------------------------------------------------------------------
 
 
@@ -606,7 +640,15 @@ def said(printed: str) -> Any:
 def ini_url(url: str, **query: str) -> str:
     """A URL as it stands in an ini file, where a percent sign is written twice."""
     quoted = "&".join(f"{name}={quote(value)}" for name, value in query.items())
-    return f"{url}?{quoted}".replace("%", "%%")
+    return (f"{url}?{quoted}" if quoted else url).replace("%", "%%")
+
+
+def url_for(template: str, url: str) -> str:
+    """The URL of a database for a template; its driver for the template async is asyncpg."""
+    if template != "async":
+        return url
+    pytest.importorskip("asyncpg")
+    return make_url(url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
 
 
 @pytest.mark.slow
@@ -646,6 +688,51 @@ def test_the_template_generic_with_the_pool_class_changed(
     assert f"<base> -> {name} (head), customers" in printed["history"]
     assert "CREATE TABLE customer" in printed["upgrade head --sql"]
     assert left["downgrade base"] == {"alembic_version"}
+    eventually(lambda: pg_observer.backends(database(pg_url)) == 0, "no backends")
+
+
+ASYNC_PROJECT = {
+    "as Alembic makes it": ((), ()),
+    "with the pool class changed": (POOL_CLASS, OPTIONS),
+}
+"""What is changed in ``env.py``, and what stands next to the URL."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("project", ASYNC_PROJECT)
+def test_the_template_async(
+    tmp_path: Path, pg_url: str, pg_observer: Observer, eventually: Eventually, project: str
+) -> None:
+    """The recipe's commands by the real program, with asyncpg: with NullPool, and with QueriesPool and the
+    recipe's options. A program that has ended leaves no backend behind."""
+    edits, options = ASYNC_PROJECT[project]
+    program = Program(tmp_path, "async", (edits, (("target_metadata = None\n", f"{MODELS_GENERIC}\n"),)))
+    url = ini_url(url_for("async", pg_url))
+    program.ini((INI_URL, "\n".join([f"sqlalchemy.url = {url}", *options, ""])))
+    engine = create_engine(pg_url, poolclass=NullPool)
+    assert "New upgrade operations detected" in program.run("check", status=255)
+    assert "Detected added table 'customer'" in program.run("revision", "--autogenerate", "-m", "customers")
+    edit(program.revision(), ('    """Upgrade schema."""\n', f'    """Upgrade schema."""\n{REPORT}'))
+    upgraded = said(program.run("upgrade", "head"))
+    edit(program.revision(), (REPORT, ""))
+    if options:
+        assert upgraded == {
+            "pool": "QueriesPool",
+            "name": "",
+            "max_size": 1,
+            "idle_ttl": 2.5,
+            "timeout": 5,
+            "open": 1,
+            "pools": 1,
+        }
+    else:
+        assert upgraded["pool"] == "NullPool"
+    assert tables(engine) == {"alembic_version", "customer"}
+    assert f"{program.revision().name.split('_')[0]} (head)" in program.run("current")
+    assert "No new upgrade operations detected." in program.run("check")
+    assert "CREATE TABLE customer" in program.run("upgrade", "head", "--sql")
+    program.run("downgrade", "base")
+    assert tables(engine) == {"alembic_version"}
     eventually(lambda: pg_observer.backends(database(pg_url)) == 0, "no backends")
 
 
@@ -710,23 +797,25 @@ def test_offline_mode_of_the_program_connects_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("template", ["generic", "async"])
 @pytest.mark.parametrize(
     ("edits", "pool", "limit"),
     [((), "NullPool", None), (((("        poolclass=pool.NullPool,\n", ""),),), "QueriesPool", 1)],
     ids=["env.py as it was", "without its poolclass"],
 )
 def test_a_url_with_the_plugin_works(
-    tmp_path: Path, pg_url: str, edits: Edits, pool: str, limit: int | None
+    tmp_path: Path, pg_url: str, template: str, edits: Edits, pool: str, limit: int | None
 ) -> None:
     """?plugin=queries&max_size=1 in sqlalchemy.url: where env.py names a pool class, that one stays and the
     URL's words on the pool mean nothing; where it names none, it is QueriesPool. Offline mode works, too."""
-    program = Program(tmp_path, edits=edits)
-    url = ini_url(pg_url, plugin="queries", max_size="1", application_name="nightly migrations")
+    program = Program(tmp_path, template, edits)
+    own = {} if template == "async" else {"application_name": "nightly migrations"}  # asyncpg takes no such
+    url = ini_url(url_for(template, pg_url), plugin="queries", max_size="1", **own)
     program.ini((INI_URL, f"sqlalchemy.url = {url}\n"))
     program.run("revision", "-m", "one")
     edit(program.revision(), ('    """Upgrade schema."""\n', f'    """Upgrade schema."""\n{REPORT}'))
     upgraded = said(program.run("upgrade", "head"))
-    assert (upgraded["pool"], upgraded["name"]) == (pool, "nightly migrations")
+    assert (upgraded["pool"], upgraded["name"]) == (pool, own.get("application_name", ""))
     assert upgraded.get("max_size") == limit
     assert "(head)" in program.run("current")
     program.run("downgrade", "base")

@@ -1,20 +1,24 @@
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import importlib
 import io
 import json
 import sys
+import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from conftest import Observer
 from rich.console import Console
-from sqlalchemy import exc
+from sqlalchemy import create_engine, exc, make_url
+from sqlalchemy.pool import NullPool
 
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 from sqla_queries_pool.demo.server import Server, read_url
@@ -47,6 +51,10 @@ def tiny(program: Any) -> Any:
         crowd=30,
         imports=1,
         overload=0.2,
+        loops=("asyncio",),
+        task_works=(0.0, 0.001),
+        task_seconds=0.03,
+        fault=0.1,
     )
 
 
@@ -229,6 +237,92 @@ def test_who_waits_in_vain_is_told_so_in_sqlalchemys_words(program: Any) -> None
                 pools[-1].connect().close()
 
 
+# -- who is compared where tasks ask ----------------------------------------------------------------
+
+
+@pytest.fixture(params=["asyncpg", "psycopg"])
+def place(request: pytest.FixtureRequest, program: Any, pg_url: str) -> Any:
+    """A database, with each driver, in asyncio's own loop."""
+    pytest.importorskip(request.param)
+    return program.async_competitors.Place(make_url(pg_url), request.param, "asyncio")
+
+
+def test_every_async_competitor_gives_a_connection_and_takes_it_back(
+    program: Any, place: Any, pg_url: str, pg_observer: Observer
+) -> None:
+    """One after the other gets the same one; at the end it is closed, as are the pools."""
+    name = make_url(pg_url).database or ""
+
+    async def use(competitor: Any) -> int:
+        async with place.pools(competitor, 2) as sources:
+            assert len(sources) == competitor.engines
+            for _ in range(3):
+                async with sources[0].connect() as connection:
+                    await sources[0].execute(connection, "SELECT 1")
+            return pg_observer.backends(name)
+
+    everyone = [c for c in program.async_competitors.ALL if c.there(place)]
+    assert {c.name for c in everyone} > {"AsyncAdaptedQueuePool", "QueriesPool"}
+    for competitor in everyone:
+        assert place.run(use(competitor)) == 1, competitor.name
+
+
+def test_which_task_waits_in_vain_is_told_so(program: Any, place: Any) -> None:
+    """By the error that its pool is known for; and the connection can be had afterwards."""
+
+    async def checkout(source: Any) -> Any:
+        """Some pools give up while they still connect."""
+        while True:
+            lease = source.connect()
+            with suppress(source.timeouts):
+                await lease.__aenter__()
+                return lease
+
+    async def wait(competitor: Any) -> None:
+        async with place.pools(competitor, 1, timeout=0.05) as sources:
+            lease = await checkout(sources[0])
+            with pytest.raises(sources[-1].timeouts):
+                await sources[-1].connect().__aenter__()
+            await lease.__aexit__(None, None, None)
+            await (await checkout(sources[-1])).__aexit__(None, None, None)
+
+    waiting = (*program.async_competitors.WAITING, program.async_competitors.QUERIES_3)
+    for competitor in (c for c in waiting if c.there(place)):
+        place.run(wait(competitor))
+
+
+def test_the_pool_of_one_driver_does_not_take_part_with_the_other(program: Any, place: Any) -> None:
+    """asyncpg's pool has asyncpg's connections, and psycopg_pool has psycopg's."""
+    names = {c.name for c in program.async_competitors.ALL if c.there(place)}
+    assert ("asyncpg's pool" in names) == (place.driver == "asyncpg")
+    assert ("AsyncConnectionPool" in names) == (place.driver == "psycopg")
+
+
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [
+        ("greenlet", ["not measured: greenlet is not installed"]),
+        ("asyncpg", ["asyncpg: not measured: asyncpg is not installed", "psycopg, asyncio: measured"]),
+        ("uvloop", ["asyncpg, uvloop: not measured: uvloop is not installed"]),
+    ],
+)
+def test_what_is_not_installed_has_a_cell_that_says_so(
+    program: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch, missing: str, said: list[str]
+) -> None:
+    """A driver, a loop, or all that SQLAlchemy needs for tasks: the others are measured."""
+    monkeypatch.setattr(program.async_competitors, "installed", lambda module: module != missing)
+
+    def measure(place: Any, effort: Any) -> Iterator[Any]:
+        yield program.figures.Cell("group", f"{place}: measured")
+
+    url, effort = make_url("postgresql://server"), dataclasses.replace(tiny, loops=("asyncio", "uvloop"))
+    cells = list(program.async_competitors.places("group", measure, [url], effort))
+    names = [cell.name for cell in cells]
+    assert set(said) <= set(names)
+    assert sum("not measured" not in name for name in names) == {"greenlet": 0}.get(missing, 2)
+    assert all(name in shown(program, cells) for name in names)
+
+
 # -- how it is counted ------------------------------------------------------------------------------
 
 
@@ -281,6 +375,120 @@ def test_a_request_counts_if_it_is_served_before_its_caller_gives_up(
     assert (result.in_time > 0) == served
     assert (result.late == 0) == served
     assert result.refused == 0
+
+
+class OneAtATime:
+    """A source with one connection, for which tasks wait in order; some checkouts time out."""
+
+    timeouts = (TimeoutError,)
+
+    def __init__(self, refuse: int = 0) -> None:
+        self.connects: list[None] = [None]
+        self.refuse = refuse
+        self.out = self.most = 0
+        self._lock = asyncio.Lock()
+
+    @asynccontextmanager
+    async def connect(self) -> AsyncIterator[None]:
+        if self.refuse:
+            self.refuse -= 1
+            raise TimeoutError
+        async with self._lock:
+            self.out += 1
+            self.most = max(self.most, self.out)
+            yield
+            self.out -= 1
+
+
+def test_tasks_are_spread_over_the_sources_and_each_has_its_share(program: Any) -> None:
+    """What is out is returned; the connections that all sources opened are counted."""
+
+    async def load() -> tuple[Any, list[OneAtATime]]:
+        sources = [OneAtATime(), OneAtATime()]
+        work = program.tasks.asleep(0.001)
+        return await program.tasks.run(sources, work, tasks=6, seconds=0.05, warm_up=0.01), sources
+
+    outcome, sources = asyncio.run(load())
+    assert len(outcome.shares) == 6
+    assert all(share.checkouts for share in outcome.shares)
+    assert outcome.connects == 2
+    assert [(source.out, source.most) for source in sources] == [(0, 1), (0, 1)]
+
+
+def test_a_task_whose_checkout_timed_out_asks_again(program: Any) -> None:
+    """It is counted, and is one wait with the next."""
+
+    async def load() -> Any:
+        return await program.tasks.run(
+            [OneAtATime(refuse=3)], program.tasks.asleep(0.001), tasks=1, seconds=0.02, warm_up=0.0
+        )
+
+    outcome = asyncio.run(load())
+    assert outcome.timeouts == 3
+    assert outcome.fewest > 0
+
+
+def test_the_first_error_of_a_task_ends_the_load(program: Any) -> None:
+    """And no task is left."""
+
+    async def fail(source: Any, connection: Any) -> None:
+        raise LookupError
+
+    async def load() -> set[Any]:
+        with pytest.raises(LookupError):
+            await program.tasks.run([OneAtATime()], fail, tasks=3, seconds=60.0, warm_up=0.0)
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(load()) == set()
+
+
+def test_a_loop_that_is_blocked_makes_all_beats_late_that_were_due(program: Any) -> None:
+    """Not one alone: each of them would have been somebody's."""
+    heartbeat = program.heartbeat
+    blocked = 10 * heartbeat.INTERVAL
+
+    async def block() -> list[float]:
+        heart = heartbeat.Heart()
+        await asyncio.sleep(2 * heartbeat.INTERVAL)
+        time.sleep(blocked)  # in the loop, on purpose
+        await heart.stop()
+        return list(heart.late)
+
+    late = asyncio.run(block())
+    assert max(late) >= blocked - heartbeat.INTERVAL
+    assert sum(seconds >= blocked / 2 - heartbeat.INTERVAL for seconds in late) >= 5
+
+
+def test_the_clock_stands_still_but_never_goes_back(program: Any) -> None:
+    """It goes on where this thread runs or sleeps."""
+    begin = time.perf_counter()
+    with program.clock.Clock() as clock:
+        seen = [clock() for _ in range(1000)]
+        time.sleep(0.01)
+        seen.append(clock())
+    assert seen == sorted(seen)
+    assert 0.0 < seen[-1] - seen[0] <= time.perf_counter() - begin
+
+
+def test_the_network_passes_on_refuses_and_holds(program: Any, pg_url: str) -> None:
+    """From a process of its own, which ends with it."""
+    url = make_url(pg_url)
+    assert url.host is not None
+    assert url.port is not None
+    with program.network.Network(url.host, url.port) as network:
+        engine = create_engine(network.url(url), poolclass=NullPool, connect_args={"connect_timeout": 2})
+        with engine.connect() as connection:
+            network.refuse()
+            with pytest.raises(exc.OperationalError):
+                connection.exec_driver_sql("SELECT 1")
+        with pytest.raises(exc.OperationalError, match="refused"):
+            engine.connect()
+        network.blackhole()
+        with pytest.raises(exc.OperationalError, match="timeout expired"):
+            engine.connect()
+        network.pass_on()
+        engine.connect().close()
+    assert network._process.returncode == 0
 
 
 # -- the program ------------------------------------------------------------------------------------
@@ -337,7 +545,9 @@ def test_the_program_measures_what_it_is_told_to_and_writes_it(
 
 
 @pytest.mark.exhaustive
-def test_all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: list[Any]) -> None:
+def test_all_groups_have_their_cells_and_all_cells_are_shown(
+    program: Any, cells: list[Any], tiny: Any
+) -> None:
     """Every group of the program, with both backends where it says so, and the same targets throughout."""
     groups = [cell.group for cell in cells]
     assert groups.count("one thread: checkout and return") == 3
@@ -348,6 +558,12 @@ def test_all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells
     assert groups.count("more of something") == 4
     assert groups.count("footprint") == 2
     assert groups.count("overload") == 1
+    drivers, works = len(program.async_competitors.DRIVERS), len(tiny.task_works)
+    assert groups.count("one task: checkout and return") == 2 * drivers
+    assert groups.count("many tasks") == (works + 1) * drivers
+    assert groups.count("one budget, tasks") == len(program.async_contended.BUDGET_LOADS) * drivers
+    assert groups.count("one budget, threads and tasks") == 1
+    assert groups.count("a heartbeat") == (len(program.heartbeat.FAULTS) + 1) * drivers
     assert len({(cell.group, cell.name) for cell in cells}) == len(cells)
     text = shown(program, cells)
     assert all(cell.name in text and cell.group in text for cell in cells)
@@ -358,6 +574,7 @@ def test_all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> N
     """Each in one cell at least; and who takes part in a cell has the same figures as the others."""
     measured = {name for cell in cells for name in cell.figures}
     assert {competitor.name for competitor in everybody(program)} <= measured
+    assert {competitor.name for competitor in program.async_competitors.ALL} <= measured
     for cell in cells:
         if cell.group != "more of something":
             assert len({tuple(figures) for figures in cell.figures.values()}) <= 1

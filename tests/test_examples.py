@@ -171,6 +171,11 @@ def backends(observer: Observer, url: str) -> set[int]:
     return {pid for (pid,) in observer.query(sql, make_url(url).database)}
 
 
+def url_of(url: str, driver: str) -> str:
+    """The URL for a driver."""
+    return make_url(url).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+
+
 def by_process(found: Sequence[tuple[int, int]]) -> dict[int, set[int]]:
     """Who has seen which backends, from pairs of a process and a backend."""
     return {process: {backend for its, backend in found if its == process} for process, _ in found}
@@ -197,6 +202,142 @@ def test_fastapi_serves_more_clients_than_connections_without_an_error(
     assert max(seen) == 5  # max_size: it was busy, and kept to it
     program.stop()
     assert program.said() == ""
+    eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_async_endpoints_serve_more_clients_than_connections_without_an_error(
+    loop: str, run: Run, pg_url: str, pg_observer: Observer, eventually: Callable[..., None]
+) -> None:
+    """60 clients write and read at once, and the page of the pool is looked at meanwhile: no error, nothing
+    is lost, never more backends than max_size; and when the server stops, none is left."""
+    for module in ("a2wsgi", "asyncpg", "fastapi", "sqlmodel", "uvicorn", loop):
+        pytest.importorskip(module)
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    url = f"{address}/visits/home"
+    program = run(
+        documented("fastapi-async", "uvicorn"),
+        DATABASE_URL=url_of(pg_url, "asyncpg"),
+        UVICORN_PORT=str(port),
+        UVICORN_LOG_LEVEL="warning",
+        UVICORN_LOOP=loop,
+    )
+    wait_for(url, program, eventually)
+
+    labels: set[str] = set()
+    with (
+        highest(lambda: len(backends(pg_observer, pg_url))) as seen,
+        highest(lambda: look(f"{address}/pools/data.json", labels)) as held,
+    ):
+        load(lambda: ask(url, b""))  # an answer that is an error is an exception
+
+    assert ask(url) == {"page": "home", "visits": CLIENTS * REQUESTS}
+    assert max(seen) == 5  # max_size: it was busy, and kept to it
+    assert max(held) == 5
+    assert labels == {"POST /visits/home"}
+    program.stop()
+    assert program.said() == ""
+    eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
+
+
+def look(page: str, labels: set[str]) -> int:
+    """How many connections are held, as the page of the pool tells; it adds what they are for."""
+    [pool] = ask(page)["pools"]
+    labels.update(holder["label"] for holder in pool["holders"])
+    return len(pool["holders"])
+
+
+def test_async_endpoints_answer_503_when_there_is_no_connection_and_the_log_says_who_has_them(
+    run: Run, tmp_path: Path, pg_url: str, eventually: Callable[..., None]
+) -> None:
+    """The pool is held by tasks of the application; one request more is told so, and others go on."""
+    for module in ("a2wsgi", "asyncpg", "fastapi", "sqlmodel", "uvicorn"):
+        pytest.importorskip(module)
+    (tmp_path / "held_app.py").write_text(HELD)
+    address = f"http://127.0.0.1:{(port := free_port())}"
+    program = run(
+        ["uvicorn", "held_app:app"],
+        DATABASE_URL=url_of(pg_url, "asyncpg"),
+        UVICORN_PORT=str(port),
+        UVICORN_LOG_LEVEL="warning",
+    )
+    wait_for(f"{address}/none", program, eventually)
+    assert ask(f"{address}/hold", b"") is True
+    with pytest.raises(AssertionError, match="503: busy, please try again"):
+        ask(f"{address}/visits/home")
+    assert "task 'import 1' [nightly import]" in program.said()
+    assert ask(f"{address}/go", b"") is True
+    assert ask(f"{address}/visits/home") == {"page": "home", "visits": 0}
+
+
+HELD = """
+import asyncio
+import fastapi_async_app
+from fastapi_async_app import app
+from sqlalchemy.ext.asyncio import create_async_engine
+from sqla_queries_pool import QueriesPool, labelled
+
+options = {"poolclass": QueriesPool, "max_size": 1, "pool_timeout": 0.2}
+engine = fastapi_async_app.engine = create_async_engine(fastapi_async_app.engine.url, **options)
+go = asyncio.Event()
+imports = []
+
+async def hold(got):
+    with labelled("nightly import"):
+        async with engine.connect():
+            got.set()
+            await go.wait()
+
+@app.post("/hold")
+async def begin() -> bool:
+    got = asyncio.Event()
+    imports.append(asyncio.create_task(hold(got), name="import 1"))
+    await got.wait()
+    return True
+
+@app.post("/go")
+async def end() -> bool:
+    go.set()
+    await imports[0]
+    return True
+"""
+
+
+ANYIO = """
+@pytest.fixture(params=["asyncio", "asyncio+uvloop"])
+def anyio_backend(request):
+    return ("asyncio", {"use_uvloop": "uvloop" in request.param})
+"""
+
+
+@pytest.mark.parametrize("plugin", ["asyncio", "anyio"])
+def test_an_engine_at_module_level_serves_tests_with_a_loop_each(
+    plugin: str,
+    environment: dict[str, str],
+    tmp_path: Path,
+    pg_url: str,
+    pg_observer: Observer,
+    eventually: Callable[..., None],
+) -> None:
+    """The example's tests pass with pytest-asyncio and with anyio's plugin, warnings being errors."""
+    for module in ("asyncpg", "pytest_asyncio", "anyio", "uvloop"):
+        pytest.importorskip(module)
+    [command, file] = documented("../asyncio", "pytest ")
+    program = (EXAMPLES / file).read_text()
+    if plugin == "anyio":
+        program = program.replace("pytest.mark.asyncio", "pytest.mark.anyio") + ANYIO
+    (tmp_path / "test_example.py").write_text(program)
+    arguments = ["-W", "error", "-p", "no:cacheprovider", "-c", os.devnull, str(tmp_path / "test_example.py")]
+    if plugin == "asyncio":
+        arguments += [
+            "-o",
+            "asyncio_default_fixture_loop_scope=function",
+        ]  # unstated, it warns
+    else:
+        arguments += ["-p", "no:asyncio"]
+    environment["DATABASE_URL"] = url_of(pg_url, "asyncpg")
+    said = run_to_its_end([command, *arguments], environment)
+    assert ("3 passed" if plugin == "asyncio" else "6 passed") in said
     eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
 
 

@@ -796,10 +796,9 @@ def test_a_url_alone_configures_the_pool(pg_url: str, pg_observer: Any, eventual
     dispose(app)
 
 
-def test_a_parameter_in_the_url_and_in_the_engine_options_is_an_error() -> None:
-    """Nobody needs to know which of the two wins."""
-    with pytest.raises(exc.ArgumentError, match="max_size is given twice, in the URL and in the code"):
-        example.create_app(f"{URL}?plugin=queries&max_size=3")
+def test_a_parameter_in_the_url_wins_over_the_engine_options() -> None:
+    """Who may change the URL alone can."""
+    assert pool_of(example.create_app(f"{URL}?plugin=queries&max_size=3")).size() == 3
 
 
 @pytest.mark.parametrize("echo_pool", ["true", "debug"])

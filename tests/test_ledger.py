@@ -1652,11 +1652,11 @@ def test_a_renewal_that_an_interrupt_has_lost_keeps_no_other_from_beginning(
         simulator.ledger.lifetimes.add(record.slot)
     simulator.now += 1.0
     (renewal,) = [item for item in simulator.ledger.expire(simulator.now) if isinstance(item, Renew)]
-    assert simulator.ledger.lifetimes.renewing is renewal.slot
+    assert simulator.ledger.lifetimes.renewing == [renewal.slot]
     if lost:
         del first, second, record, renewal
         gc.collect()
         simulator.settle()
-        assert simulator.ledger.lifetimes.renewing is None
+        assert simulator.ledger.lifetimes.renewing == []
     work = simulator.ledger.expire(simulator.now)
     assert any(isinstance(item, Renew) for item in work) == lost

@@ -105,6 +105,43 @@ def test_one_is_renewed_at_a_time(
     assert_whole(pool, eventually)
 
 
+def test_what_is_renewed_is_not_checked_out(
+    make: Make, driver: FakeDriver, clock: FakeClock, eventually: Eventually
+) -> None:
+    """Everything was returned: a test for leaks, or an alert, must not take the pool's own work for one."""
+    pool = make(recycle=100)
+    use_all(pool, 3)
+    clock.now += 101
+    driver.gate.clear()
+    inside.upkeep(pool).sweep()
+    eventually(lambda: driver.connecting == 1, "one is being renewed")
+    assert (pool.checkedin(), pool.checkedout(), pool.overflow()) == (3, 0, 3 - pool.size())
+    numbers = pool.statistics()
+    assert (numbers.held, numbers.idle, numbers.opening) == (0, 2, 1)
+    fairy = pool.connect()
+    assert (pool.checkedin(), pool.checkedout(), pool.statistics().held) == (2, 1, 1)
+    fairy.close()
+    driver.gate.set()
+    eventually(lambda: quiet(pool) and not set(driver.numbers()) & {1, 2, 3}, "all are renewed")
+    assert_whole(pool, eventually)
+
+
+def test_what_is_opened_for_min_size_is_not_checked_out(
+    make: Make, driver: FakeDriver, eventually: Eventually
+) -> None:
+    """Nor is what the housekeeper opens."""
+    pool = make(min_size=2)
+    fairy = pool.connect()
+    driver.gate.clear()
+    fairy.close()
+    inside.upkeep(pool).sweep()
+    eventually(lambda: driver.connecting == 1, "the second one is being opened")
+    assert (pool.checkedin(), pool.checkedout(), pool.statistics().held) == (1, 0, 0)
+    driver.gate.set()
+    eventually(lambda: quiet(pool) and pool.checkedin() == 2, "both are there")
+    assert_whole(pool, eventually)
+
+
 def test_one_that_is_out_is_renewed_when_it_comes_home(
     make: Make, driver: FakeDriver, clock: FakeClock, eventually: Eventually
 ) -> None:
@@ -137,6 +174,27 @@ def test_who_waits_does_not_wait_for_a_renewal(
     assert driver.numbers() == [1]
     other.close()
     eventually(lambda: driver.numbers() == [2] and quiet(pool), "it is renewed")
+
+
+def test_what_a_waiter_gets_from_a_renewal_is_renewed_again(
+    make: Make, driver: FakeDriver, clock: FakeClock, eventually: Eventually
+) -> None:
+    """Its new lifetime counts from the renewal on, whoever had it then."""
+    pool = make(recycle=100, max_size=1)
+    use_all(pool, 1)
+    clock.now += 101
+    driver.gate.clear()
+    inside.upkeep(pool).sweep()
+    eventually(lambda: driver.connecting == 1, "it is being renewed")
+    waiter = Task(pool.connect)
+    eventually(lambda: inside.shared(pool).numbers.waiting == 1, "somebody waits")
+    driver.gate.set()
+    waiter.result().close()
+    assert driver.numbers() == [2]
+    clock.now += 101
+    inside.upkeep(pool).sweep()
+    eventually(lambda: driver.numbers() == [3] and quiet(pool), "it is renewed again")
+    assert_whole(pool, eventually)
 
 
 def test_a_renewal_does_not_make_an_idle_connection_younger(

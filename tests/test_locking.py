@@ -385,7 +385,9 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     a.connect().close()
     renew_and_warm_up(a, eventually)
     step()
-    inside.core(b).abandon(inside.attachment(b))
+    a.connect().close()
+    inside.decide(a, inside.ledger(a).borrow, inside.attachment(a))
+    inside.core(b).abandon(inside.attachment(b), lambda _: None)
     step()
 
 
@@ -408,7 +410,7 @@ def fail_to_open(pool: QueriesPool, step: Callable[[], None]) -> None:
 def renew_and_warm_up(pool: QueriesPool, eventually: Eventually) -> None:
     """Connections are opened in the background, and in readiness."""
     pool.expire(rolling=True)
-    eventually(lambda: inside.ledger(pool).lifetimes.renewing is None, "it is renewed")
+    eventually(lambda: inside.ledger(pool).lifetimes.renewing == [], "it is renewed")
     inside.attachment(pool).min_size = 2
     pool.warm_up()
     inside.core(pool).suspect_own(inside.attachment(pool))
@@ -591,8 +593,34 @@ def test_what_would_wait_for_its_own_thread_raises(
     Ring(pool.connect())
     call_inside(monkeypatch, "take", gc.collect)
     Thread(lambda: pool.connect().close()).join()
-    assert "Don't check out or dispose in a finalizer" in str(errors[0])
+    assert "Don't check out or dispose there" in str(errors[0])
     gc.collect()
+    assert_whole(pool, eventually)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="the platform has no such signal")
+def test_a_signal_handler_that_checks_out_inside_the_pool_is_told_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, eventually: Eventually
+) -> None:
+    """It can't be served, for what it has interrupted is half done; a return is fine, and nothing is lost."""
+    pool = new_pool()
+    held = pool.connect()
+    errors: list[BaseException] = []
+
+    def handle(*_: Any) -> None:
+        held.close()
+        try:
+            pool.connect()
+        except CheckoutReentered as error:
+            errors.append(error)
+
+    before = signal.signal(signal.SIGUSR1, handle)
+    try:
+        call_inside(monkeypatch, "take", lambda: signal.raise_signal(signal.SIGUSR1))
+        pool.connect().close()
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    assert "a signal handler" in str(errors[0])
     assert_whole(pool, eventually)
 
 

@@ -106,8 +106,9 @@ def test_every_parameter_of_the_pool_is_known_to_the_url() -> None:
 
 def test_nothing_of_ours_reaches_the_driver(make: Any) -> None:
     """Neither through the URL nor through what is connected with; the driver's own options do."""
+    words = {"on_deadlock": "warn", "share": "none"}
     every = "&".join(
-        f"{name}={'warn' if name == 'on_deadlock' else 1}"
+        f"{name}={words.get(name, 1)}"
         for name in NAMES
         if name not in ("pool_size", "max_overflow", "pool_reset_on_return")
     )
@@ -153,8 +154,8 @@ def test_the_drivers_own_options_pass_through(make: Any) -> None:
     ("url", "kw", "what"),
     [
         (f"{URL}&max_size=3&max_size=4", {}, "max_size is given twice, in the URL"),
-        (f"{URL}&max_size=3", {"max_size": 3}, "max_size is given twice, in the URL and in the code"),
-        (f"{URL}&pool_timeout=3", {"pool_timeout": 3}, "pool_timeout is given twice, in the URL and"),
+        (f"{URL}&max_size=3&pool_size=4", {}, "max_size='3' and pool_size can't both be set"),
+        (URL, {"max_size": 3, "pool_size": 4}, "max_size=3 and pool_size can't both be set"),
         (f"{URL}&plugin=queries", {}, "plugin=queries is given twice"),
         (URL, {"plugins": ["queries"]}, "plugin=queries is given twice"),
     ],
@@ -163,6 +164,51 @@ def test_what_stands_twice_is_an_error(url: str, kw: dict[str, Any], what: str) 
     """Nobody could tell which of them is meant."""
     with pytest.raises(exc.ArgumentError, match=what):
         create_engine(url, **kw)
+
+
+AIRFLOWS = {"pool_size": 5, "max_overflow": 10, "pool_recycle": 1800, "pool_pre_ping": True}
+"""What a framework states for each engine that it makes, whatever its user wants."""
+
+
+@pytest.mark.parametrize(
+    ("said", "code", "size", "overruled"),
+    [
+        ("max_size=7", AIRFLOWS, 7, "pool_size, max_overflow"),
+        ("max_size=7&pool_recycle=60", AIRFLOWS, 7, "pool_size, max_overflow, pool_recycle"),
+        ("pool_size=2", AIRFLOWS, 12, "pool_size"),
+        ("pool_size=2&max_overflow=0", AIRFLOWS, 2, "pool_size, max_overflow"),
+        ("max_size=7", {"max_size": 3, "poolclass": QueriesPool}, 7, "max_size"),
+        ("pool_size=2&max_overflow=1", {"max_size": 7, "poolclass": QueriesPool}, 3, "max_size"),
+        (
+            "idle_ttl=5&pool_timeout=3",
+            {"idle_ttl": 6, "pool_timeout": 9, "pool_size": 1},
+            11,
+            "idle_ttl, pool_timeout",
+        ),
+        ("idle_ttl=5", AIRFLOWS, 15, None),
+    ],
+)
+def test_the_url_wins_over_the_code(
+    make: Any,
+    caplog: pytest.LogCaptureFixture,
+    said: str,
+    code: dict[str, Any],
+    size: int,
+    overruled: str | None,
+) -> None:
+    """With one line in the log.  What only the code states stays."""
+    with caplog.at_level(logging.INFO, "sqlalchemy.pool"):
+        queries = pool_of(make(f"{URL}&{said}", **code))
+    lines = [line for line in caplog.messages if line.startswith("plugin=queries")]
+    told = f"plugin=queries: the URL is followed, not the code's {overruled}"
+    assert lines == ([] if overruled is None else [told])
+    assert queries.size() == size
+    options = make_url(f"{URL}&{said}").query
+    if "pool_recycle" in code:
+        assert inside.setting(queries, "recycle") == int(options.get("pool_recycle", 1800))  # type: ignore[arg-type]
+        assert inside.setting(queries, "pre_ping") is True
+    if "pool_timeout" in options:
+        assert (queries.timeout(), inside.setting(queries, "idle_ttl")) == (3.0, 5.0)
 
 
 @pytest.mark.parametrize(

@@ -615,5 +615,7 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "read_only_is_disconnect",
         "max_waiting",
         "queue_target",
+        "share",
+        "check_limits",
     }
     assert issubclass(QueriesPool, sqlalchemy.pool.Pool)

@@ -87,6 +87,7 @@ def test_the_url_takes_all_of_them_and_gives_the_driver_none() -> None:
     values |= {option.name or name: "1" for name, option in OPTIONS.items() if "timeout" in name}
     values |= {"max_size": "5", "min_size": "1", "max_waiting": "1", "queue_target": "1", "pool_id": "x"}
     values |= {"on_deadlock": "warn", "pool_recycle": "60", "pool_reset_on_return": "commit", "idle_ttl": "1"}
+    values |= {"share": "none"}
     for taken in ("pool_size", "max_overflow"):  # other words for max_size
         del values[taken]
     url = make_url("postgresql+psycopg2://me@host/shop").update_query_dict({"plugin": "queries", **values})

@@ -17,7 +17,7 @@ from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, exc, make_url
 from sqlalchemy.engine.default import DefaultDialect
 
-from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool import CheckoutTimeout, QueriesPool
 from sqla_queries_pool.engine.stages import OPENING, PROBING, WAITING, Stages
 
 Eventually = Callable[..., None]
@@ -389,72 +389,48 @@ def test_a_pre_ping_that_answers_leaves_nothing_that_could_hang_up(
     engine = new_engine(url, pool_pre_ping=True, ping_timeout=0.05)
     engine.connect().close()
     held = engine.raw_connection()
-    record: Any = inside.record(held)
     backend = held.cursor()
     backend.execute("SELECT pg_backend_pid()")
     (first,) = backend.fetchone()  # type: ignore[misc]
     after(engine, 0.06)
-    assert record.ping_timeout is None
     backend.execute("SELECT pg_backend_pid()")
     assert backend.fetchone() == (first,)
     held.close()
 
 
-def test_a_pre_ping_is_bounded_while_it_lasts(new_engine: NewEngine) -> None:
-    """And no longer: the record has something that ends it before, and nothing after."""
-    engine, driver = fake_engine(new_engine, pool_pre_ping=True)
-    engine.connect().close()
-    seen: list[Any] = []
-    (record,) = inside.attachment(engine.pool).idle
-    driver.on_ping = lambda _: seen.append(record.ping_timeout)
-    with engine.connect():
-        assert seen != [None]
-        assert len(seen) == 1
-        assert record.ping_timeout is None
-        assert inside.ping_of(seen[0]) is None
-        assert not seen[0].expired
-    seen.clear()
-    driver.on_ping = lambda _: seen.append(record.ping_timeout)
-    with engine.connect():
-        assert len(seen) == 1
-
-
-def test_a_connection_that_has_just_been_opened_is_not_bounded(new_engine: NewEngine) -> None:
-    """SQLAlchemy does not ping it."""
+def test_a_connection_that_has_just_been_opened_is_not_pinged(new_engine: NewEngine) -> None:
+    """SQLAlchemy does not ping it either."""
     engine, driver = fake_engine(new_engine, pool_pre_ping=True)
     pinged: list[Any] = []
     driver.on_ping = pinged.append
-    fairy: Any = engine.raw_connection()
-    assert inside.record(fairy).ping_timeout is None
+    engine.connect().close()
     assert not pinged
-    fairy.close()
-
-
-def test_listeners_of_a_checkout_run_when_the_ping_is_over(new_engine: NewEngine) -> None:
-    """One that takes longer than ``ping_timeout`` costs no connection."""
-    engine, _ = fake_engine(new_engine, pool_pre_ping=True)
-    seen: list[Any] = []
-
-    @event.listens_for(engine, "checkout")
-    def checkout(_: Any, record: Any, __: Any) -> None:
-        seen.append(record.ping_timeout)
-
     engine.connect().close()
-    engine.connect().close()
-    assert seen == [None, None]
+    assert len(pinged) == 1
 
 
-def test_listeners_that_came_with_the_pool_run_when_the_ping_is_over(new_engine: NewEngine) -> None:
-    """``pool_events`` are there before the pool's own."""
-    seen: list[Any] = []
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_a_listener_that_takes_longer_than_a_ping_may_costs_no_connection(
+    driver: str, pg_url: str, new_engine: NewEngine
+) -> None:
+    """Wherever it was registered: the limit of time ends with the ping."""
+    url = make_url(pg_url).set(drivername=f"postgresql+{driver}")
+    engine = new_engine(url, pool_pre_ping=True, ping_timeout=0.05)
+    called: list[Any] = []
 
-    def checkout(_: Any, record: Any, __: Any) -> None:
-        seen.append(record.ping_timeout)
+    def slow(*_: Any) -> None:
+        called.append(None)
+        after(engine, 0.06)
 
-    engine, _ = fake_engine(new_engine, pool_pre_ping=True, pool_events=[(checkout, "checkout")])
-    engine.connect().close()
-    engine.connect().close()
-    assert seen == [None, None]
+    event.listen(QueriesPool, "checkout", slow, insert=True)  # before all of the engine's own
+    try:
+        for _ in range(2):
+            with engine.connect() as connection:
+                assert connection.exec_driver_sql("SELECT 1").scalar() == 1
+    finally:
+        event.remove(QueriesPool, "checkout", slow)
+    assert len(called) == 2
+    assert engine.pool.statistics().connects == 1  # type: ignore[attr-defined]
 
 
 @pytest.mark.skipif(
@@ -508,53 +484,5 @@ def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
     del dialect.do_ping
     assert seen == [True]
     assert engine.pool.checkedout() == 0
-    (record,) = [*inside.attachment(engine.pool).idle, *inside.attachment(engine.pool).hollow]  # type: ignore[misc]
     engine.connect().close()
-    assert record.ping_timeout is None  # type: ignore[has-type]
     assert driver.numbers() == [2]
-
-
-def count(pool: Any) -> int:
-    """How often a pool is told that a ping is over."""
-    return sum(
-        listener.__module__ == "sqla_queries_pool.engine.queries_pool" for listener in pool.dispatch.checkout
-    )
-
-
-def test_the_listener_is_there_once(new_engine: NewEngine) -> None:
-    """Of a new pool, of what it is recreated as, each time, and of one that shares another's listeners."""
-    engine, _ = fake_engine(new_engine, pool_pre_ping=True)
-    assert count(engine.pool) == 1
-    for _ in range(3):
-        engine.dispose()
-        assert count(engine.pool) == 1
-    again = engine.pool.recreate()
-    assert count(again) == 1
-    assert count(again.recreate()) == 1
-
-
-def test_two_engines_of_one_database_have_one_listener_each(new_engine: NewEngine) -> None:
-    """They share the budget, and no listeners."""
-    url = f"fake://me@host/stages_{next(_numbers)}"
-    driver = FakeDriver()
-    with_ping = [new_engine(url, module=driver, pool_pre_ping=True) for _ in range(2)]
-    without = new_engine(url, module=driver)
-    assert [count(engine.pool) for engine in with_ping] == [1, 1]
-    assert count(without.pool) == 0
-
-
-def test_pools_that_are_given_the_same_listeners_have_the_listener_once() -> None:
-    """``events`` and ``_dispatch`` are how SQLAlchemy hands listeners on."""
-    first = new_pool(pre_ping=True)
-    second = new_pool(pre_ping=True, _dispatch=first.dispatch)
-    third = new_pool(pre_ping=True, _dispatch=second.dispatch)
-    assert [count(pool) for pool in (first, second, third)] == [1, 1, 1]
-
-
-def test_a_pool_without_pre_ping_is_told_nothing(new_engine: NewEngine) -> None:
-    """It has no listener, so that a checkout costs none."""
-    pool = new_pool()
-    assert count(pool) == 0
-    pid = new_pid()
-    PoolManager.create(pid)
-    PoolManager.remove(pid)

@@ -49,11 +49,12 @@ def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: flo
     first = oldest.since < own.since
     if first and (hollow or now - oldest.since > max(PATIENCE, PATIENCE_FACTOR * ledger.mean_wait)):
         return oldest
-    # Even with one slot less, mine would get more of what it wants than the other does: so slots
-    # spread in proportion to demand, and never swing back.
+    # Even with one slot less, mine would get as large a share of what it wants as the other with one more: so
+    # slots spread in proportion to demand, and never swing back, also where the demand swings a little.  An
+    # engine that has nothing gets one.
     has, its = len(attachment.own), len(oldest.attachment.own)
     wanted, its_wanted = has + len(attachment.queue), its + len(oldest.attachment.queue)
-    if (has - 1) * its_wanted > its * wanted:
+    if (has - 1) * its_wanted >= (its + 1) * wanted or (not its and has > 1):
         return oldest
     ledger.totals.bypasses += first
     return own

@@ -69,8 +69,8 @@ class Ledger(LedgerState):
             slot = entry.slot
             if now - slot.since >= attachment.ping_after or now >= slot.expires:
                 slot.suspect = True
+            slot.holder = holder  # first: held by nobody is what the pool renews
             slot.state = HELD
-            slot.holder = holder
             slot.since = now
             slot.uses += 1
             self.out = out = self.out + 1
@@ -498,13 +498,27 @@ class Ledger(LedgerState):
 
     def renewed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
         """Take back what was renewed, or could not be; if nobody waits, it is idle for as long as before."""
-        self.lifetimes.end()
+        self.lifetimes.end(slot)
+        return self.give_borrowed(slot, entry, since, now)
+
+    def borrow(self, attachment: Attachment) -> tuple[Any, float] | None:
+        """Take an idle entry for the pool itself, if no checkout of its engine waits: the one that a checkout
+        would get last; return it, and since when it is idle."""
+        if attachment.queue or not attachment.idle:
+            return None
+        entry = attachment.idle.popleft() if attachment.lifo else attachment.idle.pop()
+        entry.slot.holder = None
+        self.move(entry.slot, HELD)
+        return entry, entry.slot.since
+
+    def give_borrowed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
+        """Take it back; if nobody waits, it is idle for as long as before."""
         attachment = slot.home() if slot.home is not None else None
         work: Work = []
         if slot.state is HELD and attachment is not None:
             work = self.give_unused(attachment, entry, now) or []
+            work += self._note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted
             if slot.state is IDLE and slot.handle is not None:
-                work += self._note_lifetime(slot)
                 slot.since = since
                 idle = attachment.idle
                 idle.remove(entry)

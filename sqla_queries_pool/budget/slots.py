@@ -38,7 +38,10 @@ TRANSITIONS: Final[dict[tuple[str, str], str]] = {
     (OPENING, HELD): "opened: the one that opened it has it",
     (OPENING, CLOSING): "_closing: the one that opened it has died with the socket open",
     (OPENING, GONE): "_remove: opening failed, or its permit has died",
-    (IDLE, HELD): "take, _hold, _renew: a checkout has it, at once or as a waiter; or it is being renewed",
+    (
+        IDLE,
+        HELD,
+    ): "take, _hold, _renew, borrow: a checkout has it, at once or as a waiter; or the pool itself",
     (IDLE, LOCKED): "lock: a session has it",
     (IDLE, CLOSING): "_closing: it is too old, too many, disposed, dead or removed",
     (IDLE, GONE): "_remove: it gave way to a permit, which closes its connection",
@@ -99,6 +102,7 @@ class Slot:
 
     __slots__ = (
         "__weakref__",
+        "begun",
         "entry",
         "expires",
         "generation",
@@ -123,12 +127,15 @@ class Slot:
     def __init__(self, handle: Any = None) -> None:
         self.state = GONE
         """One of the words above; written under the lock alone, see :data:`TRANSITIONS`."""
-        self.socket: Any = handle
+        self.socket: Any = None
         """What any thread may look at, hang up and close (``fileno()``, ``close()``): the DBAPI connection
         itself, or what stands for one that belongs to an event loop; written with :attr:`handle`."""
         self.handle = handle
         """The DBAPI connection, None while there is none (opening, hollow, closed); written by
         its holder, when that opens or closes the socket."""
+        self.begun: Callable[[], Any] | None = None
+        """Has a transaction begun, as far as the driver knows without asking the server?  None where nobody
+        needs to know, because a rollback of nothing costs nothing; written with :attr:`handle`."""
         self.poll: Any = None
         """Called with 0: is there news on the socket?  See liveness.py; written with :attr:`handle`."""
         self.suspect = handle is None
@@ -349,8 +356,10 @@ class Numbers(NamedTuple):
     total: int
     """All that count against the limit."""
     held: int
+    """Those that somebody has; not what the pool itself renews."""
     idle: int
     opening: int
+    """Also those that are being renewed."""
     closing: int
     hollow: int
     """Idle slots without a connection: it was invalidated."""

@@ -210,7 +210,8 @@ class LedgerState:
     def numbers(self) -> Numbers:
         """Count; without the lock a moment may lie between one number and the next."""
         everyone = list(self.everyone())
-        total, opening, closing = len(self.slots), len(self.opening), len(self.closing)
+        total, closing = len(self.slots), len(self.closing)
+        opening = len(self.opening) + len(self.lifetimes.renewing)
         idle = sum(len(a.idle) for a in everyone)
         hollow = sum(len(a.hollow) for a in everyone)
         waiting = sum(len(a.queue) for a in everyone)

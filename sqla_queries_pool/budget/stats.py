@@ -135,6 +135,62 @@ class Totals:
 
 
 @dataclass(frozen=True)
+class HostProcess:
+    """One process that shares a budget."""
+
+    process: int
+    """Its process id, as it sees it itself."""
+    program: str
+    leases: int
+    """How many connections it may have now."""
+    waiting: int
+    """Blocked checkouts that could use one more."""
+    me: bool
+    """Is it the process that tells?"""
+
+    def __str__(self) -> str:
+        waiting = f", {self.waiting} waiting" if self.waiting else ""
+        name = "this process" if self.me else f"process {self.process} ({self.program})"
+        return f"{name} {self.leases}{waiting}"
+
+
+@dataclass(frozen=True)
+class HostStatistics:
+    """A budget that several processes share, as far as one of them knows: what the others have is a moment
+    old."""
+
+    share: str
+    """``host``, or the folder."""
+    budget: int
+    """The largest number of connections of all processes together."""
+    processes: tuple[HostProcess, ...]
+    """This one, then the others that have something or wait for it, those with the most first."""
+    problem: str | None
+    """Why not all of it can be had, where that is known."""
+
+    @property
+    def leases(self) -> int:
+        """How many connections all processes together may have now."""
+        return sum(each.leases for each in self.processes)
+
+    @property
+    def mine(self) -> int:
+        """How many of them are this process's."""
+        return sum(each.leases for each in self.processes if each.me)
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """May other processes have what this one lacks?"""
+        return self.mine < self.budget
+
+    def __str__(self) -> str:
+        who, count = "; ".join(map(str, self.processes)), len(self.processes)
+        processes = f"{count} process{'es' if count > 1 else ''}"
+        problem = f". It can't be used fully: {self.problem}" if self.problem else ""
+        return f"Host: {self.leases} of {self.budget} taken by {processes}: {who}{problem}"
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What one pool has now, and has done since the process began; :meth:`.Pool.statistics` makes it."""
 
@@ -149,6 +205,7 @@ class Statistics:
     held: int
     """Connections that are checked out."""
     opening: int
+    """Connections that are being opened, or renewed."""
     closing: int
     waiting: int
     """Blocked checkouts."""
@@ -184,6 +241,8 @@ class Statistics:
     liveness: str = "poll"
     """How one sees whether an idle connection is alive: ``poll`` its socket, or ``ping`` the server, where
     the platform lacks the calls."""
+    host: HostStatistics | None = None
+    """The budget that it shares with other processes of the host; None without ``share``."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same in what JSON knows."""
@@ -191,6 +250,8 @@ class Statistics:
         for name, value in vars(self).items():
             if isinstance(value, Histogram):
                 told[name] = {"count": value.count, "seconds": value.seconds, "counts": list(value.counts)}
+        if self.host is not None:
+            told["host"] = dict(vars(self.host), processes=[dict(vars(p)) for p in self.host.processes])
         return told
 
 

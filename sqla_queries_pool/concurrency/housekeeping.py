@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _thread
 import heapq
+import sys
 import threading
 import time
 import weakref
@@ -54,6 +55,8 @@ class _PartTimeThread:
 
     def start(self) -> None:
         """Start the thread unless it runs."""
+        if sys.is_finalizing():  # no thread starts any more; gevent's locks raise when they are tried then
+            return
         # The one that takes it has to release the lock: the thread, or this one if it could not start it.
         # An asynchronous exception can come when the thread has been started already.
         token = [True]

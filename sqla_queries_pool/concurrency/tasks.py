@@ -16,6 +16,7 @@ drops what the loop had to do later: a thing that dies with that tells of it.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import contextvars
 import functools
@@ -48,6 +49,8 @@ LONGEST_END = 1.0
 TURNS = 3
 """How many turns of the loop transports need to close their sockets."""
 
+_CAN_AWAIT = "__sqlalchemy_greenlet_provider__"
+"""Of a greenlet: SQLAlchemy's mark of one in which ``await_only()`` can be used, since 2.0.24 or so."""
 _number = itertools.count(1)
 _asker: contextvars.ContextVar[TaskCaller | None] = contextvars.ContextVar(
     "sqla_queries_pool_task", default=None
@@ -244,7 +247,9 @@ class Loop:
         self.here = self
         self.closed = False
         """Is the loop closed?"""
-        sentinel = _Sentinel(_until_the_end(self._users, self, self._unfinished))
+        self.ending = False
+        """Was it said to end?  Then nothing begins in the background any more."""
+        sentinel = _Sentinel(_until_the_end(self, self._users, self._unfinished))
         loop.call_later(FOREVER, sentinel)
         # It may die in any thread, at any moment; those who hear of it may not wait.
         self._ended = weakref.ref(sentinel, self._loop_ended)
@@ -254,7 +259,7 @@ class Loop:
     @property
     def caller(self) -> TaskCaller:
         """The task that asks."""
-        task, before = asyncio.current_task(), _asker.get()
+        task, before = asyncio.current_task(self._loop()), _asker.get()
         if before is not None and before.task() is task:
             return before
         caller = TaskCaller(task, before)  # one that is inherited is the parent
@@ -292,7 +297,11 @@ class Loop:
 
     def _start(self, function: Callable[[], _T]) -> Task[_T]:
         loop = asyncio.get_running_loop()
-        task = loop.create_task(greenlet_spawn(function), name=f"sqla_queries_pool-{next(_number)}")
+        # Not by the loop's factory: an eager one would begin at once, in the greenlet of the caller.
+        task = Task(greenlet_spawn(function), loop=loop, name=f"sqla_queries_pool-{next(_number)}")
+        # It is not the application's: asyncio.run() cancels all tasks that it knows before the loop ends, and
+        # not every driver likes that while it connects.  _until_the_end() waits for it.
+        asyncio._unregister_task(task)
         self.finish(task)
         return task
 
@@ -305,7 +314,8 @@ class Loop:
     def submit(self, _: Worker, job: Callable[[], None]) -> bool:
         """Have ``job`` run in a task of the loop; return False where the loop does not run."""
         loop = self._loop()
-        return loop is not None and loop.is_running() and self.soon(functools.partial(self._start, job))
+        runs = loop is not None and loop.is_running() and not self.ending
+        return runs and self.soon(functools.partial(self._start, job))
 
     def soon(self, function: Callable[[], object]) -> bool:
         """Run it in the thread of the loop, at once if that is this one; False if the loop is closed."""
@@ -351,17 +361,27 @@ class Loop:
 
 
 async def _until_the_end(
-    users: Iterable[UsesLoop], loop: Loop, unfinished: set[Future[Any]]
+    loop: Loop, users: Iterable[UsesLoop], unfinished: set[Future[Any]]
 ) -> AsyncGenerator[None, None]:
     try:
         yield
     finally:
-        for user in list(users):
-            user.loop_ends(loop)
-        for _ in range(TURNS):
-            await asyncio.sleep(0)
+        loop.ending = True
+        await _close_idle(loop, users)
         if unfinished:
-            await asyncio.wait(unfinished, timeout=LONGEST_END)
+            _, late = await asyncio.wait(unfinished, timeout=LONGEST_END)
+            if late:
+                for future in late:
+                    future.cancel()
+                await asyncio.wait(late, timeout=LONGEST_END)
+            await _close_idle(loop, users)  # what was opened meanwhile
+
+
+async def _close_idle(loop: Loop, users: Iterable[UsesLoop]) -> None:
+    for user in list(users):
+        user.loop_ends(loop)
+    for _ in range(TURNS):
+        await asyncio.sleep(0)
 
 
 def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:
@@ -371,6 +391,27 @@ def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:
 
 
 async def _nothing() -> None: ...
+
+
+@functools.cache
+def _collect_without_awaiting() -> None:
+    """Have no collection await anything, from now on.
+
+    SQLAlchemy's finalizer of an abandoned connection, of any pool, says goodbye to the server where it is in
+    a greenlet, and so lets other tasks run: also one that wants into the critical section in which this one
+    is.  Elsewhere it just closes the connection.  A collection can begin at any allocation.
+    """
+    from greenlet import getcurrent  # type: ignore[import-untyped]  # without asyncio there may be none
+
+    def collects(phase: str, _: object) -> None:
+        greenlet = getcurrent()
+        if phase == "stop":
+            vars(greenlet).pop(_CAN_AWAIT, None)
+        elif getattr(greenlet, _CAN_AWAIT, False):
+            setattr(greenlet, _CAN_AWAIT, False)
+
+    gc.callbacks.append(collects)
+    atexit.register(gc.callbacks.remove, collects)  # then no loop runs, and greenlet may be gone
 
 
 _loops: weakref.WeakKeyDictionary[AbstractEventLoop, Loop] = weakref.WeakKeyDictionary()
@@ -392,5 +433,6 @@ def running() -> Loop:
     with _lock:
         found = _loops.get(loop)
         if found is None:
+            _collect_without_awaiting()
             _loops[loop] = found = Loop(loop)
         return found

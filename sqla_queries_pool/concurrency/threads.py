@@ -128,6 +128,8 @@ class Threads:
 
     here: ClassVar[_Here] = here
     """Who asks."""
+    ending: ClassVar[bool] = False
+    """Is nothing to be begun in the background any more?"""
 
     def waiter(self, attachment: Attachment, label: str | None, _: Callable[[Any], None]) -> ThreadWaiter:
         """Return a new waiter: the caller."""

@@ -22,6 +22,7 @@ from ..pool.manager import everywhere
 from . import probe
 from .records import Record
 from .settings import IGNORE, RAISE
+from .sides import NotFirst
 from .stages import OPENING, PROBING, WAITING, Stages
 
 
@@ -77,7 +78,7 @@ class Attempt:
                 slot.label, slot.stack = checkout_label.get(), self._found
                 if isinstance(entry, Permit):
                     self._stages.enter(OPENING)
-                    return open_connection(self._pool, entry)
+                    return open_connection(self._pool, entry, self._deadline)
                 return self._usable(entry)
             except Refused as error:
                 again, self._refusal = True, error.refusal or self._refusal
@@ -106,7 +107,7 @@ class Attempt:
         :param found: why, where that is known.
         :param early: did it stop before its timeout, for that reason?
         """
-        error = checkout_timeout(self._pool._shared, self._pool._attachment, seconds, found, early)
+        error = checkout_timeout(self._pool._shared, self._pool._sides.here, seconds, found, early)
         level = logging.WARNING if isinstance(error, PoolDeadlock) else logging.INFO
         self._pool.logger.log(level, "%s", error.args[0].partition("\n")[0])
         return error
@@ -156,7 +157,7 @@ class Attempt:
             raise
         if record.dbapi_connection is None:
             self._stages.enter(OPENING)
-            return _opened(pool, _reopen, record)
+            return _opened(pool, functools.partial(_reopen, pool, record))
         return record
 
     def _probe(self, record: Record) -> None:
@@ -170,45 +171,48 @@ class Attempt:
             record.close()
         elif not alive:
             self._core.connections.found_dead(record.slot)
+            if self._pool.pings:  # as SQLAlchemy has it: older ones are replaced without a ping of theirs
+                self._pool._invalidate_time = time.time()
             record.invalidate(exc.DisconnectionError("found dead before it was used"))
 
 
-def open_connection(pool: Any, permit: Permit) -> Record:
+def open_connection(pool: Any, permit: Permit, deadline: float = math.inf) -> Record:
     """Open a connection by a permit; the caller holds it then.
 
-    :raises Refused: the server has refused, and it is worth trying again.
+    :param deadline: until when it may wait for another loop that opens the first one, by ``time.monotonic``.
+    :raises Refused: the server has refused, and it is worth trying again; or the time was over.
     :raises Exception: the driver's; the slot was given back.
     """
-    return _opened(pool, _open, permit)
+    return _opened(pool, functools.partial(_open, pool, permit, deadline))
 
 
-def _opened(pool: Any, opening: Callable[[Any, Any], Record], what: Permit | Record) -> Record:
+def _opened(pool: Any, opening: Callable[[], Record]) -> Record:
     """Have the runtime open a connection.  Where its caller leaves meanwhile, it goes to the next one."""
 
     def unwanted(record: Record) -> None:
         pool._core.checkouts.give_unused(record.attachment, record)
 
-    record: Record = pool._sides.runtime.open(functools.partial(opening, pool, what), unwanted)
+    record: Record = pool._sides.runtime.open(opening, unwanted)
     return record
 
 
-def _open(pool: Any, permit: Permit) -> Record:
-    core, known = pool._core, False
+def _open(pool: Any, permit: Permit, deadline: float) -> Record:
+    core = pool._core
     try:
         core.checkouts.close_evicted(permit)
         record = Record(pool, permit.slot)
         core.checkouts.bind(record.slot, record)
-        pool._sides.first()
-        record.get_connection()
-        known = True
+        with pool._sides.opening(deadline):
+            record.get_connection()
+    except NotFirst:
+        core.checkouts.failed(permit)
+        raise Refused(None) from None
     except BaseException as error:
         refused = core.admission.refused(error)
         core.checkouts.failed(permit)
         if refused:
             raise Refused(error) from error
         raise
-    finally:
-        pool._sides.opened(known)
     core.checkouts.opened(record.slot)
     return record
 

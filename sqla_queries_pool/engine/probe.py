@@ -41,10 +41,6 @@ def alive(record: Any, deadline: float) -> bool:
         # What another database's server has sent may mean anything.
         if verdict is liveness.DOUBT or getattr(pool._dialect, "name", None) != "postgresql":
             slot.suspect = True
-    if pool._pre_ping:  # SQLAlchemy asks next; it knows no limit of time, but this one
-        slot.suspect = False
-        record.ping_timeout = _start_timeout(record, deadline)
-        return True
     return not slot.suspect or _answers(record, deadline)
 
 
@@ -65,16 +61,25 @@ def _answers(record: Any, deadline: float) -> bool:
     timeout = _start_timeout(record, deadline)
     try:
         # A pool without an engine has no dialect to ask with.
-        answers = not hasattr(pool._dialect, "do_ping") or pool._dialect.do_ping(slot.handle)
+        answers = not hasattr(pool._dialect, "do_ping") or _ping(pool, slot.handle)
     except NotImplementedError:  # so says that of SQLAlchemy's first 2.0
         answers = True
     except Exception as error:
+        if pool.pings and not timeout.expired:  # as SQLAlchemy does; a disconnect is no error there
+            raise
         pool.logger.info("%s: %r does not answer the ping: %r", pool._shared.label, slot, error)
         answers = _is_answer(pool._dialect, error, slot.handle)
     finally:
         timeout.cancel()
     slot.suspect = not answers or timeout.expired
     return not slot.suspect
+
+
+def _ping(pool: Any, handle: Any) -> bool:
+    """Ask the server; with ``pool_pre_ping`` as SQLAlchemy does: ``handle_error`` listeners hear of it."""
+    dialect = pool._dialect
+    ping = getattr(dialect, "_do_ping_w_event", dialect.do_ping) if pool.pings else dialect.do_ping
+    return bool(ping(handle))
 
 
 def _is_answer(dialect: Any, error: Exception, handle: Any) -> bool:

@@ -24,8 +24,9 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from .. import logs, parameters
 from ..budget.audit import Audit
-from ..budget.slots import HELD, LOCKED, OPENING, Attachment, Permit, Quota
+from ..budget.slots import HELD, IDLE, LOCKED, OPENING, Attachment, Permit, Quota, Slot
 from ..budget.stats import Statistics
+from ..errors import ParameterError
 from ..insight import stacks
 from ..insight.report import log_leak
 from ..insight.snapshot import Snapshot, snapshot
@@ -34,8 +35,10 @@ from ..parameters import Unstated
 from ..pool import Pool
 from ..pool.manager import attach
 from ..runtime.jitter import lifetime
+from ..sockets.drivers import UNSEEN_FOR, is_seen
 from . import identity, seams
 from .attempt import Attempt, Refused, open_connection
+from .limits import Check
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings
 from .sides import LoopSides, ThreadSide, sides
@@ -78,6 +81,8 @@ class QueriesPool(SQLAlchemyPool):
         read_only_is_disconnect: bool = Settings.read_only_is_disconnect,
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
+        share: str | None = Settings.share,
+        check_limits: bool = Settings.check_limits,
         **kw: Any,
     ) -> None:
         self.settings = Settings.read(locals())
@@ -90,6 +95,9 @@ class QueriesPool(SQLAlchemyPool):
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
         super().__init__(creator, **parameters.of_sqlalchemys(kw))
+        # SQLAlchemy's own ping knows no limit of time, and listeners run right after it.  So probe.py pings.
+        self.pings, self._pre_ping = self._pre_ping, False
+        """Was ``pool_pre_ping`` stated?  Then each checkout pings, as SQLAlchemy does."""
         self._identity = who = self._identify(predecessor)
         if predecessor is not None and predecessor._identity == who:
             quota = predecessor._attachment.quota
@@ -99,10 +107,8 @@ class QueriesPool(SQLAlchemyPool):
         """The first one: an engine of asyncio has one for each event loop."""
         if self.settings.read_only_is_disconnect:
             listen_for_read_only(self._dialect)
-        if self._pre_ping and _ping_is_over not in self.dispatch.checkout:  # a successor has it already
-            event.listen(self, "checkout", _ping_is_over, insert=True)
         self._track_stacks = self.settings.track_stacks
-        self._shared: Pool = attach(who.pid, who.label, self._attachment)
+        self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self._checkouts = self._core.checkouts
         self._core.on_leak = log_leak
@@ -127,15 +133,15 @@ class QueriesPool(SQLAlchemyPool):
         if predecessor is not None:
             who = predecessor._identity
             if who.private and not predecessor._disposed:
-                return identity.private(who.label, who.in_memory)
+                return identity.private(who.label, who.in_memory, who.alone)
             return who
         return identity.of_engine(self._creator, self.__dict__.get("_dialect"), self.settings.pool_id)
 
     def _new_attachment(self, quota: Quota) -> Attachment:
         told = self.settings.of_ledger()
-        if self._pre_ping:
+        if self.pings:
             told["ping_after"] = 0.0
-        if self._identity.in_memory:  # its one connection is the database
+        if self._identity.in_memory:  # the database is gone with its last connection
             told |= {"idle_ttl": math.inf, "ping_after": math.inf}
         attachment = Attachment(quota, **told)
         attachment.opener = weakref.WeakMethod(self._open)
@@ -143,11 +149,20 @@ class QueriesPool(SQLAlchemyPool):
 
     def _attach_another(self) -> Attachment:
         attachment = self._new_attachment(self._attachment.quota)
-        attach(self._shared.id, self._shared.label, attachment)
+        self._attach(self._identity, attachment)
         return attachment
 
+    def _attach(self, who: identity.Identity, attachment: Attachment) -> Pool:
+        share = self.settings.share
+        if share is not None and who.private:
+            raise ParameterError(
+                f"share={share!r}: no other process can know the database of this engine ({who.label}). Pass "
+                "the same pool_id='…' to all engines that are to share their limit, or leave share out"
+            )
+        return attach(who.pid, who.label, attachment, share)
+
     def _make_quota(self, who: identity.Identity) -> Quota:
-        if who.in_memory:  # a second connection would be a second, empty database
+        if who.alone:  # a second connection would be a second, empty database
             return Quota(1.0)
         stated = self.settings.max_size
         if isinstance(stated, Unstated):
@@ -184,7 +199,7 @@ class QueriesPool(SQLAlchemyPool):
         self.records_out.add(record)
         if echo:
             self.logger.debug("Connection %r checked out from pool", proxy.dbapi_connection)
-        if self._pre_ping or self.dispatch.checkout:
+        if self.dispatch.checkout:
             proxy._counter = 0
             return Proxy._checkout(self, None, proxy)
         return proxy
@@ -223,8 +238,16 @@ class QueriesPool(SQLAlchemyPool):
                 took = time.monotonic() - begin
                 core.admission.last_error = None
                 socket = self._sides.socket(dbapi_connection)
+                if attachment.ping_after > UNSEEN_FOR and not self._is_seen(socket):
+                    attachment.ping_after = UNSEEN_FOR
                 core.connections.opened(
-                    record.slot, dbapi_connection, socket, generation, lifetime(self._recycle), took
+                    record.slot,
+                    dbapi_connection,
+                    socket,
+                    self._sides.begun(dbapi_connection, self._dialect),
+                    generation,
+                    lifetime(self._recycle),
+                    took,
                 )
                 if self._invalidate_time > record.starttime:
                     # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
@@ -232,9 +255,22 @@ class QueriesPool(SQLAlchemyPool):
                     record.starttime = time.time()
                     record.slot.suspect = True
                 self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
+                if core.limits_check is None and self.settings.check_limits:
+                    self._check_limits(attachment)
             return dbapi_connection
 
         return connect
+
+    def _is_seen(self, socket: Any) -> bool:
+        """Need a connection that was idle for a moment not be pinged?  One of SQLite's can't be lost."""
+        never = self.settings.ping_after is None or getattr(self._dialect, "name", None) in (None, "sqlite")
+        return never or is_seen(socket)
+
+    def _check_limits(self, attachment: Attachment) -> None:
+        core = self._core
+        core.limits_check = Check(self, attachment)
+        if getattr(self._dialect, "name", "") == "postgresql" and not self._identity.private:
+            core.limits_check.begin()
 
     # -- what happens to what is out; Record.checkin returns it -------------------------------------
 
@@ -339,7 +375,7 @@ class QueriesPool(SQLAlchemyPool):
             echo=self.echo,
             logging_name=self._orig_logging_name,
             reset_on_return=self._reset_on_return,
-            pre_ping=self._pre_ping,
+            pre_ping=self.pings,
             dialect=self._dialect,
             _dispatch=self.dispatch,
             _predecessor=self,
@@ -354,14 +390,21 @@ class QueriesPool(SQLAlchemyPool):
         return 0 if size is None or size == math.inf else int(size)
 
     def checkedin(self) -> int:
-        """How many connections this engine has idle."""
-        return sum(len(attachment.idle) + len(attachment.hollow) for attachment in self._sides.all())
+        """How many connections this engine has idle, those included that are being renewed."""
+        return sum(
+            slot.state is IDLE or (slot.state is HELD and slot.holder is None) for slot in self._slots()
+        )
 
     def checkedout(self) -> int:
-        """How many connections of this engine are out, or being opened."""
+        """How many connections of this engine are out, or being opened for a checkout."""
+        return sum(
+            slot.state is LOCKED or (slot.state in (HELD, OPENING) and slot.holder is not None)
+            for slot in self._slots()
+        )
+
+    def _slots(self) -> list[Slot]:
         homes = {attachment.ref for attachment in self._sides.all()}
-        states = [slot.state for slot in list(self._attachment.quota.slots) if slot.home in homes]
-        return sum(state in (HELD, LOCKED, OPENING) for state in states)
+        return [slot for slot in list(self._attachment.quota.slots) if slot.home in homes]
 
     def overflow(self) -> int:
         """QueuePool's: how many connections there are above ``size()``; here, zero or less."""
@@ -393,13 +436,6 @@ if QueriesPool.__doc__:  # None under -OO
 
 if not seams.KNOWS_PROXY:
     del QueriesPool.connect  # SQLAlchemy's own, then, which asks _do_get()
-
-
-def _ping_is_over(_: Any, record: Any, __: Any) -> None:
-    """A listener of ``checkout``, the first: what SQLAlchemy does next after its ping."""
-    if record.ping_timeout is not None:
-        record.ping_timeout.cancel()
-        record.ping_timeout = None
 
 
 def listen_for_read_only(dialect: Any) -> None:

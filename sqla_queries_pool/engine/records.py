@@ -17,14 +17,13 @@ from sqlalchemy.pool import reset_commit, reset_rollback
 from ..budget.ledger import ABANDONED
 from ..budget.slots import HELD, Slot
 from ..runtime.upkeep import Upkeep
-from ..sockets import liveness
 from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, ConnectionRecord
 
 
 class Record(ConnectionRecord):
     """SQLAlchemy's record of a connection, which knows its slot."""
 
-    __slots__ = ("attachment", "owner", "ping_timeout", "slot")
+    __slots__ = ("attachment", "owner", "slot")
 
     def __init__(self, owner: Any, slot: Slot) -> None:
         # Without a connection yet: get_connection() opens it, as it does for one that was
@@ -36,8 +35,6 @@ class Record(ConnectionRecord):
         """Its slot, for life."""
         self.attachment: Any = None if slot.home is None else slot.home()
         """Its engine's side of the ledger, in the runtime that it was born in."""
-        self.ping_timeout: liveness.PingTimeout | None = None
-        """What ends SQLAlchemy's own ping (``pool_pre_ping``) where it takes too long."""
 
     @property
     def logger(self) -> Any:
@@ -210,7 +207,8 @@ class Proxy(ConnectionFairy):
             return
         try:
             if pool._reset_on_return is reset_rollback:
-                if not transaction_reset:
+                begun = record.slot.begun
+                if not transaction_reset and (begun is None or begun()):
                     pool._dialect.do_rollback(self)
             elif pool._reset_on_return is reset_commit:
                 pool._dialect.do_commit(self)
@@ -224,6 +222,10 @@ class Proxy(ConnectionFairy):
         pool._checkouts.give(record.attachment, record)
 
     _close_special = close
+
+    def rollback(self) -> None:
+        """The driver's; SQLAlchemy's proxy finds it by ``__getattr__``, which takes a sixth of a checkout."""
+        self.dbapi_connection.rollback()
 
     def _checkin(self, transaction_was_reset: bool = False) -> None:
         """As SQLAlchemy's, which leaves a detached connection of asyncio to the destructor of a driver that

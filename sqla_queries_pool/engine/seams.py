@@ -6,12 +6,14 @@ private that :data:`PRIVATE` does not name.
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from threading import get_ident
 from typing import Any, Final
 
 from sqlalchemy import event
+from sqlalchemy.engine.default import DefaultDialect
 from sqlalchemy.pool.base import _AdhocProxiedConnection as AdhocProxiedConnection
 from sqlalchemy.pool.base import _ConnectionFairy as ConnectionFairy
 from sqlalchemy.pool.base import _ConnectionRecord as ConnectionRecord
@@ -24,6 +26,7 @@ __all__ = [
     "AdhocProxiedConnection",
     "ConnectionFairy",
     "ConnectionRecord",
+    "begun",
     "connect_arguments",
     "made_by_engine",
 ]
@@ -52,7 +55,8 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_creator": "what opens a connection",
     "_dialect": "resets and closes; an instance has one only if it was passed",
     "_recycle": "pool_recycle",
-    "_pre_ping": "pool_pre_ping",
+    "_pre_ping": "pool_pre_ping; off, for probe.py pings",
+    "Dialect._do_ping_w_event": "what pool_pre_ping asks; it tells the handle_error listeners",
     "_orig_logging_name": "pool_logging_name, None where none was stated",
     "_dispatch": "a parameter of Pool: the listeners",
     # Of a record.
@@ -76,6 +80,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_finalize_fairy": "a function, known by its code: invalidates a record whose rollback has failed",
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
     # Of asyncio.
+    "AsyncAdapt_asyncpg_connection._transaction": "None where none has begun; its rollback() looks at it",
     "await_only": "waits in a greenlet, and lets the loop go on: dialects of others use it, too",
     "greenlet_spawn": "runs a function in which await_only() can be used",
     # Of an engine: see connect_arguments.
@@ -122,6 +127,20 @@ def connect_arguments(creator: Callable[..., Any], dialect: Any) -> tuple[Any, A
     variables = inspect.getclosurevars(creator).nonlocals
     arguments = variables.get("cargs_tup", variables.get("cargs"))
     return None if arguments is None or "cparams" not in variables else (arguments, variables["cparams"])
+
+
+def begun(handle: Any, dialect: Any) -> Callable[[], Any] | None:
+    """Return what tells at once whether a transaction has begun on a connection of asyncio, or None.
+
+    A rollback of nothing is nothing to the server; but to await it takes as long as a checkout.  A dialect
+    that has more to do in its ``do_rollback`` does it each time.
+    """
+    if type(dialect).do_rollback is not DefaultDialect.do_rollback or "do_rollback" in vars(dialect):
+        return None
+    if hasattr(handle, "_transaction"):  # the adapter of asyncpg; its own rollback() looks at the same
+        return functools.partial(getattr, handle, "_transaction")
+    pgconn = getattr(getattr(handle, "driver_connection", None), "pgconn", None)  # psycopg's
+    return None if pgconn is None else functools.partial(getattr, pgconn, "transaction_status")
 
 
 class _Seen(Exception):

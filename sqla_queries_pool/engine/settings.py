@@ -208,6 +208,24 @@ class Settings:
         ),
     ] = None
 
+    share: Annotated[
+        str | None,
+        Option(
+            parameters.share,
+            "Share the limit with all processes of this user on this host that state the same for this "
+            "database: 'host', or the path of a folder in which they meet; None with none.",
+        ),
+    ] = None
+
+    check_limits: Annotated[
+        bool,
+        Option(
+            parameters.flag,
+            "Ask the server once, in the background, whether it has room for max_size connections of each "
+            "process, and log a warning if not.",
+        ),
+    ] = True
+
     @classmethod
     def read(cls, stated: Mapping[str, Any]) -> Settings:
         """Return what was stated, as text or not; what else is in there is left alone.
@@ -276,6 +294,8 @@ class QueriesPoolOptions(TypedDict, total=False):
     read_only_is_disconnect: bool
     max_waiting: int | None
     queue_target: float | None
+    share: str | None
+    check_limits: bool
     pool_recycle: float
     pool_pre_ping: bool
     pool_reset_on_return: Any

@@ -8,23 +8,31 @@ from __future__ import annotations
 
 import functools
 import threading
+import time
 import weakref
 from asyncio import _get_running_loop
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, Protocol, TypeAlias
 
 from sqlalchemy import exc
 
 from ..budget.ledger import ENDED
-from ..budget.slots import Attachment
+from ..budget.slots import CLOSING, GONE, Attachment
 from ..concurrency import tasks
 from ..concurrency.threads import THREADS
 from ..runtime.core import Core
+from ..sockets.drivers import socket_of
 from ..sockets.loop_socket import LoopSocket
+from .seams import begun
 
 More: TypeAlias = weakref.WeakMethod[Callable[[], Attachment]]
 _ALONE = 0.005
 """Seconds between two looks at whether another loop has opened an engine's first connection."""
+
+
+class NotFirst(Exception):
+    """Another loop has not opened an engine's first connection yet."""
 
 
 class Sides(Protocol):
@@ -47,14 +55,18 @@ class Sides(Protocol):
     def socket(self, handle: Any) -> Any:
         """Return the :attr:`.Slot.socket` of a connection that was opened here."""
 
+    def begun(self, handle: Any, dialect: Any) -> Callable[[], Any] | None:
+        """Return the :attr:`.Slot.begun` of a connection that was opened here."""
+
     def close(self, socket: Any, as_sqlalchemy: Callable[[], None]) -> None:
         """Close a connection; where one can wait, as SQLAlchemy does."""
 
-    def first(self) -> None:
-        """A connection is about to be opened: wait while another loop opens the engine's first one."""
+    def opening(self, deadline: float) -> AbstractContextManager[object]:
+        """The block opens a connection; before that, wait while another loop opens the engine's first one.
 
-    def opened(self, known: bool) -> None:
-        """A connection was opened, or could not be."""
+        :param deadline: until when, by ``time.monotonic``.
+        :raises NotFirst: it still does.
+        """
 
 
 class ThreadSide:
@@ -70,14 +82,16 @@ class ThreadSide:
         return [self.here]
 
     def socket(self, handle: Any) -> Any:
-        return handle
+        return socket_of(handle)
+
+    def begun(self, _: Any, __: Any) -> None:
+        return None
 
     def close(self, _: Any, as_sqlalchemy: Callable[[], None]) -> None:
         as_sqlalchemy()
 
-    def first(self) -> None: ...
-
-    def opened(self, known: bool) -> None: ...
+    def opening(self, _: float) -> AbstractContextManager[object]:
+        return nullcontext()
 
 
 class LoopSides:
@@ -104,7 +118,9 @@ class LoopSides:
         self._known = False
         """Was a connection opened?"""
         self._opening: tasks.Loop | None = None
-        """The loop that opens the first one."""
+        """The loop that opens the first one, or was the last to try."""
+        self._number_opening = 0
+        """How many it opens now."""
 
     def take(self, since: float | None = None) -> Any:
         attachment = self._by_loop.get(id(_get_running_loop())) or self._enter()
@@ -143,22 +159,41 @@ class LoopSides:
         except exc.MissingGreenlet:  # one that was detached, and is closed where no loop runs
             return handle
 
+    def begun(self, handle: Any, dialect: Any) -> Callable[[], Any] | None:
+        return begun(handle, dialect)
+
     def close(self, socket: LoopSocket, _: Callable[[], None]) -> None:
         socket.close()
 
-    def first(self) -> None:
+    @contextmanager
+    def opening(self, deadline: float) -> Iterator[None]:
         """SQLAlchemy has an asyncio.Lock for the first connection, which belongs to one loop."""
+        if self._known:
+            yield
+            return
         loop = tasks.running()
-        while not self._known:
-            with self._lock:
-                if self._opening is None or self._opening is loop or self._opening.closed:
-                    self._opening = loop
-                    return
+        while not self._may_open_first(loop):
+            if time.monotonic() > deadline:  # a loop may stop in the middle
+                raise NotFirst
             loop.pause((), _ALONE)
+        try:
+            yield
+            self._known = True
+        finally:
+            with self._lock:
+                if self._opening is loop:
+                    self._number_opening -= 1
 
-    def opened(self, known: bool) -> None:
-        self._known = self._known or known
-        self._opening = None
+    def _may_open_first(self, loop: tasks.Loop) -> bool:
+        with self._lock:
+            if self._known:
+                return True
+            if self._opening is not loop:
+                if self._number_opening and self._opening is not None and not self._opening.closed:
+                    return False
+                self._opening, self._number_opening = loop, 0
+            self._number_opening += 1
+            return True
 
     # -- the end of a loop -------------------------------------------------------------------------
 
@@ -168,6 +203,10 @@ class LoopSides:
             if attachment.runtime is loop:
                 self._core.dispose(attachment)
                 self._core.retire(attachment)
+                for slot in list(self._core.connections.by_handle.values()):
+                    socket = slot.socket
+                    if slot.home is attachment.ref and slot.state in (CLOSING, GONE) and socket is not None:
+                        socket.close()  # another thread is about to, and may come too late
 
     def loop_ended(self, loop: tasks.Loop) -> None:
         """Nobody there can return anything: free all slots at once."""
@@ -177,8 +216,8 @@ class LoopSides:
         for attachment in ended:
             for record in [r for r in self._records_out.copy() if r.attachment is attachment]:
                 record.cut_off(f"{ENDED}: check out a new connection")
-            self._core.abandon(attachment)
-            self._spare.append(attachment)
+            # Another loop may have it when that is done, not before: it may have to wait for another thread.
+            self._core.abandon(attachment, self._spare.append)
 
 
 def sides(

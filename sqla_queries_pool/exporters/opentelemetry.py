@@ -37,6 +37,12 @@ PREFIX = "db.client.connection."
 NAME, STATE = f"{PREFIX}pool.name", f"{PREFIX}state"
 OBSERVED: tuple[tuple[str, str, str, Callable[[Statistics], float | None]], ...] = (
     ("max", "{connection}", "The maximum number of open connections allowed.", lambda pool: pool.limit),
+    (
+        "host.leases",
+        "{connection}",
+        "The connections that this process may have now, of a limit that all processes of the host share.",
+        lambda pool: None if pool.host is None else pool.host.mine,
+    ),
     # Of as many as there may be, any number may be idle.
     (
         "idle.max",

@@ -111,6 +111,7 @@ class QueriesPoolCollector(Collector):
                 counter.add_metric(_labels(pool), number(pool))
             yield counter
         yield _closes(pools)
+        yield from _host(pools)
         for name, text, times in HISTOGRAMS:
             histogram = HistogramMetricFamily(PREFIX + name, text, labels=LABELS)
             for pool in pools:
@@ -140,6 +141,21 @@ def _connections(pools: Iterable[Statistics]) -> Metric:
         for state in STATES:
             connections.add_metric((*_labels(pool), state), getattr(pool, state))
     return connections
+
+
+def _host(pools: Iterable[Statistics]) -> Iterator[Metric]:
+    """Of pools that share a budget with other processes.  Each of them tells the same for the first."""
+    budget = GaugeMetricFamily(
+        f"{PREFIX}host_connections_max", "The limit that all processes of the host share.", labels=LABELS
+    )
+    leases = GaugeMetricFamily(
+        f"{PREFIX}host_leases", "How many connections of it this process may have now.", labels=LABELS
+    )
+    for pool in pools:
+        if pool.host is not None:
+            budget.add_metric(_labels(pool), pool.host.budget)
+            leases.add_metric(_labels(pool), pool.host.mine)
+    yield from (budget, leases)
 
 
 def _closes(pools: Iterable[Statistics]) -> Metric:

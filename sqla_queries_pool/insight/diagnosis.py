@@ -6,6 +6,7 @@ import math
 
 from ..budget import slots
 from ..budget.slots import QUEUE_FULL, Rejected
+from ..budget.stats import HostStatistics
 from .snapshot import Diagnosis, Snapshot
 
 LONG = 10.0
@@ -26,11 +27,10 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
         the checkout, so that nothing is said of the asker itself.
     :param parents: of the asker, as :attr:`.Waiting.parents`.
     """
-    waiting_too = {asker, *(waiting.caller for waiting in seen.waiting)}
-    nested = [holder for holder in seen.holders if holder.caller is not None and holder.caller in waiting_too]
+    callers = [(holder, holder.caller) for holder in seen.holders if holder.caller is not None]
+    nested = [holder for holder, who in callers if who == asker or who in seen.callers_waiting]
     mine = sum(holder.caller == asker for holder in nested)
-    above = {*parents, *(parent for waiting in seen.waiting for parent in waiting.parents)}
-    outer = next((holder for holder in seen.holders if holder.caller in above), None)
+    outer = next((h for h, who in callers if who in parents or who in seen.parents_of_waiting), None)
     n = seen.statistics
     if seen.last_connect_error and n.open < (n.limit or math.inf):
         return Diagnosis(
@@ -38,7 +38,8 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
             f"the server refuses connections ({seen.last_connect_error.splitlines()[0]})",
             "Check the server. The pool keeps trying and serves waiting checkouts as soon as it connects.",
         )
-    if nested:
+    elsewhere = n.host is not None and n.host.is_elsewhere
+    if nested and not elsewhere:
         kind = "task" if nested[0].is_task else "thread"
         whose = f"this {kind} already holds" if mine else f"waiting {kind}s already hold"
         return Diagnosis(
@@ -46,7 +47,7 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
             f"{whose} {mine or len(nested)} of them, and each nested checkout needs one more",
             NEVER_NEST,
         )
-    if outer is not None:
+    if outer is not None and not elsewhere:
         return Diagnosis(
             "nested-checkout",
             f"{outer} has a connection and has started tasks that wait for one, as asyncio.gather() does",
@@ -71,10 +72,28 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
                 "Find it in pg_stat_activity by its backend's pid. statement_timeout would end it.",
             )
         return _leak(f"{longest} seems to have forgotten to return its connection")
+    if n.host is not None and elsewhere:
+        return _host(n.host)
     return Diagnosis(
         "too-small",
         "all connections are in use, and none for long",
         "Raise max_size, which all engines of this database share, or return connections sooner.",
+    )
+
+
+def _host(host: HostStatistics) -> Diagnosis:
+    if host.problem:
+        return Diagnosis(
+            "host",
+            f"the budget of the host can't be used fully: {host.problem}",
+            "Give the folder back to this user, or make room where it is.",
+        )
+    others = host.leases - host.mine
+    hold = f"hold {others} of the {host.budget}" if others else f"hold the other {host.budget - host.mine}"
+    return Diagnosis(
+        "host",
+        f"other processes of this host {hold} connections",
+        "Raise max_size in all of them, if the server has room for more, or return connections sooner.",
     )
 
 

@@ -13,7 +13,7 @@ from ..pool import Pool
 from ..runtime.core import Core
 from . import stacks
 from .diagnosis import diagnose
-from .snapshot import Diagnosis, holder_of, snapshot
+from .snapshot import MOST_HOLDERS, Diagnosis, holder_of, snapshot
 
 SHARED_FOR = 0.1
 """Seconds for which one snapshot serves all errors of a pool.  Where hundreds wait, a snapshot takes tens of
@@ -37,17 +37,20 @@ def checkout_timeout(
     deadlock = found is not None and found.kind not in REJECTED
     if found is not None and deadlock and early:
         seen, likely = snapshot(pool), found
+        numbers = seen.statistics
     else:
-        seen, own_snapshot = pool.core.recent_snapshot.get(lambda: snapshot(pool), SHARED_FOR, pool.core.now)
+        seen, own_snapshot = pool.core.recent_snapshot.get(
+            lambda: snapshot(pool, MOST_HOLDERS), SHARED_FOR, pool.core.now
+        )
         me = attachment.runtime.here.caller
         # This checkout has left the queue, but counts; a shared snapshot may have it in the queue still.
-        among = me.number in {w.caller for w in seen.waiting}
-        waiting = seen.statistics.waiting + bool(timeout and not among)
-        seen = dataclasses.replace(seen, statistics=dataclasses.replace(seen.statistics, waiting=waiting))
+        waiting = seen.statistics.waiting + bool(timeout and me.number not in seen.callers_waiting)
         # What the asker held when a shared snapshot was made, it may have returned since.
         asker = me.number if own_snapshot else 0
         likely = found if found is not None and deadlock else diagnose(seen, asker, me.parents)
-    seen = dataclasses.replace(seen, diagnosis=found or likely)
+        numbers = dataclasses.replace(seen.statistics, waiting=waiting)
+    lists, named = seen.lists, seen.named()  # before it is copied: what is shared is made once
+    seen = dataclasses.replace(seen, statistics=numbers, diagnosis=found or likely)
     advice = f"Most likely {likely.cause}. {likely.remedy}"
     if found is None or deadlock:
         kind: type[CheckoutTimeout] = PoolDeadlock if early else CheckoutTimeout
@@ -60,7 +63,7 @@ def checkout_timeout(
     own_limit = ceiling is not None and ceiling < (pool.max_size or math.inf)
     error = kind(
         f"QueriesPool {seen.line(what)}{f' ({ceiling:.0f} for this engine)' if own_limit else ''}. "
-        f"{seen.named()}. {advice}\n{seen.report()}",
+        f"{named}. {advice}\n{seen.report(lists)}",
         code="3o7r",
     )
     error.snapshot = seen

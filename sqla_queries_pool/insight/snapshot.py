@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import functools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +106,7 @@ class Diagnosis:
 
     kind: str
     """One of ``deadlock queue-full overload refused nested-checkout slow-connect leak long-use
-    too-small``."""
+    host too-small``."""
     cause: str
     remedy: str
     details: str = ""
@@ -126,8 +127,22 @@ class Snapshot:
     diagnosis: Diagnosis | None
     """None unless a checkout got no connection."""
 
+    @functools.cached_property
+    def callers_waiting(self) -> frozenset[int | None]:
+        """The callers that wait."""
+        return frozenset(waiting.caller for waiting in self.waiting)
+
+    @functools.cached_property
+    def parents_of_waiting(self) -> frozenset[int]:
+        """The tasks that may wait for those that wait."""
+        return frozenset(parent for waiting in self.waiting for parent in waiting.parents)
+
     def named(self) -> str:
         """Who has held connections the longest."""
+        return self._named
+
+    @functools.cached_property
+    def _named(self) -> str:
         names = ", ".join(map(str, self.holders[:MOST_NAMED])) or "nobody any more"
         rest = len(self.holders) - MOST_NAMED
         return f"Held by, longest first: {names}{f', and {rest} more' if rest > 0 else ''}"
@@ -139,10 +154,19 @@ class Snapshot:
         counts = f"open {n.open}, held {n.held}, opening {n.opening}, waiting {n.waiting}, limit {limit}"
         return f"{n.label} (pid {n.pid}){f' {what}' if what else ': '}{counts}"
 
-    def report(self) -> str:
-        """The holders and the waiting checkouts, a line each, and where they are in the code."""
-        lines = self.diagnosis.details.splitlines() if self.diagnosis else []
-        lines.append("Holders, longest first:")
+    def report(self, lists: str = "") -> str:
+        """The holders and the waiting checkouts, a line each, and where they are in the code.
+
+        :param lists: :attr:`lists`, where that was made before.
+        """
+        details = self.diagnosis.details.splitlines() if self.diagnosis else []
+        return "\n".join([*details, lists or self.lists])
+
+    @functools.cached_property
+    def lists(self) -> str:
+        """The holders and the waiting checkouts."""
+        shared = self.statistics.host
+        lines = [*([str(shared)] if shared is not None else []), "Holders, longest first:"]
         for n, holder in enumerate(self.holders[:MOST_HOLDERS]):
             times = "time" if holder.uses == 1 else "times"
             backend = f", backend {holder.backend_pid}" if holder.backend_pid else ""
@@ -175,14 +199,17 @@ class Snapshot:
         }
 
 
-def snapshot(pool: Pool) -> Snapshot:
-    """Return what a pool is like now.  It takes no lock and asks no server: call it from any thread."""
+def snapshot(pool: Pool, placed: int | None = None) -> Snapshot:
+    """Return what a pool is like now.  It takes no lock and asks no server: call it from any thread.
+
+    :param placed: for how many waiting checkouts it says where they are; None for all.
+    """
     error, threads = pool.core.admission.last_error, stacks.Threads()
     return Snapshot(
         taken_at=datetime.datetime.now(datetime.timezone.utc),
         statistics=pool.statistics(),
         holders=tuple(holders(pool, threads)),
-        waiting=tuple(waiting(pool, threads)),
+        waiting=tuple(waiting(pool, threads, placed)),
         last_connect_error=None if error is None else f"{type(error).__name__}: {str(error).strip()}",
         diagnosis=None,
     )
@@ -218,26 +245,25 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         stack=stacks.as_text(slot.stack),
         now_at=() if session is not None else threads.at(caller),
         ended=session is None and caller is not None and caller.ended,
-        caller=caller.number if session is None and caller is not None else None,
+        caller=caller.number if session is None and caller is not None and not caller.ended else None,
     )
 
 
-def waiting(pool: Pool, threads: stacks.Threads) -> list[Waiting]:
+def waiting(pool: Pool, threads: stacks.Threads, placed: int | None = None) -> list[Waiting]:
     """Return the checkouts that wait for a pool's connections, longest first.  Takes no lock of the pool."""
     now = pool.core.now()
-    found = [
+    return [
         Waiting(
             thread=w.holder.ident,
             name=threads.name(w.holder),
             label=w.label,
             seconds=max(0.0, now - w.since),
-            now_at=threads.at(w.holder),
+            now_at=threads.at(w.holder) if placed is None or number < placed else (),
             caller=w.holder.number,
             parents=w.holder.parents,
         )
-        for w in pool.core.ledger.waiters()
+        for number, w in enumerate(sorted(pool.core.ledger.waiters(), key=lambda waiter: waiter.since))
     ]
-    return sorted(found, key=lambda waiting: -waiting.seconds)
 
 
 def of_server(handle: Any) -> tuple[int | None, str | None]:

@@ -6,6 +6,7 @@ import contextlib
 import faulthandler
 import os
 import re
+import sys
 import tempfile
 import threading
 from asyncio import Task
@@ -40,8 +41,18 @@ def calls(frame: FrameType | None) -> Calls:
         file = frame.f_code.co_filename  # _is_applications() by hand: this is done at each checkout
         if not file.startswith(_OURS) or file.startswith(_APPLICATIONS):
             found.append((frame.f_code, frame.f_lineno))
-        frame = frame.f_back
+        frame = frame.f_back or _below(frame)
     return tuple(found)
+
+
+def _below(frame: FrameType) -> FrameType | None:
+    """Who has started the greenlet of SQLAlchemy's whose outermost frame this is: a coroutine."""
+    module = sys.modules.get("greenlet")
+    current: Any = None if module is None else module.getcurrent()
+    if not getattr(current, "__sqlalchemy_greenlet_provider__", False):
+        return None
+    parent: FrameType | None = current.parent.gr_frame
+    return parent if frame.f_code.co_filename.startswith(_OURS) else None
 
 
 def as_text(found: Calls) -> tuple[str, ...]:

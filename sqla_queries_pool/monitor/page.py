@@ -200,6 +200,7 @@ def _card(pool: Data) -> Markup:
         bar.key(n),
         tag("div", *charts(pool), class_="charts"),
         tag("div", tables.holders(pool), tables.waiting(pool), class_="tables"),
+        tables.host(n),
         tables.timeouts(pool),
         _since_start(pool),
         class_="card",

@@ -113,6 +113,31 @@ def waiting(pool: Data) -> Markup | None:
     )
 
 
+def host(numbers: Data) -> Markup | None:
+    """The processes that share the limit, where the pool shares it."""
+    shared = numbers["host"]
+    if shared is None:
+        return None
+    processes = shared["processes"]
+    taken = sum(each["leases"] for each in processes)
+    items = [
+        tag(
+            "li",
+            "this process" if each["me"] else foreign(f"process {each['process']} ({each['program']})"),
+            tag("b", f" {each['leases']:,}"),
+            tag("span", f", {each['waiting']:,} waiting", class_="warn") if each["waiting"] else None,
+            data_key=str(each["process"]),
+        )
+        for each in processes
+    ]
+    return tag(
+        "section",
+        tag("h3", f"Shared by the processes of this host ({taken:,} of {shared['budget']:,} taken)"),
+        tag("ul", *items, class_="timeouts"),
+        tag("p", foreign(shared["problem"]), class_="warn") if shared["problem"] else None,
+    )
+
+
 def timeouts(pool: Data) -> Markup | None:
     """The last checkouts that got no connection, each with the holders at that moment."""
     last, more = pool["timeouts"], pool["more_timeouts"]

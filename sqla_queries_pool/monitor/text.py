@@ -119,6 +119,7 @@ def _pool(pool: Data) -> RenderableType:
     from rich.text import Text
 
     parts: list[RenderableType] = [_bar(pool["statistics"]), _charts(pool)]
+    parts += [_host(pool["statistics"]["host"])] if pool["statistics"].get("host") else []
     parts += [_holders(pool)] if pool["holders"] else []
     parts += [_timeout(then) for then in pool["timeouts"][:MOST_TIMEOUTS]]
     title = Text(pool["statistics"]["label"], style="bold")
@@ -143,6 +144,17 @@ def _bar(n: Data) -> RenderableType:
             numbers.append(f"{state} {n[state]:,}   ", "bold red" if state == "waiting" and n[state] else "")
     numbers.append("no limit" if n["limit"] is None else f"│ limit {n['limit']:,}")
     return Text("\n").join([bar, numbers])
+
+
+def _host(shared: Data) -> RenderableType:
+    from rich.text import Text
+
+    who = ", ".join(
+        f"{'this process' if each['me'] else each['process']} {each['leases']}"
+        for each in shared["processes"]
+    )
+    taken = sum(each["leases"] for each in shared["processes"])
+    return Text(f"host: {taken} of {shared['budget']} taken: {who}", style="dim")
 
 
 def _charts(pool: Data) -> RenderableType:

@@ -285,15 +285,17 @@ class PoolManager:
             del cls._pools[pool.id]
 
 
-def attach(pid: str, label: str, attachment: Attachment) -> Pool:
+def attach(pid: str, label: str, attachment: Attachment, share: str | None = None) -> Pool:
     """An engine begins to use the pool of this id, which is made if there is none.
 
     :param label: which database it is, for people.
+    :param share: with which processes the engine shares its limit, None for none.
+    :raises ParameterError: other engines of this pool state another ``share``; it can't be had.
     """
     with PoolManager._lock:
-        pool = PoolManager._pools.get(pid)
-        if pool is None:
-            pool = Pool(pid, UNSTATED, UNSTATED)
+        pool = PoolManager._pools.get(pid) or Pool(pid, UNSTATED, UNSTATED)
+        pool.core.join(share, attachment.quota.stated)
+        if pid not in PoolManager._pools:
             PoolManager._register(pool)
         if pool.label == pid:
             pool.core.section.label = label

@@ -18,6 +18,7 @@ from ..parameters import Unstated
 from ..runtime.connections import close_quietly
 from ..runtime.core import Core
 from ..sockets import liveness
+from ..sockets.drivers import socket_of
 from .connection import Connection
 
 DEFAULT_IDLE_TTL = 60.0
@@ -58,7 +59,7 @@ class Pool:
         """What its engines use; not for applications."""
         now = self.core.now()
         self.core.ledger.set_ttl(_ttl(idle_ttl), now)
-        self.core.ledger.set_limit(_limit(max_size), now)
+        self.core.set_limit(_limit(max_size))
         every_pool.add(self)
 
     @property
@@ -84,10 +85,12 @@ class Pool:
         if handle is None:
             raise ValueError("There is no DBAPI connection to add")
         work = None
+        self.core.room()
         try:
             if self.core.connections.by_handle.setdefault(id(handle), slot) is not slot:
                 raise ValueError("Connection already exists in pool")
             slot._pool = self
+            slot.socket = socket_of(handle)
             work = self.core.section.decide(self.core.ledger.add, slot, self.core.now())
         finally:
             if slot not in self.core.ledger.slots and self.core.connections.by_handle.get(id(handle)) is slot:
@@ -240,13 +243,13 @@ class Pool:
         :raises ParameterError: the number has no meaning.
         """
         before = self.core.ledger.limit
-        self.core.section.run(self.core.ledger.set_limit, _limit(size), self.core.now())
+        self.core.set_limit(_limit(size))
         self.core.log_limit(before)
 
     def _unset(self) -> None:
         """Forget what was set for the pool: its engines' own parameters hold."""
         self.core.section.run(self.core.ledger.set_ttl, None, self.core.now())
-        self.core.section.run(self.core.ledger.set_limit, None, self.core.now())
+        self.core.set_limit(None)
 
     def connection_handle(self, connection: Any) -> Connection:
         """Return the :class:`Connection` of a DBAPI connection.
@@ -269,14 +272,15 @@ class Pool:
 
     @property
     def max_size(self) -> int | None:
-        """The largest number of connections, None for no limit."""
-        limit = self.core.ledger.limit
+        """The largest number of connections, None for no limit; of all processes of the host, where engines
+        state ``share``."""
+        limit = self.core.limit
         return None if limit == math.inf else int(limit)
 
     @property
     def is_full(self) -> bool:
         """Is there no slot left?"""
-        return len(self.core.ledger.slots) >= self.core.ledger.limit
+        return len(self.core.ledger.slots) >= self.core.limit
 
     @property
     def connections(self) -> list[Connection]:
@@ -373,6 +377,7 @@ class Pool:
             use_time=used,
             connect_time=connects,
             liveness="poll" if liveness.AVAILABLE else "ping",
+            host=None if self.core.share is None else self.core.share.statistics(),
         )
 
     @property

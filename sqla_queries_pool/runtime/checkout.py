@@ -14,6 +14,7 @@ from ..budget.choice import PATIENCE, SPARE
 from ..budget.ledger import GAVE_WAY, Ledger
 from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot, Waiter
 from ..budget.work import Wake, Work
+from ..host.share import Share
 from ..labels import checkout_label
 from .connections import Connections
 from .critical_section import CriticalSection
@@ -41,6 +42,8 @@ class Checkouts:
 
     def __init__(self, on_opened: Callable[[], None]) -> None:
         self._on_opened = on_opened
+        self.share: Share | None = None
+        """The pool's part in a budget of the host, where it has one."""
 
     def use(self, section: CriticalSection, ledger: Ledger, connections: Connections, upkeep: Upkeep) -> None:
         """Use these from now on.
@@ -112,6 +115,8 @@ class Checkouts:
         attachment, ledger, section = waiter.attachment, self._ledger, self._section
         rejected: Rejected | None = None
         try:
+            if self.share is not None:
+                self.share.wanted()
             begin = time.monotonic()
             alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
             gc_after = min(GC_AFTER, timeout / 2)
@@ -239,6 +244,8 @@ class Checkouts:
 
     def reserve(self, attachment: Attachment) -> Permit | None:
         """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
+        if self.share is not None:
+            self.share.room()
         return self._section.decide(self._ledger.reserve, attachment, self._clock())
 
     def bind(self, slot: Slot, entry: Any) -> None:

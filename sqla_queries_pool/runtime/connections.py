@@ -6,6 +6,7 @@ import math
 import os
 import socket
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 from ..budget.ledger import Ledger
@@ -47,11 +48,19 @@ class Connections:
         return slot if slot is not None and slot.handle is handle else None
 
     def opened(
-        self, slot: Slot, handle: Any, socket_: Any, generation: int, lifetime: float, seconds: float
+        self,
+        slot: Slot,
+        handle: Any,
+        socket_: Any,
+        begun: Callable[[], Any] | None,
+        generation: int,
+        lifetime: float,
+        seconds: float,
     ) -> None:
         """A slot's holder has opened a connection for it.
 
-        :param socket_: the runtime's, see :attr:`.Slot.socket`.
+        :param socket_: see :attr:`.Slot.socket`.
+        :param begun: see :attr:`.Slot.begun`.
         :param generation: the attachment's when the connecting began.
         :param lifetime: seconds after which it is to be renewed, ``inf`` for never.
         :param seconds: how long it took to open it.
@@ -60,6 +69,7 @@ class Connections:
             self.by_handle.pop(id(slot.handle), None)
         slot.expires = self._section.clock() + lifetime
         slot.socket = socket_
+        slot.begun = begun
         slot.poll = liveness.poll_of(socket_)
         slot.suspect = False
         slot.generation = generation
@@ -77,7 +87,7 @@ class Connections:
             return
         self.last_open = self._section.clock()
         del self.by_handle[id(handle)]
-        slot.handle = slot.socket = slot.poll = None
+        slot.handle = slot.socket = slot.poll = slot.begun = None
         slot.suspect = True
         if slot.state is not CLOSING:  # else the one that closes it says so once, for this and for its slot
             reason, slot.reason = slot.reason or INVALIDATED, None
@@ -86,7 +96,7 @@ class Connections:
     def forget(self, slot: Slot) -> None:
         """Nobody can close a slot's connection: the driver may, when it is collected."""
         self.by_handle.pop(id(slot.handle), None)
-        slot.handle = slot.socket = slot.poll = None
+        slot.handle = slot.socket = slot.poll = slot.begun = None
 
     def let_go(self, slot: Slot) -> None:
         """The holder of a connection detaches it: it is its own from now on, and closes it."""
@@ -96,7 +106,7 @@ class Connections:
         self.last_open = self._section.clock()
         key = id(handle)
         self.by_handle.pop(key, None)  # before the slot forgets it: nothing may keep the key of the dead
-        slot.handle = slot.socket = None
+        slot.handle = slot.socket = slot.begun = None
 
         def died(_: weakref.ref[Any]) -> None:
             self.detached.pop(key, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import weakref
 from collections import deque
@@ -15,6 +16,8 @@ from ..budget.work import Leaked, Returned, Work
 from ..concurrency.housekeeping import Housekeeper, Worker
 from ..concurrency.recent import Recent
 from ..concurrency.threads import THREADS
+from ..errors import ParameterError
+from ..host.share import Share
 from ..logs import logger
 from ..sockets.lingering import Lingering
 from .admission import Admission
@@ -22,6 +25,7 @@ from .checkout import Checkouts
 from .connections import Connections
 from .critical_section import CriticalSection
 from .effects import Effects
+from .sharing import SharedPool
 from .upkeep import Upkeep
 
 MOST_TIMEOUTS = 20
@@ -67,11 +71,20 @@ class Core:
         self._clock = clock or time.monotonic
         self.checkouts = Checkouts(on_opened)
         self._on_vacant = on_vacant
+        self.pool_id = label
+        self._side: SharedPool | None = None
         self.on_leak: Callable[[Core, Leaked | Returned], None] = _ignore
         """Called by the housekeeper when a connection is out for long, or was returned after all."""
         self.timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
         """Snapshots of the last checkouts that got nothing, the newest last."""
         self._warned_of_no_limit = False
+        self.limits_check: Any = None
+        """What asks the server whether it has room (engine/limits.py); once for a pool."""
+        self.stated_limit: float | None = None
+        """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
+        self.share: Share | None = None
+        """The pool's part in a budget of the host, where its engines state ``share``: the ledger's limit is
+        what the share has."""
         self._build(label, Ledger(self._entry_died, new_slot))
 
     def _build(self, label: str, ledger: Ledger) -> None:
@@ -83,7 +96,7 @@ class Core:
         self.section = section = CriticalSection(label, self._clock)
         self.recent_snapshot: Recent[Any] = Recent()
         """The last snapshot that was made for an error: see insight/report.py."""
-        worker = Worker()
+        self.worker = worker = Worker()
         self.connections = Connections(section, ledger, Lingering(self.housekeeper.schedule))
         self.admission = Admission(section, ledger, self.connections)
         self.upkeep = Upkeep(section, ledger, self.connections, worker, self.housekeeper, self._on_vacant)
@@ -91,6 +104,11 @@ class Core:
             section, ledger, self.connections, self.admission, worker, self.upkeep.schedule, self._leaked
         )
         self.checkouts.use(section, ledger, self.connections, self.upkeep)
+        self._use_share()
+
+    def _use_share(self) -> None:
+        self.checkouts.share = self.share
+        self.effects.before_reserving = self.room
 
     def _entry_died(self, ref: EntryRef) -> None:
         self.section.post(self.ledger.lost, ref.slot)
@@ -132,6 +150,58 @@ class Core:
         self.log_limit(before)
         return work
 
+    def join(self, share: str | None, stated: float | None) -> None:
+        """An engine is about to attach: have the pool share a budget with other processes, or not.
+
+        :param share: ``host``, a folder, or None.
+        :param stated: the engine's ``max_size``.
+        :raises ParameterError: other engines of this pool state something else; there is no limit; the folder
+            can't be used.
+        """
+        if share is not None and math.inf in (stated, self.stated_limit):
+            raise ParameterError(f"share={share!r} needs a limit: set max_size to a number")
+        before = None if self.share is None else self.share.name
+        if share == before:
+            return
+        if self.ledger.slots or any(ref() is not None for ref in list(self.ledger.attachments)):
+            raise ParameterError(
+                f"{self.section.label}: this engine states share={share!r}, and another engine of this "
+                f"database in this process share={before!r}. They have one limit: state the same for both"
+            )
+        if self._side is not None:
+            self._side.leave()
+        self.share = self._side = None
+        if share is not None:
+            side = SharedPool(self)
+            new = Share(share, self.pool_id, side)
+            new.prepare(side.size() if stated is None else int(stated))
+            self.share, self._side = new, side
+        self._use_share()
+        self.set_limit(self.stated_limit)
+
+    def set_limit(self, limit: float | None) -> None:
+        """Set the limit, ``inf`` for none; None leaves it to the attached engines.
+
+        :raises ParameterError: there is none, but the pool shares it with other processes.
+        """
+        if self.share is not None and limit == math.inf:
+            raise ParameterError("a pool whose engines state share= needs a limit: set max_size to a number")
+        self.stated_limit = limit
+        # With a share, the ledger's is what that has, at first nothing.
+        self.section.run(
+            self.ledger.set_limit, limit if self.share is None else self.share.limit, self._clock()
+        )
+
+    @property
+    def limit(self) -> float:
+        """The largest number of connections, of all processes if they share it; ``inf`` for no limit."""
+        return self.ledger.limit if self.share is None else float(self.share.budget)
+
+    def room(self) -> None:
+        """Somebody is about to count one more, if there is room."""
+        if self.share is not None:
+            self.share.room()
+
     def log_limit(self, before: float) -> None:
         """Log the limit if it is another one than before."""
         if (limit := self.ledger.limit) != before:
@@ -148,12 +218,15 @@ class Core:
                 self.section.label,
             )
 
-    def abandon(self, attachment: Attachment) -> None:
+    def abandon(self, attachment: Attachment, then: Callable[[Attachment], None]) -> None:
         """The runtime of an attachment has ended: close all that it has, and let its waiters go.
 
         Never waits: may be called by a finalizer.
+
+        :param then: called when the ledger knows, inside the critical section.
         """
         self.section.post(closing.abandon, self.ledger, attachment)
+        self.section.post(lambda _: then(attachment))
 
     def dispose(self, attachment: Attachment) -> None:
         """Close an engine's idle connections, and end its generation of connections."""
@@ -184,6 +257,8 @@ class Core:
         self.connections.lingering.forget()
         self.timeouts.clear()
         ledger, work = self.ledger.in_child(self._clock())
+        if self.share is not None:  # what it had is the parent's
+            work += ledger.set_limit(0.0, self._clock())
         self._build(self.section.label, ledger)
         self.effects.do(work)
         return [*slots, *entries]

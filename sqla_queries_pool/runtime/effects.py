@@ -49,6 +49,8 @@ class Effects:
         self._remind = remind
         self._on_leak = on_leak
         section.effects = self
+        self.before_reserving: Callable[[], None] = _nothing
+        """Makes room for one more, where the pool shares a budget with other processes."""
 
     def do(self, work: Work) -> None:
         """Do what the ledger decided, in order; an exception leaves none of it undone."""
@@ -146,7 +148,8 @@ class Effects:
         """Open what an engine's ``min_size`` asks for, as far as there is room."""
         section, ledger, opener = self._section, self._ledger, attachment.opener()
         try:
-            while opener is not None:
+            while opener is not None and not attachment.runtime.ending:
+                self.before_reserving()
                 permit = section.decide(ledger.reserve, attachment, section.clock())
                 if permit is None:
                     return
@@ -154,6 +157,9 @@ class Effects:
         except Exception as error:
             why = error.__cause__ or error
             logger.warning("%s: could not open a connection for min_size: %r", section.label, why)
+
+
+def _nothing() -> None: ...
 
 
 def _in_transaction(handle: Any) -> bool | None:

@@ -6,10 +6,13 @@ that is not known has no socket to be looked at, and is closed as SQLAlchemy clo
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Callable
 from typing import Any, Final, NamedTuple
 
+CANCELLED_IN: Final = 2.0
+"""Seconds that a server has to cancel a statement before its connection is closed; as in SQLAlchemy."""
 _TERMINATE: Final = b"X\x00\x00\x00\x04"
 """The message with which a client of PostgreSQL says goodbye.
 https://www.postgresql.org/docs/current/protocol-message-formats.html"""
@@ -32,12 +35,21 @@ def _of_transport(transport: Any) -> int:
     return int(transport.get_extra_info("socket").fileno())
 
 
-def _end_asyncpg(connection: Any) -> None:
+def _end_asyncpg(connection: Any) -> Any:
+    if connection._cancellations or connection.is_in_transaction():
+        # A statement was cancelled a moment ago, and terminate() would take that back: it would run on.
+        return asyncio.get_running_loop().create_task(_cancel_and_close(connection))
     # terminate() says nothing to the server, which counts such a session as abandoned (sessions_abandoned in
-    # pg_stat_database), and logs it where a transaction was open.
+    # pg_stat_database).
     with contextlib.suppress(Exception):
         connection._transport.write(_TERMINATE)
     connection.terminate()
+    return None
+
+
+async def _cancel_and_close(connection: Any) -> None:
+    with contextlib.suppress(Exception):  # it is closed then, too
+        await connection.close(timeout=CANCELLED_IN)
 
 
 def _bury_asyncpg(connection: Any) -> None:
@@ -46,7 +58,8 @@ def _bury_asyncpg(connection: Any) -> None:
     # What the loop would have done in its next turn.  uvloop's transports are closed with their loop.
     lost = getattr(connection._transport, "_call_connection_lost", None)
     if lost is not None:
-        lost(None)
+        with contextlib.suppress(Exception):  # it has done so
+            lost(None)
 
 
 def _end_psycopg(connection: Any) -> None:

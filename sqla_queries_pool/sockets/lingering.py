@@ -52,7 +52,7 @@ class Lingering:
 
         :param socket_: the connection's :attr:`.Slot.socket`.
         """
-        fd = -1
+        own = fd = -1
         try:
             if AVAILABLE:
                 own = socket_.fileno()
@@ -64,7 +64,9 @@ class Lingering:
         try:
             yield
         finally:
-            if fd >= 0:
+            if fd >= 0 and _fileno(socket_) == own:
+                os.close(fd)  # its driver has not closed it, but given it to another: a pool below this one
+            elif fd >= 0:
                 self._follow(fd, seconds)
 
     def _follow(self, fd: int, seconds: float) -> None:
@@ -93,6 +95,11 @@ class Lingering:
             if len(self._ends) <= room() or left <= 0:
                 return
             pause(list(self._ends), min(left, _SLICE))
+
+    def still(self) -> int:
+        """Look which of them are gone; return how many are left."""
+        self._prune()
+        return len(self._ends)
 
     def sweep(self) -> None:
         """Forget those that are gone, and those that have had their time."""
@@ -127,6 +134,13 @@ class Lingering:
 
     def __del__(self) -> None:
         self.forget()
+
+
+def _fileno(socket_: Any) -> int:
+    try:
+        return int(socket_.fileno())
+    except Exception:  # closed
+        return -1
 
 
 def _takes_more(fd: int) -> bool:

@@ -57,7 +57,7 @@ def look(handle: Any, poll: Poll) -> str:
     """Return whether a connection is alive, dead or in doubt, which takes a ping to tell.
 
     Dead is one that the server has hung up on, or said an error to: it says why before it hangs up.
-    In doubt is what can't be read: under TLS everything is encrypted.
+    In doubt is what can't be read: under TLS everything is encrypted, and one look reads 8 KB.
     """
     if not AVAILABLE:
         return DOUBT
@@ -175,4 +175,6 @@ def _read(peeked: bytes) -> str:
         if kind not in _UNASKED or length < 4:
             return DOUBT
         position += 1 + length
-    return ALIVE
+    # Behind what fills the look may be an error.  And where the socket is full the end can't be seen: it has
+    # not arrived.
+    return ALIVE if len(peeked) < _PEEKED else DOUBT

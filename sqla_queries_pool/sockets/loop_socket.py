@@ -40,10 +40,11 @@ class LoopSocket:
     :param runtime: that of its loop.
     """
 
-    __slots__ = ("_driver", "_fd", "_handle", "_runtime", "drivers_own")
+    __slots__ = ("_closed", "_driver", "_fd", "_handle", "_runtime", "drivers_own")
 
     def __init__(self, handle: Any, runtime: OfLoop) -> None:
         self._fd = -1
+        self._closed = False
         self._handle = handle
         self._runtime = runtime
         self.drivers_own: Any = getattr(handle, "driver_connection", handle)
@@ -60,8 +61,8 @@ class LoopSocket:
         return self._driver is not None
 
     def fileno(self) -> int:
-        """The duplicate, -1 where the driver's socket can't be had."""
-        return self._fd
+        """The duplicate, -1 where the driver's socket can't be had, or it was closed."""
+        return -1 if self._closed else self._fd
 
     def drivers_fileno(self) -> int:
         """The driver's own descriptor, -1 where it has none, or none any more."""
@@ -72,17 +73,19 @@ class LoopSocket:
 
     def close(self) -> None:
         """Close the connection without waiting for anything; in any thread."""
-        if self._driver is None:
-            self._runtime.soon_in_greenlet(self._handle.close)
-        elif not self._runtime.soon(self._end):
-            hang_up(self, socket.SHUT_WR)
-            self._driver.bury(self.drivers_own)
+        try:
+            if self._driver is None:
+                self._runtime.soon_in_greenlet(self._handle.close)
+            elif not self._runtime.soon(self._end):
+                self._driver.bury(self.drivers_own)
+        finally:
+            hang_up(self, socket.SHUT_WR)  # the loop may be blocked, and the duplicate keeps the stream open
+            self._closed = True
 
     def _end(self) -> None:
         assert self._driver is not None
         with contextlib.suppress(Exception):  # closed meanwhile
             self._runtime.finish(self._driver.end(self.drivers_own))
-        hang_up(self, socket.SHUT_WR)
 
     def __del__(self) -> None:
         if self._fd >= 0:

@@ -1,0 +1,475 @@
+"""A pool's part in the budget of its host: it locks what is free, reads and writes letters, passes leases.
+
+One thread per process does the letters of all its shares.  It runs while a share has a lease or wants one:
+only then there is a mailbox, too.  A checkout that waits locks what is free itself, and calls the thread only
+if nothing is.
+
+The limit of the pool is lowered *before* a lease is let go of, and what is open is counted after that: so
+there is no moment with more connections than leases.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import select
+import sys
+import threading
+import time
+from typing import Protocol
+
+from ..budget.stats import HostProcess, HostStatistics
+from ..errors import ParameterError
+from ..logs import logger
+from .lease import BOX, MOST, Folder, Lease
+from .letters import (
+    GONE,
+    LONGEST_TEXT,
+    MOST_AT_ONCE,
+    SENT,
+    Ask,
+    Here,
+    Mailbox,
+    Passed,
+)
+from .policy import ASK_EVERY, Member, Own, Post
+
+HOME_EVERY = 0.2
+"""Seconds between two looks whether the folder, the mailbox and the locked files are still there."""
+LOOK_AGAIN = 0.005
+"""Seconds between two looks whether a connection is closed whose lease is promised."""
+LINGER = 5.0
+"""Seconds for which a mailbox stays that has no use any more."""
+TELL_EVERY = 2.0
+"""Seconds between two questions who else is there."""
+VISIT_EVERY = 10.0
+"""Seconds between two such questions where nobody wants to know: so the mailboxes of the dead are found."""
+REMEMBERED = 15.0
+"""Seconds for which an answer to that is believed."""
+AGAIN_IN = 1.0
+"""Seconds after which what has failed is tried again."""
+
+
+class Side(Protocol):
+    """What a share asks of its pool, and tells it."""
+
+    label: str
+    """Which database it is, without the password."""
+
+    def own(self) -> Own:
+        """Return what the pool has and wants."""
+
+    def waiting(self) -> int:
+        """Return how many checkouts wait; takes no lock."""
+
+    def size(self) -> int:
+        """Return the ``max_size`` that this process states."""
+
+    def set_limit(self, limit: int) -> None:
+        """Set how many connections the pool may have."""
+
+
+class Share:
+    """One pool's part in a budget.
+
+    :param share: ``host``, or a folder.
+    :param pool_id: the pool id.
+    :param side: the pool.
+    :raises ParameterError: the folder can't be used.
+    """
+
+    def __init__(self, share: str, pool_id: str, side: Side) -> None:
+        self.name = share
+        self._side = side
+        self._folder = Folder(share, pool_id)
+        self._largest = 0
+        """The largest ``max_size`` that was seen at the last look."""
+        self._others: dict[str, tuple[Here, float]] = {}
+        """Mailbox -> what its process said of itself, and when."""
+        self._problem: str | None = None
+        self._begin()
+
+    def _begin(self) -> None:
+        """Have nothing: at first, and in a forked child."""
+        self._member = Member()
+        self._box: Mailbox | None = None
+        self._asking = False
+        """Does the thread know that checkouts wait?  Then another one has nothing to do."""
+        self._applied = 0
+        """The limit that the pool has."""
+        self._lock_at = self._home_at = 0.0
+        """When to try again to lock what is free; when to look for the folder."""
+        self._tell = False
+        """Has somebody asked who else is there?"""
+        self._told_at = 0.0
+        self._used_at = 0.0
+        """When it was of use last."""
+        self.due = 0.0
+        """When :meth:`tick` is to be called, by ``time.monotonic``."""
+
+    def prepare(self, size: int) -> None:
+        """Make the files of a budget.
+
+        :raises ParameterError: that can't be done.
+        """
+        self._folder.prepare(min(size, MOST))
+
+    @property
+    def limit(self) -> float:
+        """How many connections the pool may have now."""
+        return self._applied
+
+    # -- what checkouts do -------------------------------------------------------------------------
+
+    def wanted(self) -> None:
+        """A checkout waits: lock what is free, or have the other processes asked."""
+        if self._asking:
+            return
+        with postman.lock:
+            now = time.monotonic()
+            own = self._side.own()
+            if self._member.needs(own, now) and now >= self._lock_at:
+                self._lock_free(self._member.needs(own, now), now)
+                self._apply()
+                own = self._side.own()
+            self._asking = self._member.needs(own, now) > 0
+            if self._asking or not postman.attends(self):
+                postman.attend(self)
+
+    def room(self) -> None:
+        """Somebody is about to open one more, if there is room: lock one that is free."""
+        with postman.lock:
+            now = time.monotonic()
+            if self._member.limit <= self._side.own().used:
+                self._lock_free(1, now)
+                self._apply()
+            if not postman.attends(self):
+                postman.attend(self)
+
+    def _lock_free(self, count: int, now: float) -> None:
+        self._look_around()
+        mine = {lease.number for lease in self._member.leases}
+        for number in range(self.budget):
+            if count <= 0:
+                return
+            if number in mine:
+                continue
+            try:
+                lease = self._folder.lock(number)
+            except OSError as error:
+                self._failed(f"{self._folder.path}: {error.strerror}")
+                break
+            if lease is not None:
+                self._member.got(lease, now)
+                count -= 1
+        self._lock_at = now + ASK_EVERY
+
+    def _apply(self) -> None:
+        """Tell the pool its limit, if that is another one by now."""
+        if (limit := self._member.limit) != self._applied:
+            self._applied = limit
+            self._side.set_limit(limit)
+
+    # -- what is to be told ------------------------------------------------------------------------
+
+    @property
+    def budget(self) -> int:
+        """The largest ``max_size`` that a process states."""
+        return min(MOST, max(self._side.size(), self._largest))
+
+    @property
+    def is_elsewhere(self) -> bool:
+        """May other processes have what this one lacks?"""
+        return len(self._member.leases) < self.budget
+
+    def _look_around(self) -> None:
+        found = (BOX.fullmatch(name) for name in self._folder.boxes())
+        self._largest = max((int(match[2]) for match in found if match), default=0)
+
+    def statistics(self) -> HostStatistics:
+        """Return what is known of the host; takes no lock.  Others are asked for what they have, and answer a
+        moment later."""
+        now = time.monotonic()
+        if not self._tell and now - self._told_at >= TELL_EVERY:
+            self._tell = True
+            postman.wake()
+        waiting = self._side.waiting()
+        me = HostProcess(os.getpid(), program(), len(self._member.leases), waiting, me=True)
+        others = [
+            HostProcess(here.process, here.program, here.have, here.waiting, me=False)
+            for here, at in list(self._others.values())
+            if now - at < REMEMBERED
+        ]
+        return HostStatistics(
+            self.name, self.budget, (me, *sorted(others, key=lambda each: -each.leases)), self._problem
+        )
+
+    def _failed(self, why: str) -> None:
+        if why != self._problem:
+            self._problem = why
+            logger.warning("%s: the budget of the host can't be used fully: %s", self._side.label, why)
+
+    # -- what the thread does ----------------------------------------------------------------------
+
+    @property
+    def fd(self) -> int:
+        """The descriptor of the mailbox, -1 if there is none."""
+        return -1 if self._box is None else self._box.fileno()
+
+    def tick(self, now: float) -> bool:
+        """Read letters and do what is due; return whether it is still of use."""
+        if now >= self._home_at:
+            self._home_at = now + HOME_EVERY
+            self._look_for_home(now)
+        posts = self._read_all(now)
+        self._asking = False  # first: a checkout that comes from now on is seen here, or calls itself
+        own, member = self._side.own(), self._member
+        if (needs := member.needs(own, now)) and now >= self._lock_at:
+            self._lock_free(needs, now)
+        posts += member.look(own, now)
+        member.free_unused(own, now)
+        self._apply()
+        self._send_all(posts, member.needs(own, now) > 0, now)
+        if member.promises:
+            self._give(now)
+        self._asking = member.needs(own, now) > 0
+        if self._asking or member.leases or own.waiting:
+            self._used_at = now
+        else_in = HOME_EVERY if member.leases else ASK_EVERY if own.waiting else LINGER
+        self.due = now + (LOOK_AGAIN if member.promises else member.look_in(own, now, else_in))
+        return now - self._used_at < LINGER
+
+    def _look_for_home(self, now: float) -> None:
+        """Make what was deleted again, lock new files for what it has, have a mailbox of the right name."""
+        try:
+            new, size = self._folder.renew(), self._side.size()
+            if new:
+                self._folder.prepare(size)
+            self._look_around()
+            budget, box = self.budget, self._box
+            if box is None or box.size != size or not self._folder.has(box.name):
+                self._box = Mailbox(self._folder, size)
+                if box is not None:  # a lease that is still in it is free then
+                    box.remove()
+        except (OSError, ParameterError) as error:
+            self._failed(str(error))
+            self._home_at = now + AGAIN_IN
+            return
+        if any(lease.is_orphan or lease.number >= budget for lease in self._member.leases):
+            self._move_home(budget)
+            self._member.give_up(budget, now)
+        self._problem = None
+
+    def _move_home(self, budget: int) -> None:
+        """Lock other files for leases whose own was deleted, or is above the budget."""
+        leases = self._member.leases
+        for index, lease in enumerate(leases):
+            gone = lease.is_orphan
+            if not gone and lease.number < budget:
+                continue
+            for number in sorted(range(budget), key=lambda number, own=lease.number: number != own):  # type: ignore[misc]
+                with contextlib.suppress(OSError):
+                    if (new := self._folder.lock(number, moved=gone)) is not None:
+                        leases[index] = new
+                        lease.close()
+                        break
+            else:
+                lease.number = MOST  # it is above any budget: freed as soon as a connection is closed
+
+    def _read_all(self, now: float) -> list[Post]:
+        posts: list[Post] = []
+        own: Own | None = None
+        for _ in range(MOST_AT_ONCE):
+            received = None if self._box is None else self._box.receive()
+            if received is None:
+                break
+            sender, letter, fd = received
+            if isinstance(letter, Passed):
+                lease = self._folder.adopt(letter.number, fd)
+                if lease is not None:
+                    self._member.got(lease, now, sender)
+                    self._apply()
+                    own = None
+            elif isinstance(letter, Here):
+                self._others[sender] = letter, now
+            elif letter is not None:
+                own = own or self._side.own()  # as it was when the first of them came
+                posts += self._member.heard(sender, letter, own, now)
+                if isinstance(letter, Ask) and letter.tell:
+                    posts.append(Post(sender, self._here(own)))
+        return posts
+
+    def _here(self, own: Own) -> Here:
+        member = self._member
+        label = self._side.label[:LONGEST_TEXT]
+        want = min(1e9, member.want)
+        return Here(len(member.leases), want, own.waiting, os.getpid(), program(), label, self.budget)
+
+    def _send_all(self, posts: list[Post], needs: bool, now: float) -> None:
+        box = self._box
+        if box is None:
+            return
+        wanted = TELL_EVERY if self._tell or needs else VISIT_EVERY
+        tell = now - self._told_at >= wanted
+        if tell and not any(isinstance(post.letter, Ask) for post in posts):
+            posts.append(Post("", Ask(len(self._member.leases), 0.0, 0.0, True)))
+        for post in posts:
+            letter = post.letter
+            if isinstance(letter, Ask):
+                if tell:
+                    self._told_at, self._tell = now, False
+                    letter = letter._replace(tell=True)
+                    self._others = {n: o for n, o in self._others.items() if now - o[1] < REMEMBERED}
+                for name in self._folder.boxes():
+                    if name != box.name and box.send(name, letter) == GONE:
+                        self._gone(name)
+            elif box.send(post.to, letter) == GONE:
+                self._gone(post.to)
+
+    def _gone(self, name: str) -> None:
+        """Nobody reads that mailbox any more."""
+        self._folder.remove(name)
+        self._member.forget(name)
+        self._others.pop(name, None)
+
+    def _give(self, now: float) -> None:
+        """Pass on what is promised and has no connection any more."""
+        for post in self._member.ready(self._side.own()):
+            lease: Lease = post.lease
+            if not post.to:
+                lease.release()
+                continue
+            sent = GONE if self._box is None else self._box.send(post.to, post.letter, lease.fd)
+            if sent == SENT:
+                lease.close()
+            else:
+                self._member.kept(post, sent == GONE)
+                if sent == GONE:
+                    self._gone(post.to)
+        self._apply()
+
+    def end(self) -> None:
+        """It is of no use for now."""
+        box, self._box = self._box, None
+        if box is not None:
+            box.remove()
+
+    def after_fork_in_child(self) -> None:
+        """What is open is the parent's: close it, and free nothing."""
+        for lease in self._member.leases:
+            lease.close()
+        if self._box is not None:
+            self._box.close()
+        self._others.clear()
+        self._begin()
+
+
+class Postman:
+    """The thread that does the letters of all shares of the process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        """Guards all shares: held for microseconds, and while the process forks, so that a child knows of
+        each lease that it has inherited.  A pool's own lock is taken inside it, never the other way round."""
+        self._shares: dict[Share, None] = {}
+        self._runs = False
+        self._pipe: tuple[int, int] | None = None
+
+    def attends(self, share: Share) -> bool:
+        """Does the thread look after it?"""
+        return share in self._shares and self._runs
+
+    def attend(self, share: Share) -> None:
+        """Look after a share, from now on; called with the lock."""
+        self._shares[share] = None
+        if self._pipe is None:
+            self._pipe = os.pipe()
+            os.set_blocking(self._pipe[0], False)
+            os.set_blocking(self._pipe[1], False)
+        if self._runs:
+            self.wake()
+            return
+        self._runs = True
+        try:
+            threading.Thread(target=self._run, name="sqla_queries_pool host", daemon=True).start()
+        except RuntimeError:  # too many threads, or the interpreter is about to end: the next call tries
+            self._runs = False
+
+    def wake(self) -> None:
+        """Have the thread look what is due."""
+        if self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.write(self._pipe[1], b"!")
+
+    def _run(self) -> None:
+        try:
+            while (pause := self._round()) is not None:
+                poll = select.poll()
+                with self.lock:
+                    fds = [share.fd for share in self._shares]
+                    pipe = -1 if self._pipe is None else self._pipe[0]
+                for fd in (*fds, pipe):
+                    if fd >= 0:
+                        poll.register(fd, select.POLLIN)
+                poll.poll(1000 * pause)
+        except BaseException:
+            self._runs = False
+            raise
+
+    def _round(self) -> float | None:
+        """Look after each share once; return after how many seconds again, or None for never."""
+        with self.lock:
+            if self._pipe is not None:
+                with contextlib.suppress(BlockingIOError):
+                    os.read(self._pipe[0], 4096)
+            now = time.monotonic()
+            for share in list(self._shares):
+                try:
+                    stays = share.tick(now)
+                except Exception:
+                    logger.exception("Exception in the letters of a budget of the host")
+                    share.due, stays = now + AGAIN_IN, True
+                if not stays:
+                    share.end()
+                    del self._shares[share]
+            if not self._shares:
+                self._runs = False
+                return None
+            return max(0.0, min(share.due for share in self._shares) - now)
+
+    def close(self) -> None:
+        """The process ends: leave no mailbox behind.  The kernel frees the leases."""
+        with self.lock:
+            for share in self._shares:
+                share.end()
+            self._shares.clear()
+
+    def after_fork_in_child(self) -> None:
+        """Only the forking thread is here; all shares begin anew when they are used."""
+        self.lock = threading.RLock()
+        shares, self._shares = self._shares, {}
+        self._runs = False
+        for fd in self._pipe or ():
+            os.close(fd)
+        self._pipe = None
+        for share in shares:
+            share.after_fork_in_child()
+
+
+postman = Postman()
+"""The process's."""
+atexit.register(postman.close)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=lambda: postman.lock.acquire(),
+        after_in_parent=lambda: postman.lock.release(),
+        after_in_child=postman.after_fork_in_child,
+    )
+
+
+def program() -> str:
+    """What this process runs, for people: the command, without its arguments, which may be anything."""
+    command = getattr(sys, "orig_argv", sys.argv)[:1] + sys.argv[:1]
+    name = os.path.basename(command[-1]) if command else ""
+    return name.encode("ascii", "replace").decode()[:LONGEST_TEXT] or "python"

@@ -1,0 +1,466 @@
+"""One budget for all processes of a host: real processes, PostgreSQL, and a role that may have no more."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import inside
+import pytest
+from conftest import Observer, SessionServer
+from hazards import DEADLINE
+from sqlalchemy import create_engine, exc, make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.exporters import prometheus
+from sqla_queries_pool.host import lease
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets"),
+]
+
+Eventually = Callable[..., None]
+WORKER = Path(__file__).parent / "host_worker.py"
+_numbers = itertools.count(1)
+
+
+class Worker:
+    """A process that does what it is told (host_worker.py)."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(WORKER), json.dumps({"url": url, "pool_timeout": DEADLINE, **options})],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def begin(self, name: str, *arguments: Any) -> None:
+        """Have it do something."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps([name, *arguments]) + "\n")
+        self._process.stdin.flush()
+
+    def result(self) -> Any:
+        """What came of it."""
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, "the process has ended"
+        good, answer = json.loads(line)
+        assert good, answer
+        return answer
+
+    def do(self, name: str, *arguments: Any) -> Any:
+        """Both."""
+        self.begin(name, *arguments)
+        return self.result()
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    def kill(self, sign: int = signal.SIGKILL) -> None:
+        """Let it die."""
+        self._process.send_signal(sign)
+        if sign == signal.SIGKILL:
+            self.end()
+
+    def end(self) -> None:
+        """Close its input, wait until it has ended."""
+        for pipe in (self._process.stdin, self._process.stdout):
+            with contextlib.suppress(OSError):
+                pipe.close()  # type: ignore[union-attr]
+        self._process.wait(DEADLINE)
+
+
+class Host:
+    """A role that may have no more connections than the budget, and processes that share them.
+
+    :param budget: the role's ``CONNECTION LIMIT``.
+    """
+
+    def __init__(
+        self, server: SessionServer, observer: Observer, url: str, folder: Path, budget: int
+    ) -> None:
+        self.folder, self.budget, self._observer = folder, budget, observer
+        self.role = f"host_{next(_numbers)}"
+        observer.query(f"CREATE ROLE {self.role} LOGIN PASSWORD 'secret' CONNECTION LIMIT {budget}")
+        self.url = make_url(url).set(username=self.role, password="secret")
+        self.workers: list[Worker] = []
+        self.peak = 0
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._sample, args=(server,))
+
+    def start(self, count: int = 1, **options: Any) -> list[Worker]:
+        """Processes begin."""
+        told = {"share": str(self.folder), "max_size": self.budget, **options}
+        new = [Worker(self.url.render_as_string(False), **told) for _ in range(count)]
+        self.workers += new
+        return new
+
+    def backends(self) -> int:
+        """How many connections the role has."""
+        sql = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
+        return int(self._observer.query(sql, self.role)[0][0])
+
+    def watch(self) -> None:
+        """Look all the time how many connections there are."""
+        self._thread.start()
+
+    def _sample(self, server: SessionServer) -> None:
+        from conftest import observer
+
+        with observer(server) as looking:
+            while not self._over.wait(0.005):
+                sql = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
+                self.peak = max(self.peak, int(looking.query(sql, self.role)[0][0]))
+
+    def end(self) -> None:
+        """All end."""
+        self._over.set()
+        if self._thread.ident is not None:
+            self._thread.join()
+        for worker in self.workers:
+            worker.kill(signal.SIGCONT)
+            worker.end()
+        self._observer.query(
+            "SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE usename = %s", self.role
+        )
+        self._observer.query(f"DROP ROLE {self.role}")
+
+    @property
+    def home(self) -> Path:
+        """The folder of its one budget."""
+        (outer,) = self.folder.iterdir()
+        (inner,) = outer.iterdir()
+        return inner
+
+
+Hosts = Callable[[int], Host]
+
+
+@pytest.fixture
+def host(pg_server: SessionServer, pg_observer: Observer, pg_url: str, tmp_path: Path) -> Iterator[Hosts]:
+    """Make a host with such a budget."""
+    made: list[Host] = []
+
+    def make(budget: int) -> Host:
+        made.append(Host(pg_server, pg_observer, pg_url, tmp_path, budget))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.end()
+
+
+# -- between processes ---------------------------------------------------------------------------------
+
+
+def test_eight_busy_processes_share_twelve(host: Hosts, eventually: Eventually) -> None:
+    """All are served, the server refuses nothing, and never sees more than the budget."""
+    one = host(12)
+    workers = one.start(8)
+    for worker in workers:
+        worker.do("state")
+    one.watch()
+    for worker in workers:
+        worker.do("load", 4, 0.005)
+    eventually(lambda: all(worker.do("state")["served"] > 20 for worker in workers))
+    eventually(lambda: sum(w.do("state")["open"] for w in workers) == 12)
+    states = [worker.do("state") for worker in workers]
+    assert [state["connect_errors"] for state in states] == [0] * 8
+    assert [error for state in states for error in state["errors"]] == []
+    assert all(1 <= state["open"] <= 3 for state in states)
+    for worker in workers:
+        worker.do("unload")
+    assert one.peak == 12
+
+
+def test_what_is_idle_goes_to_who_waits(host: Hosts) -> None:
+    """One process has used all; another gets all as soon as it wants them."""
+    one = host(4)
+    first, second = one.start(2)
+    one.watch()
+    assert first.do("take", 4) == 4
+    second.begin("take", 4)
+    first.do("release")
+    assert second.result() == 4
+    first.begin("take", 1)
+    second.do("release")
+    assert first.result() == 1
+    assert first.do("state")["connect_errors"] == second.do("state")["connect_errors"] == 0
+    assert one.peak == 4
+
+
+def test_one_that_starts_late_is_served_by_a_full_busy_host(host: Hosts) -> None:
+    """Others give, although they wait themselves."""
+    one = host(4)
+    workers = one.start(2)
+    for worker in workers:
+        worker.do("load", 8, 0.01)
+    (late,) = one.start()
+    assert late.do("take", 1) == 1
+
+
+def test_the_slots_of_one_that_is_killed_are_free(host: Hosts, eventually: Eventually) -> None:
+    """At any moment; and in the end one process can have all of them."""
+    draw = random.Random(1)
+    one = host(6)
+    workers = one.start(4)
+    for worker in workers:
+        worker.do("load", 4, 0.005)
+    for _ in range(6):
+        victim = draw.choice(workers)
+        victim.kill()
+        workers.remove(victim)
+        workers += one.start()
+        workers[-1].do("load", 4, 0.005)
+        for worker in workers:
+            before = worker.do("state")["served"]
+            eventually(lambda w=worker, before=before: w.do("state")["served"] > before)
+    for worker in workers[1:]:
+        worker.kill()
+    workers[0].do("unload")
+    assert workers[0].do("take", 6) == 6
+    eventually(lambda: len(list(one.home.glob("box.*"))) == 1)
+
+
+def test_one_that_stands_still_holds_nobody_up(host: Hosts) -> None:
+    """It keeps what it has; its mailbox fills; the others share the rest."""
+    one = host(4)
+    first, second, third = one.start(3)
+    first.do("take", 2)
+    first.kill(signal.SIGSTOP)
+    second.do("load", 4, 0.005)
+    third.do("load", 4, 0.005)
+    assert second.do("unload")
+    third.do("unload")
+    assert third.do("take", 2) == 2
+
+
+def test_a_folder_that_is_deleted_is_made_again(host: Hosts, eventually: Eventually) -> None:
+    """Those that run keep what they have; one that starts then gets no more than there is."""
+    one = host(4)
+    first, second = one.start(2)
+    one.watch()
+    assert first.do("take", 3) == 3
+    second.do("state")
+    shutil.rmtree(one.home.parent)
+    third = one.start()[0]
+    assert third.do("take", 1) == 1
+    third.begin("take", 1)
+    second.begin("take", 1)
+    eventually(lambda: one.home.is_dir())
+    first.do("release")
+    assert third.result() == 2
+    assert second.result() == 1
+    assert {w.do("state")["connect_errors"] for w in (first, second, third)} == {0}
+    assert one.peak <= 4
+
+
+def test_the_largest_size_counts(host: Hosts, eventually: Eventually) -> None:
+    """For as long as the process is there that states it."""
+    one = host(5)
+    (small,) = one.start(max_size=2)
+    assert small.do("take", 2) == 2
+    (large,) = one.start(max_size=5)
+    assert large.do("take", 3) == 3
+    eventually(lambda: small.do("state")["limit"] == 5)
+    large.kill()
+    eventually(lambda: small.do("state")["limit"] == 2)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_has_leases_of_its_own(host: Hosts) -> None:
+    """The parent's stay, whatever the child does."""
+    one = host(4)
+    one.watch()
+    (parent,) = one.start()
+    assert parent.do("take", 2) == 2
+    child, state = parent.do("fork", 2)
+    assert child["rows"] == [1, 1]
+    assert child["connect_errors"] == 0
+    assert state["open"] == 2
+    assert parent.do("take", 2) == 4
+    assert parent.do("state")["connect_errors"] == 0
+    assert one.peak == 4
+
+
+def test_a_timeout_says_that_another_process_has_them(host: Hosts, eventually: Eventually) -> None:
+    """With its process id, its program, and how many."""
+    one = host(3)
+    first, second = one.start(2, pool_timeout=2)
+    first.do("take", 2)
+    second.do("take", 1)
+    second.begin("take", 1)
+    with pytest.raises(AssertionError) as caught:
+        second.result()
+    assert "CheckoutTimeout" in str(caught.value)
+    assert f"process {first.pid} (host_worker.py) 2" in str(caught.value)
+    assert "Most likely other processes of this host hold 2 of the 3 connections" in str(caught.value)
+    found = second.do("state")["host"]
+    assert found["budget"] == 3
+    assert [(p["process"], p["leases"]) for p in found["processes"]] == [(second.pid, 1), (first.pid, 2)]
+
+
+# -- in one process ------------------------------------------------------------------------------------
+
+
+def test_engines_of_one_process_state_the_same(pg_url: str, tmp_path: Path) -> None:
+    """Or an error says what the other one states."""
+    first = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path))
+    for other in ({}, {"share": "host"}):
+        with pytest.raises(exc.ArgumentError, match=r"states share=.* state the same for both"):
+            create_engine(pg_url, poolclass=QueriesPool, **other)
+    second = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=2)
+    with first.connect() as one, second.connect() as two:
+        assert one.execute(text("SELECT 1")).scalar() == two.execute(text("SELECT 1")).scalar() == 1
+    first.dispose()
+    second.dispose()
+
+
+@pytest.mark.parametrize(
+    ("url", "options", "why"),
+    [
+        ("postgresql+psycopg2://me@host/shop", {"max_size": None}, "needs a limit"),
+        ("sqlite://", {}, "no other process can know"),
+        ("postgresql+psycopg2://me@host/shop", {"share": "relative/path"}, "is not valid"),
+        ("postgresql+psycopg2://me@host/shop", {"share": "/nowhere/at/all"}, "can't be used"),
+    ],
+)
+def test_what_can_not_be_shared_is_an_error(url: str, options: Any, why: str, tmp_path: Path) -> None:
+    """When the engine is made."""
+    with pytest.raises(exc.ArgumentError, match=why):
+        create_engine(url, poolclass=QueriesPool, **{"share": str(tmp_path), **options})
+
+
+def test_a_checkout_that_cannot_wait_locks_what_is_free(pg_url: str, tmp_path: Path) -> None:
+    """Also the first one; what is above the budget is an error at once."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=2, pool_timeout=0)
+    for path in tmp_path.rglob("slot.*"):
+        os.utime(path, (0, 0))
+    with engine.connect(), engine.connect(), pytest.raises(CheckoutTimeout):
+        engine.connect()
+    pool: Any = engine.pool
+    assert pool.statistics().host.mine == 2
+    assert (pool.size(), pool.statistics().limit) == (2, 2)
+    engine.dispose()
+
+
+def test_what_is_kept_open_and_what_is_set_by_hand(
+    pg_url: str, tmp_path: Path, eventually: Eventually
+) -> None:
+    """``min_size``, ``warm_up()`` and ``set_max_size()`` know the share."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=3, min_size=2)
+    for path in tmp_path.rglob("slot.*"):
+        os.utime(path, (0, 0))
+    pool: Any = engine.pool
+    pool.warm_up()
+    assert pool.checkedin() == 2
+    PoolManager.set_max_size(pool.pid, 1)
+    eventually(lambda: pool.checkedin() == 1)
+    assert pool.statistics().limit == 1
+    with pytest.raises(exc.ArgumentError, match="needs a limit"):
+        PoolManager.set_max_size(pool.pid, None)
+    engine.dispose()
+
+
+def test_leases_are_freed_when_they_are_of_no_use(
+    pg_url: str, tmp_path: Path, eventually: Eventually
+) -> None:
+    """A second after the last connection was closed; and the mailbox goes, too."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=3)
+    with engine.connect():
+        pass
+    pool: Any = engine.pool
+    engine.dispose()
+    eventually(lambda: pool.statistics().host.mine == 0)
+    eventually(lambda: not list(tmp_path.rglob("box.*")))
+    eventually(lambda: "sqla_queries_pool host" not in {thread.name for thread in threading.enumerate()})
+
+
+def test_tasks_share_too(host: Hosts) -> None:
+    """An asynchronous engine waits for another process without blocking its loop."""
+    one = host(2)
+    (other,) = one.start()
+    assert other.do("take", 2) == 2
+    url = one.url.set(drivername="postgresql+asyncpg")
+    turns = 0
+
+    async def main() -> int:
+        nonlocal turns
+        engine = create_async_engine(url, poolclass=QueriesPool, share=str(one.folder), max_size=2)
+        waiting = asyncio.create_task(engine.connect().__aenter__())
+        while not inside.waiters(engine.pool):
+            await asyncio.sleep(0)
+        other.begin("release")
+        while not waiting.done():
+            turns += 1
+            await asyncio.sleep(0.001)
+        connection = await waiting
+        found = await connection.scalar(text("SELECT 1"))
+        await connection.close()
+        await engine.dispose()
+        return int(found)
+
+    assert asyncio.run(main()) == 1
+    assert other.result() == 0
+    assert turns > 1
+
+
+def test_the_command_lists_who_has_what(host: Hosts) -> None:
+    """From outside: the database without its password, each process, and what it has."""
+    one = host(3)
+    first, second = one.start(2)
+    first.do("take", 2)
+    second.do("take", 1)
+    command = [sys.executable, "-m", "sqla_queries_pool", "host", "--share", str(one.folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        f"postgresql://{one.role}@{one.url.host}:{one.url.port}/{one.url.database}: 3 of 3 taken",
+        f"  process {first.pid} (host_worker.py) 2",
+        f"  process {second.pid} (host_worker.py) 1",
+    ]
+    first.kill()
+    second.kill()
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said == f"No process shares a budget below {one.folder}\n"
+
+
+def test_the_page_and_the_metrics_show_the_host(host: Hosts, eventually: Eventually) -> None:
+    """Which process has how many."""
+    from sqla_queries_pool.monitor import Monitor
+
+    one = host(3)
+    (other,) = one.start()
+    other.do("take", 2)
+    engine = create_engine(one.url, poolclass=QueriesPool, share=str(one.folder), max_size=3)
+    with engine.connect():
+        pool: Any = engine.pool
+        eventually(lambda: pool.statistics().host.leases == 3)
+        page = Monitor(allow=lambda _: True)
+        shown = b"".join(
+            page({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda *_: lambda _: None)
+        ).decode()
+        assert "Shared by the processes of this host (3 of 3 taken)" in shown
+        assert f"process {other.pid} (host_worker.py)" in shown
+        metrics = {m.name: m for m in prometheus.QueriesPoolCollector().collect()}
+        for name, value in (("host_connections_max", 3), ("host_leases", 1)):
+            samples = metrics[f"sqla_queries_pool_{name}"].samples
+            assert [s.value for s in samples if s.labels["pool"] == pool.pid] == [value]
+    engine.dispose()
