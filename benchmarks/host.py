@@ -111,6 +111,8 @@ class Bench:
     server: EmbeddedPostgres
     seconds: float
     warm_up: float
+    only: str = ""
+    """A part of the names of those that are measured."""
     found: list[Found] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -154,8 +156,10 @@ class Bench:
         options: dict[str, Any],
         limit: int,
         kill_every: float | None = None,
-    ) -> Found:
+    ) -> None:
         """Run processes with so many threads each."""
+        if self.only not in name:
+            return
         self.query(f"ALTER ROLE app CONNECTION LIMIT {limit}")
         seconds = self.seconds + self.warm_up
         processes = [self.start(number, options, seconds) for number in threads]
@@ -191,7 +195,6 @@ class Bench:
             f"longest {found.longest:5.2f} s  connects {found.connects:5.1f}/s  errors {found.errors}",
             flush=True,
         )
-        return found
 
 
 def _go(process: subprocess.Popen[str]) -> None:
@@ -256,13 +259,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="measure each way for so long (10)")
     parser.add_argument("--warm-up", type=float, default=2.0, help="after so long (2)")
+    parser.add_argument("--only", default="", help="measure those whose name contains this")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
     if chosen.worker:
         work(json.loads(chosen.worker))
         return
     with EmbeddedPostgres({"max_connections": "80"}) as server:
-        compare(Bench(server, chosen.seconds, chosen.warm_up))
+        compare(Bench(server, chosen.seconds, chosen.warm_up, chosen.only))
         print(f"a checkout and its return, with a share: {checkout(server.url()):.3f} of the time without")
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m sqla_queries_pool demo``, or ``monitor``."""
+"""The command line: ``python -m sqla_queries_pool demo``, ``monitor`` or ``explain``."""
 
 from __future__ import annotations
 
@@ -84,6 +84,16 @@ def _parser() -> argparse.ArgumentParser:
         "--share", metavar="PATH", default="host", help='the folder, where engines state one: share="/path"'
     )
     host.set_defaults(command=_host)
+    explain = commands.add_parser(
+        "explain",
+        help="show which pool a URL leads to",
+        description="Show which pool an engine of a URL uses, its limit and its settings. Nothing connects. "
+        "The environment counts as it does for the driver (PGHOST and others).",
+    )
+    explain.add_argument(
+        "url", help="as create_engine takes it; with plugin=queries it may have the pool's parameters"
+    )
+    explain.set_defaults(command=_explain)
     return parser
 
 
@@ -164,6 +174,15 @@ def _host(chosen: argparse.Namespace) -> None:
                 print(f"  {silent} more did not answer")
     if not shown:
         print(f"No process shares a budget below {base_of(chosen.share)}")
+
+
+def _explain(chosen: argparse.Namespace) -> None:
+    from .explain import UrlError, explain
+
+    try:
+        print(explain(chosen.url))
+    except UrlError as error:
+        raise _Usage(error) from None
 
 
 def _need(module: str) -> None:

@@ -240,7 +240,7 @@ def share(name: str, value: object) -> str | None:
 
     :raises ParameterError: for anything else, with the parameter's name and what to write.
     """
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("none", "")):
+    if value is None or value == "" or (isinstance(value, str) and value.strip().lower() == "none"):
         return None
     if isinstance(value, str) and (value == "host" or (os.path.isabs(value) and "\0" not in value)):
         return value

@@ -15,6 +15,7 @@ import pytest
 from sqlalchemy import Engine
 
 from sqla_queries_pool import Pool, PoolManager, QueriesPool
+from sqla_queries_pool.budget import lifetimes
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.demo import embedded
 from sqla_queries_pool.engine import attempt
@@ -67,6 +68,11 @@ def ledger(pool: Any) -> Any:
 def attachment(pool: Any) -> Any:
     """One engine's side of the ledger."""
     return pool._attachment
+
+
+def attachment_here(pool: Any) -> Any:
+    """The one of the running event loop."""
+    return pool._sides.here
 
 
 def record(connection: Any) -> Any:
@@ -359,6 +365,24 @@ def before_a_look(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], 
         return real(self, *args)
 
     monkeypatch.setattr(attempt.Attempt, "_usable", later)
+
+
+def before_a_take(monkeypatch: pytest.MonkeyPatch, pool: Any, act: Callable[[], object]) -> None:
+    """Have something done once inside the critical section, before the next checkout takes a slot."""
+    real = Ledger.take
+
+    def later(self: Any, *args: Any) -> Any:
+        if self is ledger(pool):
+            monkeypatch.setattr(Ledger, "take", real)
+            act()
+        return real(self, *args)
+
+    monkeypatch.setattr(Ledger, "take", later)
+
+
+def renew_for(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """Have the renewal of a connection hold the others up for so long."""
+    monkeypatch.setattr(lifetimes, "LONGEST_RENEWAL", seconds)
 
 
 # -- others ----------------------------------------------------------------------------------------------

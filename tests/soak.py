@@ -2,9 +2,11 @@
 
     python -m tests.soak --seconds 60 --seed 7
 
-64 threads share 4 engines of 2 databases, hence 2 pools, with more threads than connections.  Meanwhile one
-thread restarts the server, terminates backends, changes limits, disposes of engines, forks, detaches, and now
-and then has all threads rest to see that everything was returned.  What is looked at:
+64 threads share 4 engines of 2 databases, hence 2 pools, with more threads than connections.  Beside them
+run two event loops, whose tasks use 2 engines of the same databases and are cancelled at any await; each ends
+with its tasks in the midst of it, and another one follows.  Meanwhile one thread restarts the server,
+terminates backends, changes limits, disposes of engines, forks, detaches, and now and then has all threads and
+tasks rest to see that everything was returned.  What is looked at:
 
 * The server never sees more connections than the limit: each pool has a role of its own, whose CONNECTION
   LIMIT follows the pool's limit.  So the server itself refuses what is above, and its log says so.
@@ -20,6 +22,7 @@ held; else what failed is printed, with the state of the pools and the stacks of
 from __future__ import annotations
 
 import argparse
+import asyncio
 import faulthandler
 import gc
 import itertools
@@ -35,14 +38,15 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
 import psutil
 import psycopg
 import psycopg2
 from sqlalchemy import Connection, Engine, create_engine, exc, make_url, text
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
@@ -54,6 +58,10 @@ from sqla_queries_pool.errors import (
 )
 
 THREADS = 64
+LOOPS = 2
+TASKS = 12
+"""Of each event loop."""
+EVERYBODY = THREADS + LOOPS * TASKS
 FEW = 8
 """Those that use the queries API, too, and that go on in a lull."""
 BALANCE = 1000
@@ -79,6 +87,12 @@ ENGINES: dict[str, list[tuple[str, dict[str, Any]]]] = {
 }
 """By database: drivers and parameters.  All other timeouts are ``SECONDS``."""
 
+ASYNC_ENGINES: dict[str, tuple[str, dict[str, Any]]] = {
+    "north": ("asyncpg", {"max_size": 5, "idle_ttl": 0.5}),
+    "south": ("psycopg", {"max_size": 4, "idle_ttl": 0.5, "pool_recycle": 2}),
+}
+"""The same for tasks: one for each database."""
+
 SCHEMA = """
 CREATE TABLE account (id int PRIMARY KEY, owner text, balance int, commits int);
 INSERT INTO account
@@ -86,7 +100,7 @@ INSERT INTO account
 GRANT ALL ON account TO PUBLIC
 """
 HOLDER = "coalesce(current_setting('soak.holder', true), '')"
-READ = text(f"SELECT id, owner, :nonce, {HOLDER}, pg_sleep(:pause) FROM account WHERE id = :id")
+READ = text(f"SELECT id, owner, CAST(:nonce AS int), {HOLDER}, pg_sleep(:pause) FROM account WHERE id = :id")
 READ_BY_HAND = f"SELECT owner, {HOLDER}, set_config('soak.holder', %s, true) FROM account WHERE id = %s"
 TRANSFER = text("UPDATE account SET balance = balance + :n, commits = commits + :c WHERE id = :id")
 BACKEND = text("SELECT pg_backend_pid()")
@@ -161,15 +175,28 @@ class Gate:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._admitted = THREADS
+        self._admitted = EVERYBODY
         self._working = 0
+
+    def enter(self, number: int, wait: bool = True) -> bool:
+        """Begin a piece of work; a task can't wait for it here."""
+        with self._changed:
+            if wait:
+                self._changed.wait_for(lambda: number < self._admitted)
+            admitted = number < self._admitted
+            self._working += admitted
+            return admitted
 
     @contextmanager
     def passing(self, number: int) -> Iterator[None]:
         """One piece of work of a thread."""
-        with self._changed:
-            self._changed.wait_for(lambda: number < self._admitted)
-            self._working += 1
+        self.enter(number)
+        with self.working():
+            yield
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """One piece of work, by one that has entered."""
         try:
             yield
         finally:
@@ -186,7 +213,7 @@ class Gate:
                 raise Wrong(f"{self._working} threads do not come to an end")
         yield
         with self._changed:
-            self._admitted = THREADS
+            self._admitted = EVERYBODY
             self._changed.notify_all()
 
 
@@ -197,9 +224,8 @@ class Registry:
         self._lock = threading.Lock()
         self._holders: dict[int, tuple[Any, str]] = {}
 
-    def claim(self, handle: Any) -> None:
-        """The thread has got it."""
-        me = threading.current_thread().name
+    def claim(self, handle: Any, me: str) -> None:
+        """The thread, or the task, has got it."""
         with self._lock:
             _, other = self._holders.setdefault(id(handle), (handle, me))
             if other is not me or self._holders[id(handle)][0] is not handle:
@@ -332,6 +358,7 @@ class Database:
         self.engines = [self._engine(driver, more) for driver, more in ENGINES[name]]
         self.patient, self.hasty = sorted(self.engines, key=is_hasty)
         self.pid = pool_of(self.patient).pid
+        self.tasks = self._async_engine(*ASYNC_ENGINES[name])
         self.limit: int = PoolManager.report()["pools"][self.pid]["max_size"]
         self.stated = self.limit
         self._role_limit(self.limit)
@@ -345,6 +372,16 @@ class Database:
         # A server on a busy machine may take its time to end a backend, which counts until then.
         patience = {"pool_timeout": SECONDS, "close_timeout": SECONDS}
         return create_engine(url, poolclass=QueriesPool, **patience | parameters)
+
+    def _async_engine(self, driver: str, parameters: dict[str, Any]) -> AsyncEngine:
+        url = make_url(self.server.postgres.url("psycopg", self.name)).set(username=self.name)
+        url = url.update_query_dict({"ssl" if driver == "asyncpg" else "sslmode": "disable"})
+        url = url.set(drivername=f"postgresql+{driver}")
+        patience = {"pool_timeout": SECONDS, "close_timeout": SECONDS}
+        engine = create_async_engine(url, poolclass=QueriesPool, **patience | parameters)
+        if pool_of(engine.sync_engine).pid != self.pid:
+            raise Wrong(f"{engine} is of another pool")
+        return engine
 
     def _role_limit(self, limit: int) -> None:
         self.server.query(f"ALTER ROLE {self.name} CONNECTION LIMIT {limit}")
@@ -411,9 +448,9 @@ class Database:
 
     def forget(self) -> None:
         """Dispose of the engines, and let go of them."""
-        for engine in self.engines:
+        for engine in (*self.engines, self.tasks.sync_engine):
             engine.dispose()
-        del self.engines[:], self.patient, self.hasty
+        del self.engines[:], self.patient, self.hasty, self.tasks
 
 
 class Worker(threading.Thread):
@@ -512,7 +549,7 @@ class Worker(threading.Thread):
     def claim(self, connection: Connection) -> None:
         """This thread has it from now on."""
         handle: Any = connection.connection.dbapi_connection
-        self.soak.registry.claim(handle)
+        self.soak.registry.claim(handle, self.name)
         self._claimed[id(connection)] = handle
         self._look(handle)
 
@@ -627,7 +664,7 @@ class Worker(threading.Thread):
         except (PoolFullError, NoIdleConnectionsError, ConnectionBusyError, ConnectionNotFoundError):
             self.errors["none by hand"] += 1
             return
-        self.soak.registry.claim(handle)
+        self.soak.registry.claim(handle, self.name)
         try:
             self._look(handle)
             with handle.cursor() as cursor:
@@ -658,6 +695,136 @@ class Worker(threading.Thread):
         return handle
 
 
+class Tasks(threading.Thread):
+    """An event loop, then another one, and so on, each with tasks that use the databases for a while."""
+
+    def __init__(self, soak: Soak, number: int) -> None:
+        super().__init__(name=f"loop {number}", daemon=True)
+        self.soak = soak
+        self.first = THREADS + number * TASKS
+        self.chance = random.Random(f"{soak.seed} loop {number}")
+        self.done: Counter[str] = Counter()
+        self.errors: Counter[str] = Counter()
+
+    def run(self) -> None:
+        try:
+            while not self.soak.stop.is_set():
+                asyncio.run(self._main(self.chance.uniform(1.0, 4.0)))
+                self.done["loops"] += 1
+        except BaseException as error:
+            self.soak.fail(error)
+
+    async def _main(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        for number in range(self.first, self.first + TASKS):
+            task = asyncio.create_task(self._work(number), name=f"task {number}")
+            task.add_done_callback(self._look)
+        while time.monotonic() < end and not self.soak.stop.is_set():
+            await asyncio.sleep(0.01)
+        # The tasks are cancelled as they are: asyncio.run() does so.
+
+    def _look(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.soak.fail(error)
+
+    async def _work(self, number: int) -> None:
+        chance = random.Random(f"{self.chance.random()}")
+        gate = self.soak.gate
+        while True:
+            if not gate.enter(number, wait=False):
+                await asyncio.sleep(0.01)
+                continue
+            with gate.working():
+                await self._piece(Piece(self.soak, number, chance), chance)
+            await asyncio.sleep(chance.uniform(0.0, 0.02))
+
+    async def _piece(self, piece: Piece, chance: random.Random) -> None:
+        """One piece of work, which may be cancelled."""
+        before = self.soak.server.moment()
+        task = asyncio.create_task(
+            piece.transfer() if chance.random() < 0.3 else piece.read(), name=piece.name
+        )
+        try:
+            # Its parent may be cancelled as well, at the end of the loop; it is waited for then, too.
+            await asyncio.wait([task], timeout=chance.uniform(0.0, 0.05) if chance.random() < 0.3 else None)
+            cancelled = not task.done() and task.cancel()
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.wait([task])
+            raise
+        if cancelled or task.cancelled():
+            self.errors["cancelled"] += 1
+        elif (error := task.exception()) is None:
+            self.done["pieces"] += 1
+        elif not isinstance(error, exc.DBAPIError) or isinstance(error, CheckoutTimeout):
+            self.soak.fail(error)
+        elif any(self.soak.server.terminated(*backend) for backend in piece.backends.items()):
+            self.errors["terminated"] += 1
+        elif not before[1] or self.soak.server.moment() != before:
+            self.errors["restarted"] += 1
+        else:
+            self.soak.fail(error)
+
+
+class Piece:
+    """One piece of a task's work."""
+
+    def __init__(self, soak: Soak, number: int, chance: random.Random) -> None:
+        self.soak = soak
+        self.number = number % THREADS
+        self.chance = chance
+        self.name = f"piece of task {number}"
+        self.database = chance.choice(soak.databases)
+        self.backends: dict[int, float] = {}
+        """Those that it has used, and when it began."""
+
+    @asynccontextmanager
+    async def checkout(self) -> AsyncIterator[AsyncConnection]:
+        """A connection that nobody else has, and nobody has left anything in."""
+        since = time.monotonic()
+        async with self.database.tasks.connect() as connection:
+            raw = await connection.get_raw_connection()
+            handle: Any = raw.driver_connection
+            self.soak.registry.claim(handle, self.name)
+            try:
+                asyncpg = self.database.tasks.driver == "asyncpg"
+                self.backends[handle.get_server_pid() if asyncpg else handle.info.backend_pid] = since
+                if (
+                    handle.is_in_transaction()
+                    if asyncpg
+                    else handle.info.transaction_status in IN_TRANSACTION
+                ):
+                    raise Wrong(f"in {handle!r} somebody has left a transaction")
+                yield connection
+            finally:
+                self.soak.registry.release(handle)
+
+    async def read(self) -> None:
+        """Read the row of one's own, and leave a transaction that the return ends."""
+        async with self.checkout() as connection:
+            nonce = self.chance.randrange(10**9)
+            parameters = {"id": self.number, "nonce": nonce, "pause": self.chance.uniform(0.0, 0.004)}
+            row = tuple((await connection.execute(READ, parameters)).one())[:4]
+            if row != (self.number, f"{self.database.name}-{self.number}", nonce, ""):
+                raise Wrong(f"{self.name} read {row}")
+            await self._mark(connection)
+
+    async def transfer(self) -> None:
+        """Move something to another's account; wherever it is cancelled, all of it or nothing."""
+        other = (self.number + self.chance.randrange(1, THREADS)) % THREADS
+        amount = self.chance.randrange(1, 10)
+        async with self.checkout() as connection:
+            await self._mark(connection)
+            for number in sorted((self.number, other)):
+                change = {"id": number, "n": -amount if number == other else amount, "c": 0}
+                await connection.execute(TRANSFER, change)
+            await connection.commit()
+
+    async def _mark(self, connection: AsyncConnection) -> None:
+        await connection.execute(text("SELECT set_config('soak.holder', :me, true)"), {"me": self.name})
+
+
 class Soak:
     """All of it."""
 
@@ -672,6 +839,7 @@ class Soak:
         self.happened: Counter[str] = Counter()
         self.databases = [Database(server, name) for name in ENGINES]
         self.workers = [Worker(self, number) for number in range(THREADS)]
+        self.loops = [Tasks(self, number) for number in range(LOOPS)]
         self._poll = threading.Thread(target=self._watch, name="watch", daemon=True)
 
     def fail(self, error: BaseException) -> None:
@@ -682,7 +850,7 @@ class Soak:
     def run(self, seconds: float) -> None:
         """Let everything happen, then look at what is left."""
         end = time.monotonic() + seconds
-        for thread in (*self.workers, self._poll):
+        for thread in (*self.workers, *self.loops, self._poll):
             thread.start()
         for disturb in self._disturbances():
             if self.stop.wait(self.chance.uniform(0.1, 0.6)) or time.monotonic() > end:
@@ -693,7 +861,7 @@ class Soak:
             return  # with the threads as they are, for the dump
         self.rest()
         self.stop.set()
-        for thread in (*self.workers, self._poll):
+        for thread in (*self.workers, *self.loops, self._poll):
             thread.join(SECONDS)
             if thread.is_alive():
                 raise Wrong(f"{thread.name} does not come to an end")
@@ -745,7 +913,8 @@ class Soak:
 
     def dispose(self) -> None:
         """Dispose of an engine that is in use."""
-        self.chance.choice(self.any_database().engines).dispose()
+        database = self.any_database()
+        self.chance.choice([*database.engines, database.tasks.sync_engine]).dispose()
 
     def expire(self) -> None:
         """Replace all connections of a database."""
@@ -858,11 +1027,13 @@ class Soak:
         """One line."""
         done: Counter[str] = sum((worker.done for worker in self.workers), Counter())
         errors: Counter[str] = sum((worker.errors for worker in self.workers), Counter())
+        tasks: Counter[str] = sum((loop.done + loop.errors for loop in self.loops), Counter())
         longest = max(worker.longest for worker in self.workers)
         peaks = ", ".join(f"{database.name} {database.peak}" for database in self.databases)
         return (
             f"seed {self.seed}: {sum(worker.checkouts for worker in self.workers)} checkouts, longest wait "
-            f"{longest:.1f} s, work {told(done)}, errors {told(errors)}, events {told(self.happened)}, "
+            f"{longest:.1f} s, work {told(done)}, errors {told(errors)}, tasks {told(tasks)}, "
+            f"events {told(self.happened)}, "
             f"{self.server.terminations} backends terminated, most backends {peaks}"
         )
 

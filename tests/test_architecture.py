@@ -23,7 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("pool",),
     ("exporters", "insight"),
     ("engine",),
-    ("__init__", "plugin"),
+    ("__init__", "explain", "plugin"),
     ("demo",),
     ("monitor",),
     ("__main__",),

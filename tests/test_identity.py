@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -32,7 +33,15 @@ def _nothing_connects(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(psycopg2, "connect", connect)
     if importlib.util.find_spec("psycopg") is not None:
         monkeypatch.setattr("psycopg.connect", connect)
-    for name in ("PGHOST", "PGPORT", "PGUSER", "PGDATABASE", "PGSERVICE", "PGHOSTADDR"):
+    for name in (
+        "PGTARGETSESSIONATTRS",
+        "PGHOST",
+        "PGPORT",
+        "PGUSER",
+        "PGDATABASE",
+        "PGSERVICE",
+        "PGHOSTADDR",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -127,12 +136,93 @@ def test_another_backend_has_another_pid() -> None:
     assert len(pids) == 2
 
 
-def test_several_hosts_are_one_identity_in_their_order() -> None:
-    """A list of hosts names one database; ports go with their hosts, one port goes with all."""
+def test_several_hosts_are_one_identity_in_any_order() -> None:
+    """A list of hosts names one cluster; ports go with their hosts, one port goes with all."""
     one = "pg://me@/db?host=a:1&host=b:2"
     assert pid(one) == pid("pg://me@/db", connect_args={"host": "A, b", "port": "1,2"})
+    assert pid(one) == pid("pg://me@/db?host=b:2&host=a:1")
     assert pid(one) != pid("pg://me@/db?host=a:2&host=b:1")
     assert pid("pg://me@/db?host=a,b&port=7,7") == pid("pg://me@/db", connect_args={"host": "a,b", "port": 7})
+
+
+@pytest.mark.parametrize("driver", ["psycopg2", "psycopg", "asyncpg"])
+def test_a_standby_is_another_server_than_the_primary(driver: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each has its own limit, by whichever of its names an engine asks for it."""
+    pytest.importorskip(driver)
+    url = f"postgresql+{driver}://me@/db?host=a:1&host=b:2"
+    primary, standby = pid(url), pid(f"{url}&target_session_attrs=standby")
+    assert primary != standby
+    for name in ("any", "read-write", "primary"):
+        assert pid(f"{url}&target_session_attrs={name}") == primary
+    for name in ("read-only", "prefer-standby"):
+        assert pid(f"{url}&target_session_attrs={name}") == standby
+    monkeypatch.setenv("PGTARGETSESSIONATTRS", "standby")
+    assert pid(url) == standby
+    assert pid(f"{url}&target_session_attrs=read-write") == primary
+
+
+def test_asyncpgs_enumeration_is_understood() -> None:
+    """It has one for what libpq has text for."""
+    connect_utils = pytest.importorskip("asyncpg.connect_utils")
+    where = {"host": "host", "user": "me", "database": "db"}
+    one = of_arguments("postgresql", [], {**where, "target_session_attrs": "standby"})
+    value = connect_utils.SessionAttribute.standby
+    assert one is not None
+    assert one == of_arguments("postgresql", [], {**where, "target_session_attrs": value})
+    assert one.label == "postgresql://me@host:5432/db (standby)"
+
+
+MYSQL = {"host": "localhost", "user": "me", "database": "db"}
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        {"host": "other"},
+        {"port": 3307},
+        {"unix_socket": "/run/a.sock"},
+        {"unix_socket": "/run/A.sock"},
+        {"read_default_file": "/etc/a.cnf"},
+        {"read_default_file": "/etc/b.cnf"},
+        {"read_default_file": "/etc/a.cnf", "read_default_group": "batch"},
+        {"read_default_group": "batch"},
+        {"option_files": ["/etc/a.cnf", "/etc/b.cnf"]},
+    ],
+    ids=str,
+)
+def test_mysql_servers_are_told_apart(more: dict[str, Any]) -> None:
+    """By host, socket or the file that says where they are: the URL often says localhost for all of them."""
+    others = [{}, {"unix_socket": "/run/other.sock"}, {"read_default_file": "/etc/other.cnf"}]
+    pids = [of_arguments("mysql", [], {**MYSQL, **options}) for options in (more, *others)]
+    assert len({found.pid for found in pids if found is not None}) == 4
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({}, {"port": "3306", "host": "LOCALHOST", "charset": "utf8mb4"}),
+        ({"unix_socket": "/s"}, {"unix_socket": "/s", "host": "127.0.0.1", "port": 3306}),
+        ({"read_default_file": "~/a.cnf"}, {"default_file": os.path.expanduser("~/a.cnf")}),
+        ({"read_default_file": "/etc/a.cnf"}, {"option_files": ["/etc/a.cnf"]}),
+        ({"password": "a"}, {"password": "b", "ssl_ca": "/etc/ca"}),
+    ],
+    ids=str,
+)
+def test_ways_to_name_one_mysql_server_have_one_pid(one: dict[str, Any], other: dict[str, Any]) -> None:
+    """Whatever the driver calls it, and whatever tells no server; MariaDB is one, too."""
+    found = of_arguments("mysql", [], {**MYSQL, **one})
+    same = of_arguments("mariadb", [], {**MYSQL, **other})
+    assert found is not None
+    assert same is not None
+    assert found.pid == same.pid
+
+
+def test_a_file_of_options_is_enough_for_mysql() -> None:
+    """It says where the server is; the label names the file."""
+    found = of_arguments("mysql", [], {"read_default_file": "/etc/a.cnf", "read_default_group": "batch"})
+    assert found is not None
+    assert not found.private
+    assert found.label == "mysql:/// (options of /etc/a.cnf, group batch)"
 
 
 def test_where_hostaddr_says_where_to_connect_it_tells_databases_apart() -> None:
@@ -343,6 +433,29 @@ def test_no_argument_brings_a_password_into_the_label(connect_args: dict[str, st
     """Wherever the driver takes a password from, the label leaves it there."""
     shown = repr(engine("pg://me@host/db", connect_args=connect_args).pool)
     assert "cret" not in shown
+
+
+@pytest.mark.parametrize(
+    "file", ["file:{}/shop.db?key=se%27cret", "file:shop?mode=memory&cache=shared&hexkey=se%27cret"]
+)
+def test_no_parameter_of_an_sqlite_uri_is_shown(file: str, tmp_path: Any) -> None:
+    """Some builds of SQLite take the key of an encrypted database there."""
+    made = engine(f"sqlite:///{file.format(tmp_path)}&uri=true")
+    pool: Any = made.pool
+    shown = [
+        repr(pool),
+        pool.status(),
+        repr(PoolManager.report()),
+        repr(pool.snapshot()),
+        repr(pool.statistics()),
+    ]
+    assert not [text for text in shown if "cret" in text or "key" in text]
+    assert ["shop" in text for text in shown] == [True] * 5
+
+
+def test_the_id_of_an_sqlite_file_does_not_follow_from_its_key() -> None:
+    """It is shown in logs and dashboards: nobody is to guess a key with it."""
+    assert pid("sqlite:///file:shop.db?key=one&uri=true") == pid("sqlite:///file:shop.db?key=two&uri=true")
 
 
 def test_a_dsn_that_is_not_understood_brings_no_password_either() -> None:

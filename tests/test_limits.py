@@ -24,8 +24,12 @@ ROOM = Room(100, 3, -1, -1, 7, 1)
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The question is asked as soon as there is an idle connection."""
+    """The question is asked as soon as there is an idle connection, by a process that is alone.
+
+    The processes of the test run itself are as alike as an application's workers.
+    """
     monkeypatch.setattr(limits, "ASK_AFTER", 0.01)
+    monkeypatch.setattr(limits, "processes", lambda: 1)
 
 
 @pytest.fixture

@@ -385,6 +385,8 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     a.connect().close()
     renew_and_warm_up(a, eventually)
     step()
+    a.connect().close()
+    inside.decide(a, inside.ledger(a).borrow, inside.attachment(a))
     inside.core(b).abandon(inside.attachment(b), lambda _: None)
     step()
 

@@ -321,8 +321,8 @@ def test_many_checkouts_that_get_nothing_at_once_share_a_snapshot(
     taken: list[Any] = []
     take = snapshot
 
-    def slowly(pool: Any) -> Any:
-        taken.append(take(pool))
+    def slowly(*args: Any) -> Any:
+        taken.append(take(*args))
         full.clock.now += 10 * report.SHARED_FOR
         return taken[-1]
 

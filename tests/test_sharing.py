@@ -418,11 +418,35 @@ def test_engines_of_one_sqlite_file_share_its_limit(tmp_path: Path, monkeypatch:
     pids = [engine.pool.pid for engine in (absolute, relative, roundabout, other)]  # type: ignore[attr-defined]
     assert len(set(pids)) == 2
     assert pids[0] == pids[1] == pids[2]
+    for uri in (
+        "file:one.db?mode=ro",
+        f"file://{tmp_path}/o%6Ee.db?",
+        f"file://localhost{tmp_path}/one.db?cache=shared",
+    ):
+        assert sqlite(f"sqlite:///{uri}&uri=true").pool.pid == pids[0]  # type: ignore[attr-defined]
     with relative.connect() as connection:
         assert connection.execute(text("SELECT 1")).scalar() == 1
     assert os.path.exists(tmp_path / "one.db")
     for engine in (absolute, relative, roundabout, other):
         engine.dispose()
+
+
+def test_a_shared_sqlite_database_in_memory_is_there_for_ever() -> None:
+    """Private and without an idle TTL, for it is gone with its last connection; but there may be several."""
+    url = "sqlite:///file:shared-for-ever?mode=memory&cache=shared&uri=true"
+    one = sqlite(url, max_size=2, idle_ttl=0.001, pool_id="shared")
+    pool: Any = one.pool
+    assert pool.pid.startswith("private-")
+    assert (pool.size(), inside.attachment(pool).ttl) == (2, math.inf)
+    with one.begin() as connection, one.connect():
+        connection.execute(text("CREATE TABLE t (i integer)"))
+    PoolManager.clean(pool.pid)
+    assert pool.checkedin() == 2
+    successor: Any = pool.recreate()
+    assert (successor.size(), successor.pid.startswith("private-")) == (2, True)
+    one.dispose()
+    assert one.pool.size() == 2  # type: ignore[attr-defined]
+    one.dispose()
 
 
 @pytest.mark.parametrize(
@@ -432,6 +456,7 @@ def test_engines_of_one_sqlite_file_share_its_limit(tmp_path: Path, monkeypatch:
         "sqlite:///:memory:",
         "sqlite:///file::memory:?uri=true",
         "sqlite:///file:shared?mode=memory&uri=true",
+        "sqlite:///file:?mode=memory&cache=shared&uri=true",
         "sqlite:///file:/shared?vfs=memdb&uri=true",
     ],
 )

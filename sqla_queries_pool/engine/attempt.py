@@ -107,7 +107,7 @@ class Attempt:
         :param found: why, where that is known.
         :param early: did it stop before its timeout, for that reason?
         """
-        error = checkout_timeout(self._pool._shared, self._pool._attachment, seconds, found, early)
+        error = checkout_timeout(self._pool._shared, self._pool._sides.here, seconds, found, early)
         level = logging.WARNING if isinstance(error, PoolDeadlock) else logging.INFO
         self._pool.logger.log(level, "%s", error.args[0].partition("\n")[0])
         return error

@@ -13,16 +13,18 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+from urllib.parse import parse_qsl, unquote
 
 from ..logs import logger
 from . import seams
 
-_IN_MEMORY = re.compile(r"^file:.*\?(.*&)?(mode=memory|vfs=memdb)(&|$)")
-"""A file name of SQLite's that means no file: https://www.sqlite.org/inmemorydb.html"""
+_SAME = {"mysql": "mysql", "mariadb": "mysql"}
+"""SQLAlchemy's names for one kind of server."""
+_STANDBYS = ("standby", "read-only", "prefer-standby")
+"""Values of ``target_session_attrs`` that lead to other servers than the rest."""
 
 
 class Identity(NamedTuple):
@@ -35,12 +37,14 @@ class Identity(NamedTuple):
     private: bool
     """Can no other engine have the same?"""
     in_memory: bool = False
-    """A database that lives and dies with its one connection."""
+    """A database that lives and dies with its connections."""
+    alone: bool = False
+    """A second connection would be a second, empty database."""
 
 
-def private(label: str, in_memory: bool = False) -> Identity:
+def private(label: str, in_memory: bool = False, alone: bool = False) -> Identity:
     """An identity that is shared with nobody."""
-    return Identity(f"private-{uuid.uuid4().hex}", label, private=True, in_memory=in_memory)
+    return Identity(f"private-{uuid.uuid4().hex}", label, True, in_memory, alone)
 
 
 def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identity:
@@ -49,8 +53,8 @@ def of_engine(creator: Any, dialect: Any, pool_id: str | None = None) -> Identit
     :param creator: what ``create_engine`` hands to a pool class; one of the user's own makes the identity
         private.
     :param dialect: the engine's dialect, None for a pool without an engine.
-    :param pool_id: the id that the user states.  It wins, unless the database is the one connection: in
-        a pool with others, that would give way one day, and the database with it.
+    :param pool_id: the id that the user states.  It wins, unless the database is in memory: in a pool with
+        others, its last connection would give way one day, and the database with it.
     """
     arguments = seams.connect_arguments(creator, dialect)
     found = None if arguments is None else of_arguments(dialect.name, *arguments)
@@ -82,8 +86,10 @@ def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, A
                 # As the drivers do: keywords win over what the string says.
                 options = {**_parse_dsn(dsn), **options}
         return _of_postgresql(options)
+    if backend in _SAME and not any(arguments):
+        return _of_mysql(backend, options)
     database = _first(options, "database", "dbname", "db", "service_name", "sid")
-    host = _first(options, "host", "hostname", "server", "unix_socket")
+    host = _first(options, "host", "hostname", "server")
     if any(arguments) or (host is None and database is None):
         return None
     user = _first(options, "user", "username")
@@ -92,11 +98,24 @@ def of_arguments(backend: str, arguments: Sequence[Any], options: Mapping[str, A
 
 
 def _of_sqlite(arguments: Sequence[Any], options: Mapping[str, Any]) -> Identity:
+    """SQLite's rules: https://www.sqlite.org/uri.html and https://www.sqlite.org/inmemorydb.html
+
+    A URI's parameters are neither in the id nor in the label: one of them may be a key.
+    """
     file = _text(arguments[0] if arguments else options.get("database"))
-    if file in ("", ":memory:") or file.startswith("file::memory:") or _IN_MEMORY.search(file):
-        return private("sqlite://", in_memory=True)
-    path = file if file.startswith("file:") else os.path.abspath(file)
-    return _identity("sqlite", [], path, "")
+    parameters: dict[str, str] = {}
+    if options.get("uri") and file.startswith("file:"):
+        where, _, query = file.removeprefix("file:").partition("#")[0].partition("?")
+        parameters = dict(parse_qsl(query, keep_blank_values=True))
+        if where.startswith("//"):  # the authority, which is empty or localhost
+            where = "/" + where[2:].partition("/")[2]
+        file = unquote(where)
+    memdb = parameters.get("vfs") == "memdb"
+    if file in ("", ":memory:") or memdb or parameters.get("mode") == "memory":
+        shared = bool(file) and parameters.get("cache") == "shared" and not memdb
+        label = f"sqlite:///{file} (shared memory)" if shared else "sqlite://"
+        return private(label, in_memory=True, alone=not shared)
+    return _identity("sqlite", [], os.path.abspath(file), "")
 
 
 def _of_postgresql(options: Mapping[str, Any]) -> Identity:
@@ -111,19 +130,42 @@ def _of_postgresql(options: Mapping[str, Any]) -> Identity:
     ports = [p.strip() or "5432" for p in _text(port).split(",")]
     if len(ports) == 1:
         ports *= len(hosts)
+    session = _first(options, "target_session_attrs") or env("PGTARGETSESSIONATTRS", "")
+    more = [f"service {service}"] if service else []
+    # The primary is one of them, and that is where the others lead that say nothing, or "any".
+    if _text(getattr(session, "value", session)) in _STANDBYS:  # asyncpg has an enumeration
+        more.append("standby")
     return _identity(
-        "postgresql",
-        list(zip(hosts, ports, strict=False)),
-        _text(database),
-        user,
-        f"service {service}" if service else "",
+        "postgresql", list(zip(hosts, ports, strict=False)), _text(database), user, ", ".join(more)
     )
+
+
+def _of_mysql(backend: str, options: Mapping[str, Any]) -> Identity | None:
+    """The drivers' rules: a socket wins over a host, and a file of options fills in what is not said.
+
+    https://dev.mysql.com/doc/c-api/8.4/en/mysql-real-connect.html; each driver names the file in its own way.
+    """
+    socket, host = _text(_first(options, "unix_socket")), _text(_first(options, "host")).lower()
+    database = _text(_first(options, "database", "db"))
+    stated = _text(_first(options, "read_default_file", "default_file", "option_files"))
+    groups = _text(_first(options, "read_default_group", "default_group", "option_groups"))
+    files = [os.path.abspath(os.path.expanduser(file)) for file in stated.split(",") if file]
+    if not (socket or host or database or files):
+        return None
+    port = _text(_first(options, "port"))
+    if not (files or groups):  # else what is not said may be said there
+        host, port = host or "localhost", port or "3306"
+    more = [f"options of {','.join(files)}"] if files else []
+    more += [f"group {groups}"] if groups else []
+    where = (socket, "") if socket else (host, port)
+    return _identity(backend, [where], database, _text(_first(options, "user", "username")), ", ".join(more))
 
 
 def _identity(
     backend: str, hosts: list[tuple[str, str]], database: str, user: str, more: str = ""
 ) -> Identity:
-    canonical = json.dumps([backend, hosts, database, user, more])
+    # Hosts in any order: all of a list are one cluster, whichever is tried first.
+    canonical = json.dumps([_SAME.get(backend, backend), sorted(hosts), database, user, more])
     where = ",".join(_host_and_port(host, port) for host, port in hosts)
     who = f"{user}@" if user else ""
     label = f"{backend}://{who}{where}/{database.lstrip('/')}" + (f" ({more})" if more else "")

@@ -133,7 +133,7 @@ class QueriesPool(SQLAlchemyPool):
         if predecessor is not None:
             who = predecessor._identity
             if who.private and not predecessor._disposed:
-                return identity.private(who.label, who.in_memory)
+                return identity.private(who.label, who.in_memory, who.alone)
             return who
         return identity.of_engine(self._creator, self.__dict__.get("_dialect"), self.settings.pool_id)
 
@@ -141,7 +141,7 @@ class QueriesPool(SQLAlchemyPool):
         told = self.settings.of_ledger()
         if self.pings:
             told["ping_after"] = 0.0
-        if self._identity.in_memory:  # its one connection is the database
+        if self._identity.in_memory:  # the database is gone with its last connection
             told |= {"idle_ttl": math.inf, "ping_after": math.inf}
         attachment = Attachment(quota, **told)
         attachment.opener = weakref.WeakMethod(self._open)
@@ -162,7 +162,7 @@ class QueriesPool(SQLAlchemyPool):
         return attach(who.pid, who.label, attachment, share)
 
     def _make_quota(self, who: identity.Identity) -> Quota:
-        if who.in_memory:  # a second connection would be a second, empty database
+        if who.alone:  # a second connection would be a second, empty database
             return Quota(1.0)
         stated = self.settings.max_size
         if isinstance(stated, Unstated):

@@ -58,6 +58,9 @@ class Lease:
         if fd >= 0:
             os.close(fd)
 
+    def __del__(self) -> None:
+        self.close()  # an interrupt came between two steps: it is nobody's, and so is free
+
     def release(self) -> None:
         """Free the lock, also if a process that was forked without Python's hooks has a duplicate."""
         if self.fd >= 0:
@@ -113,7 +116,7 @@ class Folder:
             )
         self.share = share
         digest = hashlib.sha256(pool_id.encode(errors="backslashreplace")).hexdigest()[:24]
-        self.path = os.path.join(base_of(share), f"sqla_queries_pool.{os.getuid()}", digest)
+        self.path = os.path.join(base_of(share), f"sqla_queries_pool.{os.geteuid()}", digest)
         self.fd = self._open()
 
     def _open(self) -> int:
@@ -238,7 +241,7 @@ class Folder:
         except FileNotFoundError:
             fd = os.open(name, flags | os.O_CREAT, 0o600, dir_fd=self.fd)
         found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.getuid():
+        if not stat.S_ISREG(found.st_mode) or found.st_uid != os.geteuid():
             os.close(fd)
             raise _NotOurs(f"{name} is not a file of this user's")
         # A clock that was set back makes no file new.
@@ -286,7 +289,7 @@ def _own_folder(path: str, above: int) -> int:
         raise _NotOurs("it is no folder, or a symlink to one") from None
     found = os.fstat(fd)
     why = ""
-    if found.st_uid != os.getuid():
+    if found.st_uid != os.geteuid():
         why = f"it belongs to the user with the id {found.st_uid}"
     elif found.st_mode & 0o077:
         why = f"others may use it (mode {stat.S_IMODE(found.st_mode):04o})"

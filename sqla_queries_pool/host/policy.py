@@ -25,7 +25,9 @@ from typing import Any, NamedTuple
 from .letters import Ask, Letter, Offer, Passed, Take
 
 ASK_EVERY = 0.1
-"""Seconds between two asks of a process whose checkouts wait."""
+"""Seconds between two asks of a process whose checkouts wait ..."""
+SELDOM = 0.2
+"""... and after the first second, where nothing came of them: each ask wakes a thread in all processes."""
 IDLE_FOR = 0.05
 """Seconds after which an idle connection is of no use to its process, where no checkout waits there."""
 PATIENCE = 0.05
@@ -154,7 +156,7 @@ class Member:
             del self._offers[best]
             self._awaited = best, now + TAKE_AGAIN
             posts.append(Post(best, Take(1)))
-        if now >= self._asked_at + ASK_EVERY:
+        if now >= self._asked_at + self._every(now):
             self._asked_at = now
             self._offers.clear()
             waited = max(own.waited, now - self._needs_since) if self.leases else own.waited
@@ -166,8 +168,13 @@ class Member:
         if not self.needs(own, now):
             return else_in
         awaited = self._awaited is not None and now < self._awaited[1]
-        until = self._asked_at + (SETTLE if self._offers and not awaited else ASK_EVERY)
+        until = self._asked_at + (SETTLE if self._offers and not awaited else self._every(now))
         return max(0.0, min(else_in, until - now))
+
+    def _every(self, now: float) -> float:
+        """Seconds between two asks."""
+        since = now if self._needs_since is None else self._needs_since
+        return SELDOM if self.leases and now - since > 1.0 else ASK_EVERY
 
     def _average(self, own: Own, now: float) -> None:
         part = 1 - math.exp(-max(0.0, now - self._demand_at) / MEAN_OF)

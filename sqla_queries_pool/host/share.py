@@ -41,7 +41,7 @@ LOOK_AGAIN = 0.005
 """Seconds between two looks whether a connection is closed whose lease is promised."""
 LINGER = 5.0
 """Seconds for which a mailbox stays that has no use any more."""
-TELL_EVERY = 1.0
+TELL_EVERY = 2.0
 """Seconds between two questions who else is there."""
 VISIT_EVERY = 10.0
 """Seconds between two such questions where nobody wants to know: so the mailboxes of the dead are found."""
@@ -230,7 +230,7 @@ class Share:
         posts += member.look(own, now)
         member.free_unused(own, now)
         self._apply()
-        self._send_all(posts, now)
+        self._send_all(posts, member.needs(own, now) > 0, now)
         if member.promises:
             self._give(now)
         self._asking = member.needs(own, now) > 0
@@ -306,11 +306,11 @@ class Share:
         want = min(1e9, member.want)
         return Here(len(member.leases), want, own.waiting, os.getpid(), program(), label, self.budget)
 
-    def _send_all(self, posts: list[Post], now: float) -> None:
+    def _send_all(self, posts: list[Post], needs: bool, now: float) -> None:
         box = self._box
         if box is None:
             return
-        wanted = TELL_EVERY if self._tell or self._member.needs(self._side.own(), now) else VISIT_EVERY
+        wanted = TELL_EVERY if self._tell or needs else VISIT_EVERY
         tell = now - self._told_at >= wanted
         if tell and not any(isinstance(post.letter, Ask) for post in posts):
             posts.append(Post("", Ask(len(self._member.leases), 0.0, 0.0, True)))

@@ -113,7 +113,8 @@ def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
 def _all_held_by(threads: dict[Caller, Any], pool: Pool, waiter: Waiter) -> bool:
     if not pool.core.upkeep.at_rest:
         return False
-    if pool.core.share is not None and pool.core.share.is_elsewhere:
+    share = pool.core.share
+    if share is not None and share.is_elsewhere and not waiter.attachment.quota.full:
         return False  # another process may give one
     found = _could_serve(pool, waiter)
     return bool(found) and all(_is_stuck(slot, threads) for slot in found)

@@ -1,0 +1,144 @@
+"""Each step of a checkout and a return in an event loop, crossed with what can become of it: nothing is lost.
+
+A step is done, fails, takes its time, never ends, or its task is cancelled in the middle of it: by real tasks on
+a real server, with two connections and more tasks than that.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import random
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from conftest import Observer
+from hazards import eventually
+from sqlalchemy import event, exc, text
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.util import await_only
+from test_asyncio import all_out, name_of, pool_of, soon, url_of
+from test_asyncio_hazards import SEED
+
+from sqla_queries_pool import CheckoutTimeout, QueriesPool
+
+pytestmark = pytest.mark.slow
+STEPS = (
+    *("do_connect", "connect", "checkout", "before_cursor_execute", "reset", "checkin", "close"),
+    *("do_ping", "do_rollback", "do_commit"),
+)
+"""Events of SQLAlchemy's, then what a dialect does with a connection."""
+OUTCOMES = ("ok", "error", "slow", "never", "cancelled")
+VISITS = (1, 2, 3)
+"""Which time the step is taken."""
+TASKS = 5
+CASES = list(itertools.product(STEPS, OUTCOMES, VISITS))
+SHARE = 30
+"""How many of them are tried where not all are."""
+
+
+class Injected(exc.SQLAlchemyError):
+    """What a step raises."""
+
+
+class Case:
+    """One step, and what becomes of it, once."""
+
+    def __init__(self, engine: AsyncEngine, step: str, outcome: str, visit: int) -> None:
+        self._outcome = outcome
+        self._left = visit
+        self.happened = False
+        self.go_on = asyncio.Event()
+        """Set at the end: then the step that never ends does."""
+        sync, dialect = engine.sync_engine, engine.dialect
+        if step in ("do_ping", "do_rollback", "do_commit"):
+            real: Callable[..., Any] = getattr(dialect, step)
+            setattr(dialect, step, lambda connection: (self._step(), real(connection))[1])
+        else:
+            event.listen(sync, step, lambda *_: self._step())
+
+    def _step(self) -> None:
+        self._left -= 1
+        if self._left or asyncio._get_running_loop() is None:  # in the worker's thread nothing is awaited
+            return
+        self.happened = True
+        if self._outcome == "error":
+            raise Injected("it fails")
+        with contextlib.suppress(exc.MissingGreenlet), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # never awaited, outside of a greenlet
+            if self._outcome == "slow":
+                await_only(asyncio.sleep(0.01))
+            elif self._outcome == "never":
+                await_only(self.go_on.wait())
+            elif self._outcome == "cancelled":
+                task = asyncio.current_task()
+                assert task is not None
+                task.cancel()
+                await_only(asyncio.sleep(0))
+
+
+async def work(engine: AsyncEngine) -> None:
+    """Use a connection, commit, and invalidate it at last."""
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 1"))
+        await connection.commit()
+        await connection.execute(text("SELECT 2"))
+    async with engine.connect() as connection:
+        await connection.execute(text("SELECT 3"))
+        await connection.invalidate()
+
+
+async def play(
+    engine: AsyncEngine, step: str, outcome: str, visit: int, observer: Observer, name: str
+) -> bool:
+    """Play one case; return whether it came to the step."""
+    case = Case(engine, step, outcome, visit)
+    tasks = [asyncio.create_task(work(engine)) for _ in range(TASKS)]
+    _, late = await asyncio.wait(tasks, timeout=0.15 if outcome == "never" else 10)
+    assert not late or outcome == "never", "something hangs"
+    for task in late:
+        task.cancel()
+    await asyncio.sleep(0)
+    case.go_on.set()
+    for error in await asyncio.gather(*tasks, return_exceptions=True):
+        # Whose connection was found broken in the middle of it is told so.
+        ours = isinstance(error, (Injected, asyncio.CancelledError, exc.PendingRollbackError))
+        expected = error is None or (outcome != "slow" and outcome != "ok" and ours)
+        assert expected or (isinstance(error, exc.DBAPIError) and not isinstance(error, CheckoutTimeout)), (
+            error
+        )
+    pool = pool_of(engine)
+    await soon(lambda: pool.checkedout() == 0, "nothing is out, or being opened")
+    await soon(lambda: observer.backends(name, "idle in transaction") == 0, "none is in a transaction")
+    async with all_out(engine, 2) as held:
+        for connection in held:
+            assert (await connection.execute(text("SELECT 1"))).scalar_one() == 1
+        await soon(lambda: observer.backends(name) == 2, "no extra backend")
+    return case.happened
+
+
+@pytest.mark.parametrize("share", [SHARE, pytest.param(len(CASES), marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("driver", ["asyncpg", "psycopg"])
+def test_whatever_becomes_of_a_step_nothing_is_lost(
+    pg_url: str, pg_observer: Observer, driver: str, share: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """All slots can be had, the server has no extra backend, none is in a transaction, the audit finds nothing."""
+    pytest.importorskip(driver)
+    print(f"seed {SEED}")
+    happened = 0
+    for step, outcome, visit in random.Random(SEED).sample(CASES, share):
+        print(step, outcome, visit)
+        engine = create_async_engine(
+            url_of(pg_url, driver), poolclass=QueriesPool, max_size=2, ping_after=0, pool_timeout=10
+        )
+        name = name_of(pg_url)
+        happened += asyncio.run(play(engine, step, outcome, visit, pg_observer, name))
+        eventually(lambda: pg_observer.backends(name) == 0, "all are closed")
+        pool = pool_of(engine)
+        eventually(lambda pool=pool: pool.statistics().open == 0, "all slots are free")  # type: ignore[misc]
+        assert pool.audit().mended == ()
+    assert happened > share / 2
+    assert [record.getMessage() for record in caplog.records if record.name == "asyncio"] == []

@@ -1,0 +1,77 @@
+"""SQLAlchemy's own tests of pools, reconnecting and asyncio, with QueriesPool in place of its pools."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import psycopg2
+import pytest
+import sqlalchemy
+from sqlalchemy import make_url
+
+import sqla_queries_pool
+
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
+
+PLUGIN = Path(__file__).with_name("swapped_pools.py")
+RUNS = {
+    "sqlite": ["test/engine/test_pool.py"],
+    "psycopg2": ["test/engine/test_reconnect.py"],
+    "asyncpg": ["test/ext/asyncio", "test/engine/test_reconnect.py"],
+    "psycopg_async": ["test/ext/asyncio", "test/engine/test_reconnect.py"],
+}
+"""Driver -> what is run with it."""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SQLAlchemy's source distribution, unpacked, of the version that is installed."""
+    folder = tmp_path_factory.mktemp("sqlalchemy")
+    version = sqlalchemy.__version__
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", "sqlalchemy"]
+    done = subprocess.run(
+        [*command, "-d", str(folder), f"sqlalchemy=={version}"], capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        pytest.skip(f"pip can't get SQLAlchemy {version}'s source: {done.stderr.strip()[-300:]}")
+    (archive,) = folder.glob("*.tar.gz")
+    with tarfile.open(archive) as content:
+        content.extractall(folder, filter="data")
+    (found,) = (path for path in folder.iterdir() if path.is_dir())
+    shutil.copy(PLUGIN, found / PLUGIN.name)
+    return found
+
+
+@pytest.fixture
+def url(pg_url: str) -> str:
+    """A database as SQLAlchemy's tests want it."""
+    connection = psycopg2.connect(make_url(pg_url).set(drivername="postgresql").render_as_string(False))
+    with connection, connection.cursor() as cursor:
+        cursor.execute("CREATE SCHEMA test_schema")
+    connection.close()
+    return pg_url
+
+
+@pytest.mark.parametrize("driver", RUNS)
+def test_sqlalchemys_own_tests_pass(source: Path, url: str, driver: str) -> None:
+    """Or fail as expected: see ``swapped_pools.py``."""
+    dburi = make_url(url).set(drivername=f"postgresql+{driver}").render_as_string(False)
+    if driver == "sqlite":
+        dburi = "sqlite://"
+    package = Path(sqla_queries_pool.__file__).parent.parent
+    options = ["-p", PLUGIN.stem, "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "--tb=short", "-rfE"]
+    done = subprocess.run(
+        # -s: the SQLAlchemy that is installed, not the source's
+        [sys.executable, "-s", "-m", "pytest", *options, "--dburi", dburi, *RUNS[driver]],
+        cwd=source,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(source), str(package)])},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-20_000:] + done.stderr[-2_000:]
