@@ -47,6 +47,8 @@ from sqla_queries_pool import QueriesPool
 
 __all__ = ["nothing_logged"]
 
+pytestmark = pytest.mark.slow
+
 
 ALWAYS, NEVER = (99,), (0,)
 MENDED = (2, 0, 55)
