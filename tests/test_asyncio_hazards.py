@@ -388,7 +388,7 @@ def test_an_invalidation_that_a_listener_interrupts_leaves_no_transaction_open(
 ) -> None:
     """The connection is closed all the same, whether the listener fails or is cancelled."""
     tasks = make(max_size=1)
-    interrupted = []
+    interrupted: list[str] = []
 
     async def main() -> None:
         @event.listens_for(tasks.sync_engine, name)
