@@ -867,6 +867,7 @@ if sys.argv[3:] == ["twice"]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["twice"]])
 def test_a_program_that_ends_without_dispose_ends_clean(
     pg_url: str, driver: str, run: Any, more: list[str]

@@ -313,6 +313,7 @@ engine.sync_engine.dispose()
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", PROGRAMS)
 def test_a_program_ends_clean(pg_url: str, driver: str, how: str) -> None:
     """Exit status 0, and nothing on stderr in Python's development mode, however it ends."""

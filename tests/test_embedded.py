@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.util
 import os
 import pwd
@@ -19,6 +20,7 @@ import inside
 import psutil
 import psycopg2
 import pytest
+from fakes import Task
 from psycopg2.extensions import connection as Connection
 from sqlalchemy import create_engine, make_url, text
 from sqlalchemy.pool import NullPool
@@ -152,6 +154,99 @@ def test_root_s_server_runs_as_another_account(pg_server: EmbeddedPostgres) -> N
     data = (pg_server.folder / "data").stat()
     assert pwd.getpwuid(data.st_uid).pw_name == account
     assert data.st_mode & 0o077 == 0
+
+
+# -- what root does in a folder that is another account's
+
+
+def as_account(server: EmbeddedPostgres, script: str, *arguments: object) -> None:
+    """Run a shell script as the account that the server runs as, in the server's folder."""
+    account = (server.folder / "data").stat()
+    subprocess.run(
+        ["/bin/sh", "-ec", script, "sh", *map(str, arguments)],
+        check=True,
+        cwd=server.folder,
+        user=account.st_uid,
+        group=account.st_gid,
+        extra_groups=[],
+    )
+
+
+@pytest.fixture
+def roots_own(tmp_path: Path) -> Path:
+    """A file that root alone may read and write."""
+    file = tmp_path / "root's own"
+    file.write_text("nobody else's business")
+    file.chmod(0o600)
+    return file
+
+
+@needs_root
+def test_root_does_not_follow_a_link_in_place_of_the_log(server: EmbeddedPostgres, roots_own: Path) -> None:
+    """The account owns the folder: it can have any name lead anywhere, also to what only root may write."""
+    log = server.folder / "server.log"
+    as_account(server, 'mv server.log away; ln -s "$1" server.log', roots_own)
+    try:
+        server.restart()
+        assert query(server, "SELECT 1") == 1
+        assert roots_own.read_text() == "nobody else's business"
+        assert "nobody else's business" not in server.log()
+        assert "ready to accept connections" in server.log()
+    finally:
+        log.unlink()
+        (server.folder / "away").rename(log)
+
+
+@needs_root
+def test_root_does_not_follow_a_link_in_place_of_the_configuration(
+    monkeypatch: pytest.MonkeyPatch, below: Path, roots_own: Path
+) -> None:
+    """Nor while the server is prepared, when the settings are added to what initdb has written."""
+    programs = embedded.find_binaries()
+    ours = below / "bin"
+    ours.mkdir()
+    for program in programs.iterdir():
+        if program.name != "initdb":
+            (ours / program.name).symlink_to(program)
+    initdb = ours / "initdb"
+    initdb.write_text(
+        f'#!/bin/sh\n"{programs}/initdb" "$@" || exit\n'
+        f'for data do :; done; rm "$data/postgresql.conf"; ln -s "{roots_own}" "$data/postgresql.conf"\n'
+    )
+    initdb.chmod(0o755)
+    monkeypatch.setenv(ENV, str(ours))
+    with pytest.raises(EmbeddedPostgresError, match=r"postgresql\.conf"):
+        EmbeddedPostgres(folder=below).start()
+    assert roots_own.read_text() == "nobody else's business"
+
+
+@needs_root
+def test_a_pid_file_that_is_something_else_holds_root_up_nowhere(below: Path) -> None:
+    """Root would wait for ever for somebody who writes into a FIFO."""
+    server = EmbeddedPostgres(folder=below)
+    server.start()
+    server.kill()
+    as_account(server, "rm data/postmaster.pid; mkfifo data/postmaster.pid")
+    Task(server.stop).result()
+    assert left(below) == []
+
+
+@needs_root
+def test_root_removes_no_shared_memory_of_others(below: Path) -> None:
+    """Whatever the server's account says in the file that names its own."""
+    libc = ctypes.CDLL(None)
+    segment = libc.shmget(0, 4096, 0o600)
+    assert segment >= 0
+    try:
+        server = EmbeddedPostgres(folder=below)
+        server.start()
+        server.kill()
+        as_account(server, 'printf "1\n2\n3\n4\n5\n6\n1 $1\nready\n" >data/postmaster.pid', segment)
+        server.stop()
+        rows = Path("/proc/sysvipc/shm").read_text().splitlines()[1:]
+        assert segment in [int(row.split()[1]) for row in rows]
+    finally:
+        libc.shmctl(segment, 0, None)
 
 
 # -- stopping, starting again

@@ -1579,9 +1579,11 @@ def test_all_connections_are_closed_or_none(simulator: Simulator, busy: str | No
 # -- the whole -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("ttl", "after"), [(0.2, 1.0), (30.0, 30.0), (math.inf, 60.0)])
-def test_a_pool_that_nobody_uses_leaves_after_its_ttl(simulator: Simulator, ttl: float, after: float) -> None:
-    """A second at least, a minute where nothing expires; engines and slots keep it.  The housekeeper
+@pytest.mark.parametrize(("ttl", "after"), [(0.2, 1.0), (30.0, 30.0), (3600.0, 60.0), (math.inf, 60.0)])
+def test_a_pool_that_nobody_uses_leaves_within_a_minute(
+    simulator: Simulator, ttl: float, after: float
+) -> None:
+    """After its TTL where that is shorter, a second at least; engines and slots keep it.  The housekeeper
     is told."""
     ledger = simulator.ledger
     engine = simulator.engine(ttl=ttl)
@@ -1601,6 +1603,15 @@ def test_a_pool_that_nobody_uses_leaves_after_its_ttl(simulator: Simulator, ttl:
     assert ledger.vacant(100.0 + after)
     simulator.add()
     assert not ledger.vacant(1000.0)
+
+
+def test_a_pool_stays_for_a_ttl_that_was_set_for_it(simulator: Simulator) -> None:
+    """Whoever made it by hand wants it for connections to come."""
+    ledger = simulator.ledger
+    ledger.set_ttl(3600.0, 100.0)
+    assert ledger.vacant_since is not None
+    assert not ledger.vacant(ledger.vacant_since + 3599.0)
+    assert ledger.vacant(ledger.vacant_since + 3600.0)
 
 
 def test_the_numbers_count_every_state(simulator: Simulator) -> None:

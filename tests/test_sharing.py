@@ -403,6 +403,26 @@ def test_a_pool_id_makes_private_pools_share(
     connection.close()
 
 
+def test_pools_of_engines_that_were_dropped_unused_leave_within_a_minute() -> None:
+    """Thousands of tenants, each with an engine for a moment, would stay for an hour, which is their TTL."""
+    clock = FakeClock(1000.0)
+    pids = set()
+    for number in range(50):
+        url = f"postgresql+psycopg2://me@db.example.net/tenant{number}"
+        pool: Any = create_engine(url, poolclass=QueriesPool, idle_ttl=3600).pool
+        inside.set_clock(pool, clock)
+        pids.add(pool.pid)
+    upkeeps = [inside.pools()[pid].core.upkeep for pid in pids]
+    del pool
+    gc.collect()
+    assert pids <= set(inside.pools())
+    for seconds in (1, 59, 1):
+        clock.now += seconds
+        for upkeep in upkeeps:
+            upkeep.sweep()
+    assert not pids & set(inside.pools())
+
+
 def sqlite(path: str, **kw: Any) -> Engine:
     """An engine of an SQLite database."""
     return create_engine(path, poolclass=QueriesPool, pool_timeout=0, **kw)
@@ -481,3 +501,42 @@ def test_an_sqlite_database_in_memory_is_one_connection_for_ever(url: str) -> No
         assert connection.execute(text("SELECT count(*) FROM t")).scalar() == 0
     for engine in (one, two):
         engine.dispose()
+
+
+# -- two engines of one URL, of which each request holds one of each -----------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "audits", "served"),
+    [
+        ({"max_size": 4}, {"max_size": 4}, False),
+        ({"max_size": 8}, {"max_size": 8}, True),
+        ({"max_size": 4}, {"max_size": 4, "pool_id": "audit-of-requests"}, True),
+    ],
+    ids=["one limit for both", "twice the requests", "a pool_id of its own"],
+)
+def test_requests_that_hold_one_of_each_engine(
+    pg_url: str, more: dict[str, Any], audits: dict[str, Any], served: bool
+) -> None:
+    """As docs/coming-from/queuepool.rst says it: four requests, all of which hold their first connection."""
+    business = create_engine(pg_url, poolclass=QueriesPool, pool_timeout=0 if not served else 30, **more)
+    audit = create_engine(pg_url, poolclass=QueriesPool, pool_timeout=0 if not served else 30, **audits)
+    together = threading.Barrier(4)
+
+    def request() -> bool:
+        with business.connect() as connection:
+            together.wait(30)
+            try:
+                with audit.connect() as second:
+                    assert second.scalar(text("SELECT 1")) == connection.scalar(text("SELECT 1"))
+                    together.wait(30)
+            except CheckoutTimeout:
+                together.wait(30)
+                return False
+        return True
+
+    for _ in range(6):
+        requests = [Task(request) for _ in range(4)]
+        assert [request.result() for request in requests] == [served] * 4
+    business.dispose()
+    audit.dispose()

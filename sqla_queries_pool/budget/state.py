@@ -37,6 +37,8 @@ from .work import Close, Due, Work
 
 SUSPECTED_FOR = 1.0
 """Seconds for which one connection that was found dead makes only those suspect that are idle then."""
+VACANT_FOR = 60.0
+"""Seconds for which a pool without slots and engines is kept at most, but for one made by hand."""
 DEFAULT_LIMIT = 15.0
 """The limit where nobody set one (design 3)."""
 
@@ -231,9 +233,14 @@ class LedgerState:
 
     @property
     def leave_after(self) -> float:
-        """Seconds after which a vacant pool is of no use to anyone: the idle TTL where there is one."""
-        return max(1.0, self.by_hand.ttl) if self.by_hand.ttl < math.inf else 60.0
+        """Seconds after which a vacant pool is of no use to anyone: the idle TTL, a minute at most.
+
+        One whose TTL was set for the pool itself is somebody's, who has made it for connections to come.
+        """
+        ttl = self.by_hand.ttl
+        longest = VACANT_FOR if self.ttl is None or ttl == math.inf else ttl
+        return max(1.0, min(ttl, longest))
 
     def vacant(self, now: float) -> bool:
-        """Has it been without slots and engines for its idle TTL?"""
+        """Has it been without slots and engines for so long?"""
         return self.vacant_since is not None and now - self.vacant_since >= self.leave_after

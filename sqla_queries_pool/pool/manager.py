@@ -270,7 +270,7 @@ class PoolManager:
 
     @classmethod
     def _forget_if_vacant(cls, pool: Pool, at_once: bool = False) -> None:
-        """Forget a pool that nobody has used for its idle TTL: it has no slots and no engines."""
+        """Forget a pool that nobody uses any more: it has had no slots and no engines for a while."""
         with cls._lock:  # an engine attaches under this lock: it can't come in between
             ledger = pool.core.ledger
             vacant = ledger.vacant_since is not None if at_once else ledger.vacant(pool.core.now())

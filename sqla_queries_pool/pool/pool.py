@@ -54,7 +54,7 @@ class Pool:
         """Does the PoolManager know it?  ``remove`` takes a pool off the list whose engines live on;
         their next opening puts it there again."""
         self._on_vacant: Callable[[Pool], None] = _nothing
-        """Called when there were no slots and no engines for the idle TTL; the PoolManager's."""
+        """Called when there were no slots and no engines for a while; the PoolManager's."""
         self.core = Core(pool_id, time_method, self._new_connection, self._opened, self._vacant)
         """What its engines use; not for applications."""
         now = self.core.now()

@@ -39,7 +39,7 @@ class Core:
     :param clock: a monotonic clock in seconds, ``time.monotonic`` by default.
     :param new_slot: makes a slot.
     :param on_opened: called when an engine has opened a connection.
-    :param on_vacant: called by the housekeeper when there were no slots and no engines for the idle TTL.
+    :param on_vacant: called by the housekeeper when there were no slots and no engines for a while.
     """
 
     housekeeper: ClassVar[Housekeeper] = Housekeeper()

@@ -46,7 +46,7 @@ class Upkeep:
     :param connections: the open connections.
     :param worker: closes what takes time.
     :param housekeeper: the thread that calls :meth:`sweep`.
-    :param on_vacant: called when there were no slots and no engines for the idle TTL.
+    :param on_vacant: called when there were no slots and no engines for a while.
     """
 
     abandoned_at: ClassVar[float] = -math.inf
