@@ -17,6 +17,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import sqlalchemy
 from conftest import Observer
 from hazards import eventually
 from sqlalchemy import event, exc, text
@@ -38,6 +39,10 @@ VISITS = (1, 2, 3)
 """Which time the step is taken."""
 TASKS = 5
 CASES = list(itertools.product(STEPS, OUTCOMES, VISITS))
+if (
+    sqlalchemy.__version__ < "2.1"
+):  # there, with any pool, Connection.close() returns nothing where that fails
+    CASES = [case for case in CASES if case[:2] != ("do_rollback", "error")]
 SHARE = 30
 """How many of them are tried where not all are."""
 
@@ -107,10 +112,10 @@ async def play(engine: AsyncEngine, what: tuple[str, str, int], observer: Observ
     """Play one case; return whether it came to the step."""
     case, outcome = Case(engine, *what), what[1]
     tasks = [asyncio.create_task(work(engine)) for _ in range(TASKS)]
-    _, late = await asyncio.wait(tasks, timeout=0.15 if outcome == "never" else 10)
+    late = (await asyncio.wait(tasks, timeout=0.15 if outcome == "never" else 10))[1]
     assert not late or outcome == "never", "something hangs"
-    for task in late:
-        task.cancel()
+    while late:
+        late.pop().cancel()
     await asyncio.sleep(0)
     case.go_on.set()
     for error in await asyncio.gather(*tasks, return_exceptions=True):
@@ -122,11 +127,10 @@ async def play(engine: AsyncEngine, what: tuple[str, str, int], observer: Observ
             assert not isinstance(error, CheckoutTimeout)
         del error
     tasks.clear()
-    late.clear()
     pool = pool_of(engine)
 
     def nothing_is_out() -> bool:
-        # SQLAlchemy 2.0 leaves one to the collector whose rollback fails in Connection.close().
+        # A cancelled close() may have left one to the collector.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", exc.SAWarning)
             gc.collect()
