@@ -3,10 +3,10 @@
     python -m tests.soak --seconds 60 --seed 7
 
 64 threads share 4 engines of 2 databases, hence 2 pools, with more threads than connections.  Beside them
-run two event loops, whose tasks use 2 engines of the same databases and are cancelled at any await; each ends
-with its tasks in the midst of it, and another one follows.  Meanwhile one thread restarts the server,
-terminates backends, changes limits, disposes of engines, forks, detaches, and now and then has all threads and
-tasks rest to see that everything was returned.  What is looked at:
+run two event loops, whose tasks use 2 engines of the same databases and are cancelled at any await; when each
+has run for a while another one follows.  Meanwhile one thread restarts the server,
+terminates backends, changes limits, disposes of engines, forks, detaches, and now and then has all of them
+rest to see that everything was returned.  What is looked at:
 
 * The server never sees more connections than the limit: each pool has a role of its own, whose CONNECTION
   LIMIT follows the pool's limit.  So the server itself refuses what is above, and its log says so.
@@ -702,6 +702,7 @@ class Tasks(threading.Thread):
         super().__init__(name=f"loop {number}", daemon=True)
         self.soak = soak
         self.first = THREADS + number * TASKS
+        self._enough = False
         self.chance = random.Random(f"{soak.seed} loop {number}")
         self.done: Counter[str] = Counter()
         self.errors: Counter[str] = Counter()
@@ -715,13 +716,17 @@ class Tasks(threading.Thread):
             self.soak.fail(error)
 
     async def _main(self, seconds: float) -> None:
-        end = time.monotonic() + seconds
+        end, self._enough = time.monotonic() + seconds, False
         for number in range(self.first, self.first + TASKS):
             task = asyncio.create_task(self._work(number), name=f"task {number}")
             task.add_done_callback(self._look)
         while time.monotonic() < end and not self.soak.stop.is_set():
             await asyncio.sleep(0.01)
-        # The tasks are cancelled as they are: asyncio.run() does so.
+        # Each piece of work comes to its end, and so does an opening whose checkout was cancelled: the server
+        # would go on to count a connection whose opening asyncio.run() cancels.
+        self._enough = True
+        while len(asyncio.all_tasks()) > 1:
+            await asyncio.sleep(0.001)
 
     def _look(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) is not None:
@@ -730,7 +735,7 @@ class Tasks(threading.Thread):
     async def _work(self, number: int) -> None:
         chance = random.Random(f"{self.chance.random()}")
         gate = self.soak.gate
-        while True:
+        while not self._enough:
             if not gate.enter(number, wait=False):
                 await asyncio.sleep(0.01)
                 continue

@@ -116,8 +116,9 @@ def pytest_collection_finish() -> None:
     look, go_on = accounting.record_lost_slots, accounting.record_next_use
 
     async def record_next_use(self: Any, scenario: Any, engine: Any) -> None:
-        if under_way := asyncio.all_tasks() - {asyncio.current_task()}:
-            await asyncio.wait(under_way, timeout=20)
+        deadline = asyncio.get_running_loop().time() + 5
+        while engine.pool.checkedout() and asyncio.get_running_loop().time() < deadline:
+            await asyncio.sleep(0.001)
         look(self)
         await go_on(self, scenario, engine)
 

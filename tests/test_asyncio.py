@@ -19,6 +19,7 @@ import pytest
 from conftest import Observer
 from hazards import DEADLINE, Thread, eventually
 from sqlalchemy import Engine, create_engine, event, exc, text
+from sqlalchemy.dialects.postgresql.base import PGDialect
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, AsyncSession, create_async_engine
 
@@ -138,6 +139,10 @@ def test_one_class_serves_both_and_the_database_decides_on_the_budget(pg_url: st
             assert pool_of(tasks).pid == pool_of(threads).pid
 
 
+@pytest.mark.skipif(
+    not hasattr(PGDialect, "_split_multihost_from_url"),
+    reason="SQLAlchemy's first 2.0 has no URL of several hosts for asyncpg",
+)
 def test_several_hosts_are_the_same_database_with_every_driver() -> None:
     """asyncpg takes lists, libpq text with commas."""
     query = "?host=a.example:5432&host=b.example:5433"
@@ -867,6 +872,7 @@ if sys.argv[3:] == ["twice"]:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [[], ["twice"]])
 def test_a_program_that_ends_without_dispose_ends_clean(
     pg_url: str, driver: str, run: Any, more: list[str]

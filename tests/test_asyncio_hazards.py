@@ -195,7 +195,7 @@ def test_an_eager_task_factory_is_no_trouble(make: Make) -> None:
 
 @pytest.mark.parametrize("forever", [False, True])
 def test_a_loop_that_ends_while_its_min_size_is_filled_leaves_nothing(
-    make: Make, pg_url: str, pg_observer: Observer, forever: bool
+    make: Make, pg_url: str, pg_observer: Observer, forever: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     """``asyncio.run()`` does not cancel the opening; what it brings is closed; one that hangs is ended."""
     tasks = make(min_size=3)
@@ -215,6 +215,8 @@ def test_a_loop_that_ends_while_its_min_size_is_filled_leaves_nothing(
     eventually(lambda: pg_observer.backends(name_of(pg_url)) == 0, "all are closed")
     eventually(lambda: pool_of(tasks).statistics().open == 0, "all slots are free")
     assert pool_of(tasks).statistics().connects == 2
+    gc.collect()
+    assert [record for record in caplog.records if "destroyed" in record.getMessage()] == []
 
 
 # -- the collector ---------------------------------------------------------------------------------------
@@ -311,6 +313,7 @@ engine.sync_engine.dispose()
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", PROGRAMS)
 def test_a_program_ends_clean(pg_url: str, driver: str, how: str) -> None:
     """Exit status 0, and nothing on stderr in Python's development mode, however it ends."""
@@ -376,3 +379,32 @@ def test_cancellations_at_random_awaits_lose_nothing(
     run(main())
     eventually(lambda: pg_observer.backends(name) == 0, "all are closed")
     assert pool_of(tasks).statistics().open == 0
+
+
+@pytest.mark.parametrize("name", ["close", "invalidate"])
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_invalidation_that_a_listener_interrupts_leaves_no_transaction_open(
+    make: Make, pg_url: str, pg_observer: Observer, name: str, fails: bool
+) -> None:
+    """The connection is closed all the same, whether the listener fails or is cancelled."""
+    tasks = make(max_size=1)
+    interrupted: list[str] = []
+
+    async def main() -> None:
+        @event.listens_for(tasks.sync_engine, name)
+        def listen(*_: Any) -> None:
+            if not interrupted:
+                interrupted.append(name)
+                if fails:
+                    raise ValueError
+                raise asyncio.CancelledError
+
+        with contextlib.suppress(asyncio.CancelledError, ValueError):
+            async with tasks.connect() as connection:
+                await connection.execute(text("SELECT 1"))
+                await connection.invalidate()
+        assert interrupted
+        await soon(lambda: pg_observer.backends(name_of(pg_url)) == 0, "it is closed")
+        await self_test(tasks)
+
+    asyncio.run(main())

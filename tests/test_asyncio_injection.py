@@ -1,13 +1,15 @@
 """Each step of a checkout and a return in an event loop, crossed with what can become of it: nothing is lost.
 
-A step is done, fails, takes its time, never ends, or its task is cancelled in the middle of it: by real tasks on
-a real server, with two connections and more tasks than that.
+A step is done, fails, takes its time, never ends, or its task is cancelled in the middle of it: of real tasks
+on a real server, with two connections and more tasks than that.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import gc
 import itertools
 import random
 import warnings
@@ -40,6 +42,10 @@ SHARE = 30
 """How many of them are tried where not all are."""
 
 
+asker: contextvars.ContextVar[asyncio.Task[Any]] = contextvars.ContextVar("asker")
+"""The task for which a step is done."""
+
+
 class Injected(exc.SQLAlchemyError):
     """What a step raises."""
 
@@ -56,7 +62,12 @@ class Case:
         sync, dialect = engine.sync_engine, engine.dialect
         if step in ("do_ping", "do_rollback", "do_commit"):
             real: Callable[..., Any] = getattr(dialect, step)
-            setattr(dialect, step, lambda connection: (self._step(), real(connection))[1])
+
+            def instead(connection: Any) -> Any:
+                self._step()
+                return real(connection)
+
+            setattr(dialect, step, instead)
         else:
             event.listen(sync, step, lambda *_: self._step())
 
@@ -74,14 +85,15 @@ class Case:
             elif self._outcome == "never":
                 await_only(self.go_on.wait())
             elif self._outcome == "cancelled":
-                task = asyncio.current_task()
-                assert task is not None
-                task.cancel()
+                asker.get().cancel()  # the pool opens in a task of its own
                 await_only(asyncio.sleep(0))
 
 
 async def work(engine: AsyncEngine) -> None:
     """Use a connection, commit, and invalidate it at last."""
+    me = asyncio.current_task()
+    assert me is not None
+    asker.set(me)
     async with engine.connect() as connection:
         await connection.execute(text("SELECT 1"))
         await connection.commit()
@@ -91,11 +103,9 @@ async def work(engine: AsyncEngine) -> None:
         await connection.invalidate()
 
 
-async def play(
-    engine: AsyncEngine, step: str, outcome: str, visit: int, observer: Observer, name: str
-) -> bool:
+async def play(engine: AsyncEngine, what: tuple[str, str, int], observer: Observer, name: str) -> bool:
     """Play one case; return whether it came to the step."""
-    case = Case(engine, step, outcome, visit)
+    case, outcome = Case(engine, *what), what[1]
     tasks = [asyncio.create_task(work(engine)) for _ in range(TASKS)]
     _, late = await asyncio.wait(tasks, timeout=0.15 if outcome == "never" else 10)
     assert not late or outcome == "never", "something hangs"
@@ -104,14 +114,25 @@ async def play(
     await asyncio.sleep(0)
     case.go_on.set()
     for error in await asyncio.gather(*tasks, return_exceptions=True):
-        # Whose connection was found broken in the middle of it is told so.
-        ours = isinstance(error, (Injected, asyncio.CancelledError, exc.PendingRollbackError))
-        expected = error is None or (outcome != "slow" and outcome != "ok" and ours)
-        assert expected or (isinstance(error, exc.DBAPIError) and not isinstance(error, CheckoutTimeout)), (
-            error
-        )
+        if outcome in ("ok", "slow"):
+            assert error is None
+        else:  # whose connection was lost in the middle of it is told so
+            told = (Injected, asyncio.CancelledError, exc.PendingRollbackError, exc.DBAPIError)
+            assert error is None or isinstance(error, told)
+            assert not isinstance(error, CheckoutTimeout)
+        del error
+    tasks.clear()
+    late.clear()
     pool = pool_of(engine)
-    await soon(lambda: pool.checkedout() == 0, "nothing is out, or being opened")
+
+    def nothing_is_out() -> bool:
+        # SQLAlchemy 2.0 leaves one to the collector whose rollback fails in Connection.close().
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", exc.SAWarning)
+            gc.collect()
+        return pool.checkedout() == 0
+
+    await soon(nothing_is_out, "nothing is out, or being opened")
     await soon(lambda: observer.backends(name, "idle in transaction") == 0, "none is in a transaction")
     async with all_out(engine, 2) as held:
         for connection in held:
@@ -125,17 +146,16 @@ async def play(
 def test_whatever_becomes_of_a_step_nothing_is_lost(
     pg_url: str, pg_observer: Observer, driver: str, share: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """All slots can be had, the server has no extra backend, none is in a transaction, the audit finds nothing."""
+    """All slots can be had, no backend is extra or in a transaction, the audit finds nothing."""
     pytest.importorskip(driver)
     print(f"seed {SEED}")
-    happened = 0
-    for step, outcome, visit in random.Random(SEED).sample(CASES, share):
-        print(step, outcome, visit)
+    happened, name = 0, name_of(pg_url)
+    for case in random.Random(SEED).sample(CASES, share):
+        print(*case)
         engine = create_async_engine(
             url_of(pg_url, driver), poolclass=QueriesPool, max_size=2, ping_after=0, pool_timeout=10
         )
-        name = name_of(pg_url)
-        happened += asyncio.run(play(engine, step, outcome, visit, pg_observer, name))
+        happened += asyncio.run(play(engine, case, pg_observer, name))
         eventually(lambda: pg_observer.backends(name) == 0, "all are closed")
         pool = pool_of(engine)
         eventually(lambda pool=pool: pool.statistics().open == 0, "all slots are free")  # type: ignore[misc]

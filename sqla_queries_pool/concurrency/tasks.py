@@ -288,7 +288,8 @@ class Loop:
 
         :param unwanted: is called with what was opened then.
         """
-        task = self._start(opening)
+        in_background = asyncio.current_task() in self._unfinished
+        task = self._start_ours(opening) if in_background else self._start(opening)
         try:
             return await_only(asyncio.shield(task))
         except BaseException:
@@ -299,10 +300,14 @@ class Loop:
         loop = asyncio.get_running_loop()
         # Not by the loop's factory: an eager one would begin at once, in the greenlet of the caller.
         task = Task(greenlet_spawn(function), loop=loop, name=f"sqla_queries_pool-{next(_number)}")
+        self.finish(task)
+        return task
+
+    def _start_ours(self, function: Callable[[], _T]) -> Task[_T]:
         # It is not the application's: asyncio.run() cancels all tasks that it knows before the loop ends, and
         # not every driver likes that while it connects.  _until_the_end() waits for it.
+        task = self._start(function)
         asyncio._unregister_task(task)
-        self.finish(task)
         return task
 
     def finish(self, future: Future[Any] | None) -> None:
@@ -315,7 +320,7 @@ class Loop:
         """Have ``job`` run in a task of the loop; return False where the loop does not run."""
         loop = self._loop()
         runs = loop is not None and loop.is_running() and not self.ending
-        return runs and self.soon(functools.partial(self._start, job))
+        return runs and self.soon(functools.partial(self._start_ours, job))
 
     def soon(self, function: Callable[[], object]) -> bool:
         """Run it in the thread of the loop, at once if that is this one; False if the loop is closed."""
@@ -333,7 +338,7 @@ class Loop:
 
     def soon_in_greenlet(self, function: Callable[[], None]) -> None:
         """Run it in a task of the loop, in which it may await as SQLAlchemy's adapters do."""
-        self.soon(functools.partial(self._start, function))
+        self.soon(functools.partial(self._start_ours, function))
 
     def call(self, function: Callable[[], _T]) -> Any:
         """Run what may have to wait, for an application: at once in a greenlet, else to be awaited."""

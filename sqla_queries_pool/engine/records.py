@@ -52,8 +52,15 @@ class Record(ConnectionRecord):
         """As SQLAlchemy's; it is checked before its next use."""
         if sys._getframe(1).f_code is FINALIZER:  # its rollback has failed
             self.owner._core.count("failed_resets")
-        self.slot.suspect = True  # also where a listener keeps it from being closed
-        super().invalidate(e, soft)
+        self.slot.suspect = True
+        try:
+            super().invalidate(e, soft)
+        except BaseException:
+            # A listener has failed, or was cancelled. SQLAlchemy 2.1 returns it as it is, in a transaction.
+            if not soft and self.dbapi_connection is not None:
+                self.dbapi_connection = None
+                self.owner._core.connections.drop(self.slot)
+            raise
 
     def checkin(self, _fairy_was_created: bool = True) -> None:
         """Return it.
