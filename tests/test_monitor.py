@@ -162,6 +162,13 @@ def held(pool: QueriesPool, label: str | None = None, name: str | None = None) -
         {"HTTP_X_FORWARDED_FOR": "127.0.0.1"},
         {"HTTP_X_FORWARDED_FOR": "::1, 127.0.0.1", "HTTP_X_FORWARDED_PROTO": "http"},
         {"HTTP_FORWARDED": 'for="[::1]:4711";proto=http, for=127.0.0.1'},
+        {"HTTP_X_CLIENT_IP": "127.0.0.1", "HTTP_X_ENVOY_EXTERNAL_ADDRESS": "::1"},
+        {
+            "HTTP_X_SKIP": "yes",
+            "HTTP_ACCEPT": "text/html",
+            "HTTP_SEC_FETCH_SITE": "none",
+            "HTTP_COOKIE": "ip=1",
+        },
     ],
 )
 def test_without_a_rule_this_machine_may_look(environ: dict[str, str]) -> None:
@@ -185,6 +192,21 @@ def test_without_a_rule_this_machine_may_look(environ: dict[str, str]) -> None:
         {"HTTP_X_FORWARDED_FOR": ""},
         {"HTTP_X_REAL_IP": "192.0.2.1"},
         {"HTTP_X_REAL_IP": "192.0.2.1", "HTTP_X_FORWARDED_FOR": "127.0.0.1"},
+        *[
+            {f"HTTP_{name}": "192.0.2.1"}
+            for name in (
+                *("X_CLIENT_IP", "FLY_CLIENT_IP", "X_ENVOY_EXTERNAL_ADDRESS", "TRUE_CLIENT_IP", "CLIENT_IP"),
+                *("X_CLUSTER_CLIENT_IP", "FASTLY_CLIENT_IP", "X_AZURE_CLIENTIP", "X_AZURE_SOCKETIP"),
+                *("CF_CONNECTING_IP", "CF_CONNECTING_IPV6", "DO_CONNECTING_IP", "X_APPENGINE_USER_IP"),
+                *("X_ORIGINAL_FORWARDED_FOR", "X_REMOTE_IP", "X_REMOTE_ADDR", "X_PROXYUSER_IP"),
+            )
+        ],
+        {"HTTP_X_CLIENT_IP": "127.0.0.1, 192.0.2.1"},
+        {"HTTP_X_CLIENT_IP": "127.0.0.1", "HTTP_FLY_CLIENT_IP": "192.0.2.1"},
+        {"HTTP_X_ENVOY_EXPECTED_RQ_TIMEOUT_MS": "15000"},
+        {"HTTP_FLY_REGION": "ams"},
+        {"HTTP_CF_RAY": "230b030023ae2822-SJC"},
+        {"HTTP_CDN_LOOP": "cloudflare"},
         {"HTTP_FORWARDED": "for=192.0.2.60;proto=http;by=127.0.0.1"},
         {"HTTP_FORWARDED": 'For="[2001:db8:cafe::17]:4711"'},
         {"HTTP_FORWARDED": "for=127.0.0.1, for=unknown"},
@@ -806,6 +828,34 @@ def test_it_is_served_alone_and_to_several_at_once() -> None:
         slow.sendall(b"GET / HT")
         assert "Connection pools" in fetch(url)
         assert json.loads(fetch(f"{url}/data.json"))["process"] == os.getpid()
+
+
+def test_requests_that_never_end_hold_few_threads_and_keep_nobody_out(
+    monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
+) -> None:
+    """Five hundred of them: the oldest make room for those that come."""
+    monkeypatch.setattr(serving._Handler, "timeout", None)  # or else they would end by themselves
+    with served(Monitor()) as url, ExitStack() as stack:
+        address = ("127.0.0.1", int(url.rpartition(":")[2]))
+        most = threading.active_count() + 40
+        for number in range(500):
+            half = stack.enter_context(socket.create_connection(address, 20))
+            half.sendall(b"GET / HTTP/1.1\r\nHost: loca"[: number % 27])
+            if number % 100 == 99:
+                assert "Connection pools" in fetch(url)  # all that came before it were accepted
+                eventually(lambda: threading.active_count() <= most, "few threads are left")
+        assert json.loads(fetch(f"{url}/data.json"))["process"] == os.getpid()
+
+
+def test_a_client_that_sends_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
+    """Also where nobody else comes; and nothing is printed for it."""
+    monkeypatch.setattr(serving._Handler, "timeout", 0.05)
+    with served(Monitor()) as url:
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 20) as half:
+            half.sendall(b"GET / HT")
+            assert half.recv(100) == b""
+        assert "Connection pools" in fetch(url)
+    assert not capfd.readouterr().err
 
 
 @pytest.mark.slow

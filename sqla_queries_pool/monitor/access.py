@@ -8,9 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 _FORWARDED = re.compile(r"""for\s*=\s*("[^"]*"|[^;,\s]*)""", re.IGNORECASE)
-_FROM = ("HTTP_X_FORWARDED_FOR", "HTTP_X_REAL_IP", "HTTP_TRUE_CLIENT_IP", "HTTP_CF_CONNECTING_IP")
-"""Headers in which proxies name the client; lists of addresses."""
-_MARKS = ("HTTP_X_FORWARDED", "HTTP_FORWARDED", "HTTP_VIA")
+_FROM = re.compile(r"HTTP_(.*_)?(FORWARDED_FOR|(CLIENT|SOCKET)?_?(IP|IPV6|ADDR|ADDRESS))")
+"""Headers in which proxies name the client; lists of addresses.  By a pattern, for each proxy has its own:
+``X-Real-IP``, ``X-Client-IP``, ``Fly-Client-IP``, ``X-Azure-ClientIP``, ``X-Envoy-External-Address``."""
+_MARKS = (
+    *("HTTP_X_FORWARDED", "HTTP_FORWARDED", "HTTP_VIA", "HTTP_CDN_LOOP"),
+    *("HTTP_X_ENVOY_", "HTTP_FLY_", "HTTP_CF_", "HTTP_X_AMZN_"),
+)
 """How headers begin that only proxies add."""
 
 
@@ -38,7 +42,7 @@ def is_loopback(address: str) -> bool:
 
 def _clients(environ: Mapping[str, Any]) -> list[str]:
     """The addresses that proxies say a request comes from; "" for what is none."""
-    found = [part for name in _FROM if name in environ for part in str(environ[name]).split(",")]
+    found = [part for name in environ if _FROM.fullmatch(name) for part in str(environ[name]).split(",")]
     found += _FORWARDED.findall(str(environ.get("HTTP_FORWARDED", "")))
     if not found and any(name.startswith(_MARKS) for name in environ):
         found.append("")  # there was a proxy, and it does not say for whom
