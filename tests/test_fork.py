@@ -653,7 +653,7 @@ def test_who_waits_in_the_child_asks_the_collector(
     collect, stop = gc.collect, Stop()
     inside.next_collection(monkeypatch, 0.0)
     monkeypatch.setattr(gc, "collect", stop.here)
-    other = Thread(garbage.collect_garbage)
+    other = Thread(garbage.collect_garbage, gc.collect)
     stop.reached()
     monkeypatch.setattr(gc, "collect", collect)
 

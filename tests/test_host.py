@@ -454,11 +454,13 @@ def test_the_page_and_the_metrics_show_the_host(host: Hosts, eventually: Eventua
         pool: Any = engine.pool
         eventually(lambda: pool.statistics().host.leases == 3)
         page = Monitor(allow=lambda _: True)
-        shown = b"".join(
-            page({"REQUEST_METHOD": "GET", "PATH_INFO": "/"}, lambda *_: lambda _: None)
-        ).decode()
-        assert "Shared by the processes of this host (3 of 3 taken)" in shown
-        assert f"process {other.pid} (host_worker.py)" in shown
+
+        def shown() -> str:
+            environ = {"REQUEST_METHOD": "GET", "PATH_INFO": "/"}
+            return b"".join(page(environ, lambda *_: lambda _: None)).decode()
+
+        eventually(lambda: "Shared by the processes of this host (3 of 3 taken)" in shown(), "it is shown")
+        assert f"process {other.pid} (host_worker.py)" in shown()
         metrics = {m.name: m for m in prometheus.QueriesPoolCollector().collect()}
         for name, value in (("host_connections_max", 3), ("host_leases", 1)):
             samples = metrics[f"sqla_queries_pool_{name}"].samples

@@ -353,9 +353,14 @@ def test_a_pre_ping_that_nobody_answers_ends_and_the_checkout_gets_another_conne
 def test_a_pre_ping_that_nobody_answers_ends_in_an_error_where_nobody_can_connect(
     driver: str, proxy: Proxy, pg_url: str, new_engine: NewEngine
 ) -> None:
-    """After ``ping_timeout`` and the driver's own limit; nothing stays taken."""
+    """After ``pool_timeout``, or the driver's own limit; nothing stays taken."""
     engine: Any = new_engine(
-        behind(proxy, pg_url, driver), pool_pre_ping=True, ping_timeout=0.1, connect_args=CONNECT, max_size=1
+        behind(proxy, pg_url, driver),
+        pool_pre_ping=True,
+        ping_timeout=0.1,
+        pool_timeout=0.5,
+        connect_args=CONNECT,
+        max_size=1,
     )
     engine.connect().close()
     proxy.blackhole()
