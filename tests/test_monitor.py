@@ -834,7 +834,7 @@ def test_requests_that_never_end_hold_few_threads_and_keep_nobody_out(
     monkeypatch: pytest.MonkeyPatch, eventually: Callable[..., None]
 ) -> None:
     """Five hundred of them: the oldest make room for those that come."""
-    monkeypatch.setattr(serving._Handler, "timeout", None)  # or else they would end by themselves
+    monkeypatch.setattr(serving.Handler, "timeout", None)  # or else they would end by themselves
     with served(Monitor()) as url, ExitStack() as stack:
         address = ("127.0.0.1", int(url.rpartition(":")[2]))
         most = threading.active_count() + 40
@@ -849,7 +849,7 @@ def test_requests_that_never_end_hold_few_threads_and_keep_nobody_out(
 
 def test_a_client_that_sends_nothing_more_is_left(monkeypatch: pytest.MonkeyPatch, capfd: Any) -> None:
     """Also where nobody else comes; and nothing is printed for it."""
-    monkeypatch.setattr(serving._Handler, "timeout", 0.05)
+    monkeypatch.setattr(serving.Handler, "timeout", 0.05)
     with served(Monitor()) as url:
         with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), 20) as half:
             half.sendall(b"GET / HT")

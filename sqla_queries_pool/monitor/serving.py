@@ -57,7 +57,9 @@ class _Server(socketserver.ThreadingMixIn, WSGIServer):
         self.setup_environ()
 
 
-class _Handler(WSGIRequestHandler):
+class Handler(WSGIRequestHandler):
+    """Reads one request, and answers it."""
+
     timeout = PATIENCE
 
     def log_message(self, format: str, *args: Any) -> None:
@@ -70,6 +72,6 @@ def server(application: Any, port: int) -> WSGIServer:
     :param port: 0 for one that is free.
     :raises OSError: the port is taken.
     """
-    made = _Server((HOST, port), _Handler)
+    made = _Server((HOST, port), Handler)
     made.set_app(application)
     return made
