@@ -797,7 +797,7 @@ def test_offline_mode_of_the_program_connects_nowhere(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("template", ["generic", "async"])
+@pytest.mark.parametrize("template", [pytest.param("generic", marks=pytest.mark.exhaustive), "async"])
 @pytest.mark.parametrize(
     ("edits", "pool", "limit"),
     [((), "NullPool", None), (((("        poolclass=pool.NullPool,\n", ""),),), "QueriesPool", 1)],

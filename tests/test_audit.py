@@ -617,7 +617,9 @@ class Load:
             PoolManager.lock(self._pid, handle, Session())
 
 
-@pytest.mark.parametrize("switches", [None, 1e-5], ids=["as usual", "often"])
+@pytest.mark.parametrize(
+    "switches", [None, pytest.param(1e-5, marks=pytest.mark.exhaustive)], ids=["as usual", "often"]
+)
 def test_under_load_nothing_is_found(switches: float | None, eventually: Eventually) -> None:
     """Audits, sweeps and waiters look at everything meanwhile; none takes what is under way for lost."""
     seed = random.randrange(1 << 32)

@@ -205,7 +205,7 @@ def test_fastapi_serves_more_clients_than_connections_without_an_error(
     eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
 
 
-@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+@pytest.mark.parametrize("loop", ["asyncio", pytest.param("uvloop", marks=pytest.mark.exhaustive)])
 def test_async_endpoints_serve_more_clients_than_connections_without_an_error(
     loop: str, run: Run, pg_url: str, pg_observer: Observer, eventually: Callable[..., None]
 ) -> None:
@@ -313,7 +313,7 @@ def anyio_backend(request):
 """
 
 
-@pytest.mark.parametrize("plugin", ["asyncio", "anyio"])
+@pytest.mark.parametrize("plugin", ["asyncio", pytest.param("anyio", marks=pytest.mark.exhaustive)])
 def test_an_engine_at_module_level_serves_tests_with_a_loop_each(
     plugin: str,
     environment: dict[str, str],

@@ -442,6 +442,7 @@ def test_the_command_lists_who_has_what(host: Hosts) -> None:
     assert said == f"No process shares a budget below {one.folder}\n"
 
 
+@pytest.mark.usefixtures("no_other_pools")
 def test_the_page_and_the_metrics_show_the_host(host: Hosts, eventually: Eventually) -> None:
     """Which process has how many."""
     from sqla_queries_pool.monitor import Monitor

@@ -176,7 +176,7 @@ def test_a_checkout_that_gets_nothing_is_a_timeout(pid: str) -> None:
 @pytest.mark.slow
 def test_a_deadlock_is_a_timeout_too(pid: str) -> None:
     """Both numbers, once."""
-    pool = new_pool(pid, max_size=1, deadlock_grace=0.0)
+    pool = new_pool(pid, max_size=1, deadlock_grace=0.0, on_deadlock="raise")
     first = pool.connect()
     zero = pool.statistics()
     with pytest.raises(CheckoutTimeout):
