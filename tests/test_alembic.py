@@ -737,6 +737,7 @@ def test_the_template_async(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_template_multidb_with_the_pool_class_changed(
     tmp_path: Path, pg_url: str, second_url: str, pg_observer: Observer, eventually: Eventually
 ) -> None:

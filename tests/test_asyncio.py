@@ -50,7 +50,7 @@ def runners() -> list[Any]:
     return [*found, pytest.param(uvloop.run, id="uvloop")]
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=["asyncpg", pytest.param("psycopg", marks=pytest.mark.exhaustive)])
 def driver(request: pytest.FixtureRequest) -> str:
     """The name of a driver for asyncio."""
     pytest.importorskip(request.param)

@@ -20,14 +20,14 @@ from conftest import Observer
 from hazards import Ring, Stop, Thread, eventually
 from sqlalchemy import event, exc, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
-from test_asyncio import DRIVERS, Make, all_out, name_of, pool_of, self_test, soon, threads_engine, url_of
+from test_asyncio import Make, all_out, name_of, pool_of, self_test, soon, threads_engine, url_of
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
 
 SEED = int(os.environ.get("SQLA_QUERIES_POOL_SEED") or random.SystemRandom().randrange(2**32))
 
 
-@pytest.fixture(params=DRIVERS)
+@pytest.fixture(params=["asyncpg", pytest.param("psycopg", marks=pytest.mark.exhaustive)])
 def driver(request: pytest.FixtureRequest) -> str:
     """The name of a driver for asyncio."""
     pytest.importorskip(request.param)

@@ -116,7 +116,10 @@ def driver(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
-@pytest.fixture(params=[QueriesPool, AsyncAdaptedQueuePool], ids=["QueriesPool", "AsyncAdaptedQueuePool"])
+@pytest.fixture(
+    params=[QueriesPool, pytest.param(AsyncAdaptedQueuePool, marks=pytest.mark.exhaustive)],
+    ids=["QueriesPool", "AsyncAdaptedQueuePool"],
+)
 def pool_class(request: pytest.FixtureRequest, driver: str) -> Iterator[Any]:
     """The pool, and the yardstick; a stated difference has to be one."""
     if request.param is QueriesPool:

@@ -26,6 +26,7 @@ from conftest import observer
 from fakes import SECONDS, Task
 from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy.pool import NullPool
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
@@ -102,6 +103,16 @@ def new(start: Start) -> Iterator[New]:
 def clients(bouncer: PgBouncer) -> int:
     """How many clients PgBouncer has, its console apart."""
     return sum(row["database"] == DATABASE for row in bouncer.admin("SHOW CLIENTS"))
+
+
+def answers(bouncer: PgBouncer) -> bool:
+    """Is a client that comes now served?"""
+    engine = create_engine(bouncer.url("psycopg2", DATABASE), poolclass=NullPool)
+    try:
+        with engine.connect() as connection:
+            return bool(connection.execute(text("SELECT 1")).scalar())
+    except exc.DBAPIError:
+        return False
 
 
 def pool(bouncer: PgBouncer) -> dict[str, Any]:
@@ -322,6 +333,8 @@ def test_no_checkout_surfaces_an_error_once_it_is_up_again(
         kept = before if mode == "transaction" and "server" in what else 0
         eventually(lambda kept=kept: clients(bouncer) == kept, f"{kept} clients left")
         eventually(lambda: not any(pool_servers(bouncer)), "PgBouncer has seen it")
+        # A login that failed meanwhile is remembered for `server_login_retry`.
+        eventually(lambda: answers(bouncer), "PgBouncer has logged in again")
         errors += crowd(engine)
     print(f"{mode}, {driver}, {what} x {ROUNDS}: {CHECKOUTS} checkouts, {len(errors)} errors")
     assert errors == []
