@@ -266,9 +266,10 @@ async def use(sql="SELECT 1"):
 PROGRAMS = {
     "without awaiting its tasks": """
 async def main():
-    for _ in range(6):
+    for _ in range(4):
         asyncio.ensure_future(use("SELECT pg_sleep(60)"))
-    await asyncio.sleep(0.1)
+    while engine.pool.statistics().held < 4:  # asyncpg complains of a connect that is cancelled
+        await asyncio.sleep(0.01)
 asyncio.run(main())
 """,
     "by an exception in a transaction": """
@@ -317,8 +318,10 @@ engine.sync_engine.dispose()
 @pytest.mark.parametrize("how", PROGRAMS)
 def test_a_program_ends_clean(pg_url: str, driver: str, how: str) -> None:
     """Exit status 0, and nothing on stderr in Python's development mode, however it ends."""
-    url = url_of(pg_url, driver).render_as_string(hide_password=False)
-    command = [sys.executable, "-X", "dev", "-c", BEGINNING + PROGRAMS[how], url]
+    url = url_of(pg_url, driver)
+    if driver == "asyncpg":  # its request to cancel a statement asks for TLS first, and may be cut off
+        url = url.update_query_dict({"ssl": "disable"})
+    command = [sys.executable, "-X", "dev", "-c", BEGINNING + PROGRAMS[how], url.render_as_string(False)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
     # A machine that is busy is slow, and the loop's debug mode says so.
     said = [line for line in done.stderr.splitlines() if not line.startswith("Executing <")]
