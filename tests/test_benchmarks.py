@@ -545,9 +545,14 @@ def test_the_program_measures_what_it_is_told_to_and_writes_it(
 
 
 @pytest.mark.exhaustive
-def test_all_groups_have_their_cells_and_all_cells_are_shown(
-    program: Any, cells: list[Any], tiny: Any
-) -> None:
+def test_everything_is_measured(program: Any, cells: list[Any], tiny: Any) -> None:
+    """One run of all groups, looked at in three ways: each process of the tests would have a run of its own."""
+    all_groups_have_their_cells_and_all_cells_are_shown(program, cells, tiny)
+    all_who_are_installed_are_measured(program, cells)
+    what_is_counted_does_not_depend_on_the_machine(cells)
+
+
+def all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: list[Any], tiny: Any) -> None:
     """Every group of the program, with both backends where it says so, and the same targets throughout."""
     groups = [cell.group for cell in cells]
     assert groups.count("one thread: checkout and return") == 3
@@ -569,8 +574,7 @@ def test_all_groups_have_their_cells_and_all_cells_are_shown(
     assert all(cell.name in text and cell.group in text for cell in cells)
 
 
-@pytest.mark.exhaustive
-def test_all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> None:
+def all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> None:
     """Each in one cell at least; and who takes part in a cell has the same figures as the others."""
     measured = {name for cell in cells for name in cell.figures}
     assert {competitor.name for competitor in everybody(program)} <= measured
@@ -582,8 +586,7 @@ def test_all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> N
             assert all(figure.least <= figure.median <= figure.most for figure in figures.values())
 
 
-@pytest.mark.exhaustive
-def test_what_is_counted_does_not_depend_on_the_machine(cells: list[Any]) -> None:
+def what_is_counted_does_not_depend_on_the_machine(cells: list[Any]) -> None:
     """Instructions of a checkout of the ledger, and bytes of a connection."""
     targets = {target.what: target for cell in cells for target in cell.targets}
     checkout = targets["waiters in the ledger: instructions, ratio"].value

@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parent.parent
-SHORT, LONG = "8", os.environ.get("SOAK_SECONDS") or "60"
+SHORT, LONG = "8", os.environ.get("SOAK_SECONDS") or "45"
 SEED = os.environ.get("SQLA_QUERIES_POOL_SEED")
 
 
