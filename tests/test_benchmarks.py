@@ -546,7 +546,7 @@ def test_the_program_measures_what_it_is_told_to_and_writes_it(
 
 @pytest.mark.exhaustive
 def test_everything_is_measured(program: Any, cells: list[Any], tiny: Any) -> None:
-    """One run of all groups, looked at in three ways: each process of the tests would have a run of its own."""
+    """One run of all groups, looked at in three ways: each process of the tests would have one of its own."""
     all_groups_have_their_cells_and_all_cells_are_shown(program, cells, tiny)
     all_who_are_installed_are_measured(program, cells)
     what_is_counted_does_not_depend_on_the_machine(cells)
