@@ -293,6 +293,7 @@ def test_which_task_waits_in_vain_is_told_so(program: Any, place: Any) -> None:
 
 def test_the_pool_of_one_driver_does_not_take_part_with_the_other(program: Any, place: Any) -> None:
     """asyncpg's pool has asyncpg's connections, and psycopg_pool has psycopg's."""
+    pytest.importorskip("psycopg_pool")
     names = {c.name for c in program.async_competitors.ALL if c.there(place)}
     assert ("asyncpg's pool" in names) == (place.driver == "asyncpg")
     assert ("AsyncConnectionPool" in names) == (place.driver == "psycopg")
