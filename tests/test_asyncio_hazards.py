@@ -226,7 +226,7 @@ def test_a_loop_that_ends_while_its_min_size_is_filled_leaves_nothing(
 
 @pytest.mark.skipif(
     not hasattr(concurrency, "in_greenlet"),
-    reason="SQLAlchemy's first 2.0 does not say which greenlet can await",
+    reason="SQLAlchemy's first 2.0 marks no greenlet that can await",
 )
 def test_a_collection_inside_the_pool_lets_no_other_task_in(
     pg_url: str, monkeypatch: pytest.MonkeyPatch
@@ -392,7 +392,7 @@ def test_cancellations_at_random_awaits_lose_nothing(
 
 @pytest.mark.skipif(
     sqlalchemy.__version__.startswith("2.0.") and int(sqlalchemy.__version__.split(".")[2]) < 58,
-    reason="SQLAlchemy's first 2.0 rolls back a connection of asyncpg that is closed, and raises what that says",
+    reason="SQLAlchemy's first 2.0 rolls back a closed connection of asyncpg, and raises its error",
 )
 @pytest.mark.parametrize("name", ["close", "invalidate"])
 @pytest.mark.parametrize("fails", [False, True])
