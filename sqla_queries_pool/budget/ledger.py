@@ -262,6 +262,7 @@ class Ledger(LedgerState):
 
     def _answer(self, waiter: Waiter, entry: Any, now: float) -> Wake:
         waiter.answer = entry  # first: one in no queue and without an answer would wait for ever
+        entry.slot.label = waiter.label  # a task hears of it a turn of its loop later
         self._leave_queue(waiter)
         attachment, waited = waiter.attachment, now - waiter.since
         attachment.answered += 1

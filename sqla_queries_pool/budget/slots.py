@@ -159,7 +159,8 @@ class Slot:
         """The thread or the task that holds or opens it (concurrency/); None for nobody, or the pool
         itself."""
         self.label: str | None = None
-        """What its holder calls its work (labels.py); written by the holder, and left as it is on return."""
+        """What its holder calls its work (labels.py); written by the holder, for a waiter when it gets its
+        answer, and left as it is on return."""
         self.stack: Any = ()
         """Where it was checked out (stacks.py), with ``track_stacks``; as ``label``."""
         self.instead_of: Slot | None = None
