@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import inside
@@ -22,34 +22,23 @@ from hazards import Ring, Stop, Thread, eventually
 from sqlalchemy import event, exc, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import concurrency
-from test_asyncio import Make, all_out, name_of, pool_of, self_test, soon, threads_engine, url_of
+from test_asyncio import (
+    Make,
+    all_out,
+    driver,
+    make,
+    name_of,
+    pool_of,
+    self_test,
+    soon,
+    threads_engine,
+    url_of,
+)
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
 
+__all__ = ["driver", "make"]  # fixtures
 SEED = int(os.environ.get("SQLA_QUERIES_POOL_SEED") or random.SystemRandom().randrange(2**32))
-
-
-@pytest.fixture(params=["asyncpg", pytest.param("psycopg", marks=pytest.mark.exhaustive)])
-def driver(request: pytest.FixtureRequest) -> str:
-    """The name of a driver for asyncio."""
-    pytest.importorskip(request.param)
-    return str(request.param)
-
-
-@pytest.fixture
-def make(pg_url: str, driver: str) -> Iterator[Make]:
-    """Makes engines of the test's database."""
-    made = []
-
-    def new(**kw: Any) -> AsyncEngine:
-        kw = {"poolclass": QueriesPool, "max_size": 4, "pool_timeout": 10, **kw}
-        made.append(create_async_engine(url_of(pg_url, driver), **kw))
-        return made[-1]
-
-    yield new
-    for engine in made:
-        pool_of(engine).dispose()
-        assert pool_of(engine).audit().mended == ()
 
 
 def ended(loop: asyncio.AbstractEventLoop) -> None:
@@ -260,11 +249,13 @@ def test_a_collection_inside_the_pool_lets_no_other_task_in(
 # -- programs that end -----------------------------------------------------------------------------------
 
 BEGINNING = """
-import asyncio, os, signal, sys, threading, warnings
+import asyncio, logging, os, signal, sys, threading, warnings
 from sqlalchemy import text
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqla_queries_pool import QueriesPool
 engine = create_async_engine(sys.argv[1], poolclass=QueriesPool, min_size=2, max_size=4)
+# psycopg says so where a busy server takes its time to cancel a statement, under any pool.
+logging.getLogger("psycopg").addHandler(logging.NullHandler())
 async def use(sql="SELECT 1"):
     async with engine.connect() as connection:
         await connection.execute(text(sql))

@@ -28,10 +28,7 @@ from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.exporters import prometheus
 from sqla_queries_pool.host import lease
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets"),
-]
+pytestmark = pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets")
 
 Eventually = Callable[..., None]
 WORKER = Path(__file__).parent / "host_worker.py"
@@ -171,6 +168,7 @@ def host(pg_server: SessionServer, pg_observer: Observer, pg_url: str, tmp_path:
 # -- between processes ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_eight_busy_processes_share_twelve(host: Hosts, eventually: Eventually) -> None:
     """All are served, the server refuses nothing, and never sees more than the budget."""
     one = host(12)
@@ -207,6 +205,7 @@ def test_what_is_idle_goes_to_who_waits(host: Hosts) -> None:
     assert one.peak == 4
 
 
+@pytest.mark.slow
 def test_one_that_starts_late_is_served_by_a_full_busy_host(host: Hosts) -> None:
     """Others give, although they wait themselves."""
     one = host(4)
@@ -217,6 +216,7 @@ def test_one_that_starts_late_is_served_by_a_full_busy_host(host: Hosts) -> None
     assert late.do("take", 1) == 1
 
 
+@pytest.mark.slow
 def test_the_slots_of_one_that_is_killed_are_free(host: Hosts, eventually: Eventually) -> None:
     """At any moment; and in the end one process can have all of them."""
     draw = random.Random(1)
@@ -240,6 +240,7 @@ def test_the_slots_of_one_that_is_killed_are_free(host: Hosts, eventually: Event
     eventually(lambda: len(list(one.home.glob("box.*"))) == 1)
 
 
+@pytest.mark.slow
 def test_one_that_stands_still_holds_nobody_up(host: Hosts) -> None:
     """It keeps what it has; its mailbox fills; the others share the rest."""
     one = host(4)
@@ -253,6 +254,7 @@ def test_one_that_stands_still_holds_nobody_up(host: Hosts) -> None:
     assert third.do("take", 2) == 2
 
 
+@pytest.mark.slow
 def test_a_folder_that_is_deleted_is_made_again(host: Hosts, eventually: Eventually) -> None:
     """Those that run keep what they have; one that starts then gets no more than there is."""
     one = host(4)
@@ -273,6 +275,7 @@ def test_a_folder_that_is_deleted_is_made_again(host: Hosts, eventually: Eventua
     assert one.peak <= 4
 
 
+@pytest.mark.slow
 def test_the_largest_size_counts(host: Hosts, eventually: Eventually) -> None:
     """For as long as the process is there that states it."""
     one = host(5)
@@ -380,6 +383,7 @@ def test_what_is_kept_open_and_what_is_set_by_hand(
     engine.dispose()
 
 
+@pytest.mark.slow
 def test_leases_are_freed_when_they_are_of_no_use(
     pg_url: str, tmp_path: Path, eventually: Eventually
 ) -> None:
@@ -423,6 +427,7 @@ def test_tasks_share_too(host: Hosts) -> None:
     assert turns > 1
 
 
+@pytest.mark.slow
 def test_the_command_lists_who_has_what(host: Hosts) -> None:
     """From outside: the database without its password, each process, and what it has."""
     one = host(3)

@@ -74,6 +74,22 @@ def test_a_limit_that_does_not_fit_is_told_once(
     other.dispose()
 
 
+def test_the_connection_that_is_asked_is_not_checked_out(pg_url: str) -> None:
+    """A test for leaks would take it for one: it counts as idle meanwhile."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, check_limits=False)
+    engine.connect().close()
+    pool: Any = engine.pool
+    ledger = inside.ledger(pool)
+    before = pool.statistics()
+    entry, since = inside.decide(pool, ledger.borrow, inside.attachment(pool))
+    assert (pool.checkedin(), pool.checkedout()) == (1, 0)
+    assert pool.statistics() == before
+    inside.decide(pool, ledger.give_borrowed, entry.slot, entry, since, inside.now(pool))
+    assert pool.statistics() == before
+    assert pool.audit().mended == ()
+    engine.dispose()
+
+
 @pytest.mark.parametrize("options", [{"max_size": 3}, {"max_size": 5, "check_limits": False}])
 def test_what_fits_or_is_not_asked_for_is_not_told(
     options: Any, limited: str, caplog: pytest.LogCaptureFixture, eventually: Eventually

@@ -504,11 +504,12 @@ class Ledger(LedgerState):
 
     def borrow(self, attachment: Attachment) -> tuple[Any, float] | None:
         """Take an idle entry for the pool itself, if no checkout of its engine waits: the one that a checkout
-        would get last; return it, and since when it is idle."""
+        would get last; return it, and since when it is idle.  It goes on to count as idle."""
         if attachment.queue or not attachment.idle:
             return None
         entry = attachment.idle.popleft() if attachment.lifo else attachment.idle.pop()
         entry.slot.holder = None
+        self.borrowed.add(entry.slot)
         self.move(entry.slot, HELD)
         return entry, entry.slot.since
 
@@ -516,6 +517,7 @@ class Ledger(LedgerState):
         """Take it back; if nobody waits, it is idle for as long as before."""
         attachment = slot.home() if slot.home is not None else None
         work: Work = []
+        self.borrowed.discard(slot)
         if slot.state is HELD and attachment is not None:
             work = self.give_unused(attachment, entry, now) or []
             work += self._note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted

@@ -84,6 +84,8 @@ class LedgerState:
         """Moving mean of how long the served waited, in seconds."""
         self.mean_connect = 0.0
         """Moving mean of how long connecting took, from the permit on, in seconds."""
+        self.borrowed: set[Slot] = set()
+        """What the pool itself has for a moment, to ask the server something.  It is held, by nobody."""
         self.lifetimes = Lifetimes()
         self.backoff = Backoff()
         self.leaks = Leaks()
@@ -215,6 +217,7 @@ class LedgerState:
         total, closing = len(self.slots), len(self.closing)
         opening = len(self.opening) + len(self.lifetimes.renewing)
         idle = sum(len(a.idle) for a in everyone)
+        idle += sum(slot.state is HELD and slot.holder is None for slot in self.borrowed.copy())
         hollow = sum(len(a.hollow) for a in everyone)
         waiting = sum(len(a.queue) for a in everyone)
         held = max(0, total - opening - closing - idle - hollow)
