@@ -25,6 +25,7 @@ from sqlalchemy import create_engine, exc, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.__main__ import main
 from sqla_queries_pool.exporters import prometheus
 from sqla_queries_pool.host import lease
 
@@ -445,6 +446,25 @@ def test_the_command_lists_who_has_what(host: Hosts) -> None:
     second.kill()
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert said == f"No process shares a budget below {one.folder}\n"
+
+
+def test_a_process_answers_the_command(
+    pg_url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], eventually: Eventually
+) -> None:
+    """The thread that does the letters says what the process has; then there is nobody."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=3)
+    command = ["host", "--share", str(tmp_path)]
+
+    def said() -> list[str]:
+        assert main(command) == 0
+        return capsys.readouterr().out.splitlines()
+
+    with engine.connect():
+        eventually(lambda: "1 of 3 taken" in said()[0], "it has a mailbox")
+        assert f"  process {os.getpid()} " in said()[1]
+    assert main(["host", "--share", str(tmp_path / "elsewhere")]) == 0
+    assert "No process shares a budget below" in capsys.readouterr().out
+    engine.dispose()
 
 
 @pytest.mark.usefixtures("no_other_pools")

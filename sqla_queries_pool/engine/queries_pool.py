@@ -41,7 +41,7 @@ from .attempt import Attempt, Refused, open_connection
 from .limits import Check
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings
-from .sides import LoopSides, ThreadSide, sides
+from .sides import Sides, sides
 
 _label = checkout_label.get
 
@@ -116,13 +116,13 @@ class QueriesPool(SQLAlchemyPool):
             self._core.warn_of_no_limit()
 
     @functools.cached_property
-    def _sides(self) -> ThreadSide | LoopSides:
+    def _sides(self) -> Sides:
         """Its attachments.  Chosen when they are first asked for: a pool that is made before its engine
         (``create_async_engine(pool=…)``) gets the engine's dialect later."""
         more = weakref.WeakMethod(self._attach_another)
         new = sides(self._dialect.is_async, self._attachment, self._core, more, self.records_out)
         # Of two threads that ask at once, both get the first one's.
-        chosen: ThreadSide | LoopSides = self.__dict__.setdefault("_sides", new)
+        chosen: Sides = self.__dict__.setdefault("_sides", new)
         return chosen
 
     @functools.cached_property

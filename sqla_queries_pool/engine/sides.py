@@ -38,8 +38,9 @@ class NotFirst(Exception):
 class Sides(Protocol):
     """What an engine knows of its attachments."""
 
-    take: Callable[..., Any]
-    """:meth:`.Checkouts.take` with the caller's attachment."""
+    @property
+    def take(self) -> Callable[..., Any]:
+        """:meth:`.Checkouts.take` with the caller's attachment."""
 
     def all(self) -> list[Attachment]:
         """The attachments."""
@@ -59,7 +60,7 @@ class Sides(Protocol):
         """Return the :attr:`.Slot.begun` of a connection that was opened here."""
 
     def close(self, socket: Any, as_sqlalchemy: Callable[[], None]) -> None:
-        """Close a connection; where one can wait, as SQLAlchemy does."""
+        """Close a connection: as SQLAlchemy does, or, where it is a loop's, without waiting."""
 
     def opening(self, deadline: float) -> AbstractContextManager[object]:
         """The block opens a connection; before that, wait while another loop opens the engine's first one.
@@ -226,7 +227,7 @@ def sides(
     core: Core,
     more: More,
     records_out: set[Any],
-) -> ThreadSide | LoopSides:
+) -> Sides:
     """Return the sides of an engine.
 
     :param asynchronous: is it one of asyncio?
