@@ -1,4 +1,4 @@
-"""The command line: ``python -m sqla_queries_pool demo``, ``monitor`` or ``explain``."""
+"""The command line: ``python -m sqla_queries_pool demo``, ``monitor``, ``host`` or ``explain``."""
 
 from __future__ import annotations
 
