@@ -386,7 +386,10 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     renew_and_warm_up(a, eventually)
     step()
     a.connect().close()
-    inside.decide(a, inside.ledger(a).borrow, inside.attachment(a))
+    entry, since = inside.decide(a, inside.ledger(a).borrow, inside.attachment(a))
+    returned = entry.slot, entry, since, inside.now(a)
+    inside.do_soon(a, inside.decide(a, inside.ledger(a).give_borrowed, *returned))
+    del entry, returned
     inside.core(b).abandon(inside.attachment(b), lambda _: None)
     step()
 
