@@ -23,6 +23,7 @@ from . import (
     footprint,
     gil,
     heartbeat,
+    listeners,
     overload,
     report,
     scaling,
@@ -34,6 +35,7 @@ from .figures import Cell
 
 GROUPS: dict[str, Callable[[Sequence[Backend], Effort], Iterator[Cell]]] = {
     "uncontended": uncontended.cells,
+    "listeners": listeners.cells,
     "contended": contended.grid,
     "budget": contended.budget,
     "bursts": bursts.cells,

@@ -14,7 +14,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from sqlalchemy import exc
-from sqlalchemy.pool import ConnectionPoolEntry, Pool, PoolProxiedConnection
+from sqlalchemy.engine import Dialect
+from sqlalchemy.pool import ConnectionPoolEntry, NullPool, Pool, PoolProxiedConnection
 
 
 class Lease:
@@ -52,6 +53,14 @@ class _Adapter(Pool):
         raise NotImplementedError
 
 
+def connection_pool(connect: Callable[[], Any], max_size: int, timeout: float, **options: Any) -> Any:
+    """Make psycopg_pool's ConnectionPool of what connects."""
+    driver = SimpleNamespace(connect=lambda *_, **__: connect())
+    return importlib.import_module("psycopg_pool").ConnectionPool(
+        connection_class=driver, min_size=0, max_size=max_size, timeout=timeout, open=True, **options
+    )
+
+
 class PsycopgPool(_Adapter):
     """psycopg_pool's ConnectionPool, with ``getconn`` and ``putconn``."""
 
@@ -59,10 +68,7 @@ class PsycopgPool(_Adapter):
         super().__init__(connect)
         module = importlib.import_module("psycopg_pool")
         self._refused = (module.PoolTimeout, module.TooManyRequests)
-        driver = SimpleNamespace(connect=lambda *_, **__: connect())
-        self._pool = module.ConnectionPool(
-            connection_class=driver, min_size=0, max_size=max_size, timeout=timeout, open=True, **options
-        )
+        self._pool = connection_pool(connect, max_size, timeout, **options)
 
     def lease(self) -> Lease:
         try:
@@ -72,6 +78,28 @@ class PsycopgPool(_Adapter):
 
     def dispose(self) -> None:
         self._pool.close()
+
+
+class PsycopgBelow(NullPool):
+    """psycopg_pool below SQLAlchemy, as psycopg's documentation has it: SQLAlchemy opens and closes for each
+    checkout, and to close a connection gives it back."""
+
+    def __init__(
+        self, connect: Callable[[], Any], max_size: int, timeout: float, dialect: Dialect | None
+    ) -> None:
+        module = importlib.import_module("psycopg_pool")
+        self._refused = (module.PoolTimeout, module.TooManyRequests)
+        self._below = connection_pool(connect, max_size, timeout, close_returns=True)
+        super().__init__(self._below.getconn, dialect=dialect)
+
+    def connect(self) -> PoolProxiedConnection:
+        try:
+            return super().connect()
+        except self._refused as error:
+            raise exc.TimeoutError(str(error)) from None
+
+    def dispose(self) -> None:
+        self._below.close()
 
 
 class Psycopg2Pool(_Adapter):

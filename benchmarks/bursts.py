@@ -12,7 +12,7 @@ from sqlalchemy.pool import Pool
 
 from sqla_queries_pool.demo.workload import Work
 
-from .competitors import PSYCOPG, QUERIES, QUEUE, Backend, Competitor, FakeConnection, fake
+from .competitors import PSYCOPG, PSYCOPG_BELOW, QUERIES, QUEUE, Backend, Competitor, FakeConnection, fake
 from .effort import Effort
 from .figures import Cell, Figure, Target
 
@@ -56,7 +56,7 @@ def cells(_: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
 
 
 def _measure(idle: int, connect: float, work: float, rounds: int) -> dict[str, list[Burst]]:
-    order = [competitor for competitor in (QUEUE, PSYCOPG, QUERIES) if competitor.there]
+    order = [competitor for competitor in (QUEUE, PSYCOPG, PSYCOPG_BELOW, QUERIES) if competitor.there]
     bursts: dict[str, list[Burst]] = {competitor.name: [] for competitor in order}
     for _ in range(rounds):
         for competitor in order:

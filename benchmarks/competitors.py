@@ -133,6 +133,11 @@ def psycopg_pool(**options: Any) -> Make:
     return make
 
 
+def _psycopg_below(backend: Backend, max_size: int, timeout: float, _: str) -> Pool:
+    dialect = backend.dialect and importlib.import_module("sqlalchemy.dialects.postgresql.psycopg").dialect()
+    return adapters.PsycopgBelow(backend.connect_3 or backend.connect, max_size, timeout, dialect)
+
+
 def _psycopg2_pool(backend: Backend, max_size: int, *_: object) -> Pool:
     return adapters.Psycopg2Pool(backend.connect, max_size)
 
@@ -146,6 +151,7 @@ QUEUE_LIFO = Competitor("QueuePool, LIFO", queue_pool(use_lifo=True))
 PRE_PING = Competitor("QueuePool, pre-ping", queue_pool(pre_ping=True))
 NULL = Competitor("NullPool", _without_limit(NullPool))
 PSYCOPG = Competitor("psycopg_pool", psycopg_pool(), needs="psycopg_pool")
+PSYCOPG_BELOW = Competitor("psycopg_pool below SQLAlchemy", _psycopg_below, needs="psycopg_pool")
 PSYCOPG2 = Competitor("psycopg2.pool", _psycopg2_pool)
 QUERIES_OWN = Competitor("queries' own", _queries_own, needs="queries")
 QUERIES = Competitor("QueriesPool", queries_pool())
@@ -164,7 +170,10 @@ class FakeConnection:
         """Do nothing."""
 
     def close(self) -> None:
-        """Do nothing."""
+        """Return to the psycopg_pool below SQLAlchemy, if there is one, as psycopg's own connections do."""
+        pool = getattr(self, "_pool", None)
+        if pool is not None and pool.close_returns:
+            pool.putconn(self)
 
     def cursor(self) -> None:
         """Have none."""

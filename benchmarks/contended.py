@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sqla_queries_pool.demo.workload import WARM_UP, Outcome, run
 
-from .competitors import PSYCOPG, QUERIES, QUERIES_3, QUEUE, TIMEOUT, Backend, Competitor
+from .competitors import PSYCOPG, PSYCOPG_BELOW, QUERIES, QUERIES_3, QUEUE, TIMEOUT, Backend, Competitor
 from .effort import Effort
 from .figures import Cell, Figure, Target
 
@@ -56,7 +56,7 @@ class Load:
 
 def grid(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
     """The grid, on the first backend, and some of it on the others."""
-    competitors = [c for c in (QUEUE, PSYCOPG, QUERIES) if c.there]
+    competitors = [c for c in (QUEUE, PSYCOPG, PSYCOPG_BELOW, QUERIES) if c.there]
     loads = [Load(t, c, w) for t in effort.threads for c in effort.connections for w in effort.works]
     for number, backend in enumerate(backends):
         group = ON_SERVER if number else GRID

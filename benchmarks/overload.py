@@ -19,7 +19,17 @@ from sqlalchemy.pool import Pool
 
 from sqla_queries_pool.demo.workload import Work
 
-from .competitors import PSYCOPG, QUERIES, QUEUE, Backend, Competitor, fake, psycopg_pool, queries_pool
+from .competitors import (
+    PSYCOPG,
+    PSYCOPG_BELOW,
+    QUERIES,
+    QUEUE,
+    Backend,
+    Competitor,
+    fake,
+    psycopg_pool,
+    queries_pool,
+)
 from .effort import Effort
 from .figures import Cell, Figure, Target
 
@@ -44,6 +54,7 @@ REFUSING = (
 COMPETITORS = (
     QUEUE,
     PSYCOPG,
+    PSYCOPG_BELOW,
     Competitor("psycopg_pool, max_waiting", psycopg_pool(max_waiting=MAX_WAITING), needs="psycopg_pool"),
     QUERIES,
     *REFUSING,

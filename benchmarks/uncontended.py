@@ -18,6 +18,7 @@ from .competitors import (
     PRE_PING,
     PSYCOPG,
     PSYCOPG2,
+    PSYCOPG_BELOW,
     QUERIES,
     QUERIES_OWN,
     QUEUE,
@@ -29,7 +30,7 @@ from .effort import Effort
 from .figures import Cell, Figure, Target
 
 GROUP = "one thread: checkout and return"
-POOLED = (QUEUE, QUEUE_LIFO, PSYCOPG, PSYCOPG2, QUERIES_OWN, QUERIES, BARE)
+POOLED = (QUEUE, QUEUE_LIFO, PSYCOPG, PSYCOPG_BELOW, PSYCOPG2, QUERIES_OWN, QUERIES, BARE)
 WITHOUT_SERVER = (*POOLED, NULL)
 ON_SERVER = (*POOLED, PRE_PING)
 """NullPool is missing: there it measures how long it takes to connect, a hundred times as long."""
@@ -40,14 +41,17 @@ def cells(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
     rounds, batches, checkouts = effort.rounds, effort.batches, effort.checkouts
     for backend in backends:
         competitors = WITHOUT_SERVER if backend.dialect is None else ON_SERVER
-        measured = _measure(backend, competitors, "nothing else", None, rounds, batches, checkouts)
-        yield measured
+        rows, cell = measure(GROUP, backend, competitors, "nothing else", None, rounds, batches, checkouts)
+        cell.targets.extend(_targets(rows, f"checkout, {backend.name}"))
+        yield cell
         if backend.look is not None:  # twenty times as slow, so a tenth as many are as exact
             fewer = max(1, checkouts // 10)
-            yield _measure(backend, ON_SERVER, "SELECT 1 between", backend.look, rounds, batches, fewer)
+            look, between = backend.look, "SELECT 1 between"
+            yield measure(GROUP, backend, ON_SERVER, between, look, rounds, batches, fewer)[1]
 
 
-def _measure(
+def measure(
+    group: str,
     backend: Backend,
     competitors: Sequence[Competitor],
     name: str,
@@ -55,26 +59,26 @@ def _measure(
     rounds: int,
     batches: int,
     checkouts: int,
-) -> Cell:
+) -> tuple[list[list[dict[str, float]]], Cell]:
     """Let the competitors take turns, in batches so short that a disturbance hits few of them.
 
     A ratio is one of neighbours: two batches of the same turn.  The figure of a round is the median of
     its batches.
+
+    :return: the seconds of each batch, and the cell, without targets.
     """
     with ExitStack() as stack:
         there = [c for c in competitors if c.there]
         pools = {c.name: stack.enter_context(backend.pools(c, 5))[0] for c in there}
         rows = [_round(pools, work, batches, checkouts) for _ in range(rounds)]
-    cell = Cell(GROUP, f"{backend.name}: {name}")
+    cell = Cell(group, f"{backend.name}: {name}")
     for competitor in pools:
         seconds = [median(turn[competitor] for turn in turns) for turns in rows]
         cell.figures[competitor] = {
             "µs": Figure.of(second * 1e6 for second in seconds),
             "ratio": ratio(rows, competitor, QUEUE.name),
         }
-    if work is None:
-        cell.targets.extend(_targets(rows, f"checkout, {backend.name}"))
-    return cell
+    return rows, cell
 
 
 def _targets(rows: list[list[dict[str, float]]], bar: str) -> Iterator[Target]:

@@ -137,6 +137,17 @@ def test_a_checkout_runs_nine_functions_of_this_package_and_none_that_diagnoses(
     assert [call for call in frames(new_pool()) if call != "sockets/liveness.py:<lambda>"] == FRAMES
 
 
+def test_listeners_of_a_checkout_and_its_return_add_one_function_of_this_package() -> None:
+    """And SQLAlchemy's two that call them.  So OpenTelemetry's instrumentation costs what it does itself."""
+    pool = new_pool()
+    alone = len(all_frames(pool))
+    event.listen(pool, "checkout", lambda connection, record, proxy: None)
+    event.listen(pool, "checkin", lambda connection, record: None)
+    called = [call for call in frames(pool) if call != "sockets/liveness.py:<lambda>"]
+    assert sorted(called) == sorted([*FRAMES, "engine/records.py:tell_listeners"])
+    assert len(all_frames(pool)) <= alone + 3
+
+
 def test_a_checkout_runs_fewer_functions_than_queuepools() -> None:
     """SQLAlchemy's own and the standard library's included: half of QueuePool's at most."""
     ours, queue_pools = all_frames(new_pool()), all_frames(QueuePool(FakeDriver().connect))

@@ -16,6 +16,7 @@ import pytest
 import sqlalchemy
 from fakes import FakeDriver
 from sqlalchemy import create_engine, event, exc
+from sqlalchemy.engine.interfaces import Dialect
 from sqlalchemy.pool import Pool, QueuePool
 from sqlalchemy.pool import base as pool_base
 from sqlalchemy.pool.base import ResetStyle
@@ -30,6 +31,8 @@ PACKAGE = Path(sqla_queries_pool.__file__).parent
 SQLALCHEMYS = (Pool, pool_base._ConnectionRecord, pool_base._ConnectionFairy)
 
 
+PING = "_do_ping_w_event" if hasattr(Dialect, "_do_ping_w_event") else "do_ping"
+"""SQLAlchemy 2.0.0 pings without its listeners."""
 PROXYS = {
     "close": {"_counter", "_checkin"},
     "_close_special": {"_counter", "_checkin"},
@@ -39,8 +42,15 @@ PROXYS = {
         *("_reset_on_return", "reset_rollback", "reset_commit", "_dialect", "do_rollback", "do_commit"),
         *("_echo", "logger", "debug"),
     },
+    "_checkout": {
+        *("_ConnectionRecord", "checkout", "weakref", "ref", "current", "_connection_record", "_counter"),
+        *("dbapi_connection", "fresh", "get_connection", "invalidate", "_checkin_failed", "dispatch"),
+        *("_pre_ping", "_echo", "_dialect", PING, "_invalidate", "invalidate_pool", "logger"),
+        *("exc", "DisconnectionError", "InvalidatePoolError", "InvalidRequestError", "BaseException"),
+        *("util", "safe_reraise", "info", "debug"),
+    },
 }
-"""What the methods of SQLAlchemy's proxy use that ``Proxy.close`` does the work of."""
+"""What the methods of SQLAlchemy's proxy use whose work ours does: when it is checked out, and returned."""
 
 
 class SpyPool(Pool):

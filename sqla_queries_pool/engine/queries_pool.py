@@ -200,8 +200,11 @@ class QueriesPool(SQLAlchemyPool):
         if echo:
             self.logger.debug("Connection %r checked out from pool", proxy.dbapi_connection)
         if self.dispatch.checkout:
-            proxy._counter = 0
-            return Proxy._checkout(self, None, proxy)
+            record.fresh = False
+            try:
+                self.dispatch.checkout(proxy.dbapi_connection, record, proxy)
+            except BaseException as error:
+                proxy.listener_failed(error)
         return proxy
 
     def _do_get(self) -> ConnectionPoolEntry:

@@ -11,7 +11,7 @@ import time
 import weakref
 from typing import Any
 
-from sqlalchemy import util
+from sqlalchemy import exc, util
 from sqlalchemy.pool import reset_commit, reset_rollback
 
 from ..budget.ledger import ABANDONED
@@ -76,10 +76,11 @@ class Record(ConnectionRecord):
         owner.records_out.discard(self)
         fairy_ref, self.fairy_ref = self.fairy_ref, None
         if self.finalize_callback or owner.dispatch.checkin:
-            self._tell_listeners(fairy_ref)
+            self.tell_listeners(fairy_ref)
         owner._checkouts.give(self.attachment, self)
 
-    def _tell_listeners(self, fairy_ref: weakref.ref[Any] | None) -> None:
+    def tell_listeners(self, fairy_ref: weakref.ref[Any] | None = None) -> None:
+        """Call the listeners to its return; if one fails, close the connection and give the slot back."""
         connection = self.dbapi_connection
         try:
             while self.finalize_callback:  # the dialect's: they reset the isolation level
@@ -186,11 +187,45 @@ class Proxy(ConnectionFairy):
         self._echo = echo
         self._counter = 1
 
+    def listener_failed(self, error: BaseException) -> None:
+        """Answer a checkout listener that has raised, as SQLAlchemy's ``_checkout()`` does.
+
+        A ``DisconnectionError`` asks for another connection, which the listeners see again; the second one is
+        the last.  Anything else returns the record, and is raised.
+        """
+        pool: Any = self._pool
+        record: Any = self._connection_record
+        try:
+            for attempt in (1, 2):
+                if not isinstance(error, exc.DisconnectionError):
+                    raise error
+                pool.logger.info("Disconnection detected on checkout (reason: %r)", error)
+                record.invalidate(error)
+                if error.invalidate_pool:
+                    pool._invalidate(self, error, _checkin=False)
+                self.dbapi_connection = record.get_connection()
+                if attempt == 2:
+                    break
+                record.fresh = False
+                try:
+                    pool.dispatch.checkout(self.dbapi_connection, record, self)
+                except BaseException as another:
+                    error = another
+                else:
+                    return
+        except BaseException as last:
+            if self._connection_record is not None:
+                record._checkin_failed(last, _fairy_was_created=True)
+            raise
+        pool.logger.info("Reconnection attempts exhausted on checkout")
+        self.invalidate()
+        raise exc.InvalidRequestError("This connection is closed")
+
     def close(self, transaction_reset: bool = False) -> None:
         """Roll back, and return the record.
 
-        What SQLAlchemy's does where nobody listens or logs, without its ``_checkin()``, ``_reset()``,
-        ``_finalize_fairy()`` and the record's ``checkin()``; else those.
+        What SQLAlchemy's does where nobody logs, or listens to resets, without its ``_checkin()``,
+        ``_reset()``, ``_finalize_fairy()`` and the record's ``checkin()``; else those.
         """
         self._counter -= 1
         if self._counter:
@@ -204,11 +239,9 @@ class Proxy(ConnectionFairy):
             return
         if (
             record.__class__ is not Record  # detached, or inherited by a fork
-            or record.finalize_callback
             or self.dbapi_connection is None
             or self._echo
             or dispatch.reset
-            or dispatch.checkin
         ):
             self._checkin(transaction_reset)
             return
@@ -226,6 +259,8 @@ class Proxy(ConnectionFairy):
         self._connection_record = self.dbapi_connection = None  # type: ignore[assignment]
         pool.records_out.discard(record)
         record.fairy_ref = None
+        if record.finalize_callback or dispatch.checkin:
+            record.tell_listeners()
         pool._checkouts.give(record.attachment, record)
 
     _close_special = close

@@ -74,7 +74,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_finalizer": "what SQLAlchemy 2.1 gives it in case it is abandoned; detached when it was returned",
     "_reset": "tells the listeners how a connection was reset that cannot be",
     "_should_log_debug": "of a pool: is a checkout to be logged?",
-    "_checkout": "asks the listeners and for a ping, and goes on asking",
+    "_checkin_failed": "of a record: returns it where a checkout listener has failed",
     "_close_special": "close(), where the transaction is known to be over",
     "_reset_on_return": "pool_reset_on_return",
     "_finalize_fairy": "a function, known by its code: invalidates a record whose rollback has failed",
