@@ -87,7 +87,7 @@ class CheckedWaiter:
         self.attachment = attachment
         self.holder = object()
         """Each waiter is another holder."""
-        self.since = 0.0
+        self.since = self.stood_still = 0.0
         self.before = 0
         self.label: str | None = None
         self.queue = queue

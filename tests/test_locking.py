@@ -334,6 +334,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     held = [a.connect(), b.connect()]
     waiting = [Thread(a.connect), Thread(b.connect)]
     eventually(lambda: shared.numbers.waiting + sum(not t.alive for t in waiting) == 2, "both wait")
+    inside.decide(shared, inside.ledger(shared).stood_still, inside.now(shared))
     for fairy in held:
         step()
         fairy.close()

@@ -255,6 +255,11 @@ class Ledger(LedgerState):
             self._leave_queue(waiter)
         return why
 
+    def stood_still(self, now: float) -> None:
+        """The process stood still: that nobody was served in time meanwhile makes no queue overloaded."""
+        for attachment in self.everyone():
+            attachment.pace.in_time = now
+
     def leave(self, waiter: Waiter) -> Any:
         """Take a waiter out of its queue; return what it was given meanwhile, or None."""
         self._leave_queue(waiter)

@@ -228,6 +228,7 @@ class Waiter(Protocol):
     label: str | None
     since: float
     before: int
+    stood_still: float
     answer: Any
 
     def wait(self, seconds: float) -> None: ...

@@ -116,7 +116,7 @@ class TaskWaiter:
 
     __slots__ = (
         *("_decline", "_future", "_loop", "_unclaimed", "_woken"),
-        *("answer", "attachment", "before", "holder", "label", "since"),
+        *("answer", "attachment", "before", "holder", "label", "since", "stood_still"),
     )
 
     attachment: Attachment
@@ -127,6 +127,8 @@ class TaskWaiter:
     """When it joined the queue, by the pool's clock; written by the ledger."""
     before: int
     """How many of its queue had their answer when it joined, or looked last; written by the ledger first."""
+    stood_still: float
+    """For how many seconds it could not be served, because its loop stood still; written by itself."""
     answer: Entry | None
     """What it was given; written once, by the ledger, inside the critical section."""
     label: str | None
@@ -143,7 +145,7 @@ class TaskWaiter:
         self.attachment = attachment
         self.holder = holder
         self.label = label
-        self.since = 0.0
+        self.since = self.stood_still = 0.0
         self.answer = None
         self._loop = loop
         self._decline = decline

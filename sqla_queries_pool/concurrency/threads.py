@@ -82,7 +82,7 @@ class ThreadWaiter:
     that an exception in the other thread has lost costs the waiter the rest of a slice, not its turn.
     """
 
-    __slots__ = ("_asleep", "answer", "attachment", "before", "holder", "label", "since")
+    __slots__ = ("_asleep", "answer", "attachment", "before", "holder", "label", "since", "stood_still")
 
     attachment: Attachment
     """The engine's side for which it waits."""
@@ -92,6 +92,8 @@ class ThreadWaiter:
     """When it joined the queue, by the pool's clock; written by the ledger."""
     before: int
     """How many of its queue had their answer when it joined, or looked last; written by the ledger first."""
+    stood_still: float
+    """For how many seconds it could not be served, because the process stood still; written by itself."""
     answer: Entry | None
     """What it was given; written once, by the ledger, inside the critical section."""
 
@@ -102,7 +104,7 @@ class ThreadWaiter:
         self.attachment = attachment
         self.holder = holder
         self.label = label
-        self.since = 0.0
+        self.since = self.stood_still = 0.0
         self.answer = None
         self._asleep = threading.Lock()
         self._asleep.acquire()

@@ -91,6 +91,7 @@ class Attempt:
         self._stages.enter(WAITING)
         watch = None if self._pool.settings.on_deadlock == IGNORE else self._watch
         entry = self._core.checkouts.wait(waiter, left, self._pool.settings.gc_on_wait, watch, again)
+        self._deadline += waiter.stood_still
         if isinstance(entry, Rejected):
             raise self._got_nothing(self._core.now() - self._since, rejected(entry))
         if entry is waiter:  # its loop stood still, and another one got what it was given

@@ -16,6 +16,7 @@ from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot, Wa
 from ..budget.work import Wake, Work
 from ..host.share import Share
 from ..labels import checkout_label
+from .clock import STOOD_STILL
 from .connections import Connections
 from .critical_section import CriticalSection
 from .garbage import GC_AFTER, collect_garbage
@@ -32,6 +33,11 @@ def looks(alone: bool, gc_after: float) -> Iterator[float]:
     """
     yield from () if alone else (SPARE, PATIENCE)
     yield from itertools.count(gc_after, 1.0)  # so that nothing depends on one wake-up
+
+
+def stood_still(late: float) -> float:
+    """Return for how many seconds the process stood still if a wait ended so many seconds late."""
+    return late if late > STOOD_STILL else 0.0
 
 
 class Checkouts:
@@ -129,7 +135,7 @@ class Checkouts:
                 pause = gc_after if alone else SPARE
                 if attachment.pace.price or attachment.queue_target < math.inf:
                     pause = min(pause, choice.look_in(ledger, waiter, self._clock()))
-                waiter.wait(max(0.0, min(pause, timeout)))
+                self._sleep(waiter, min(pause, timeout))
             if rejected is None and waiter.answer is None:
                 times = (begin + after for after in looks(alone, gc_after))
                 rejected = self._look_while_waiting(
@@ -143,6 +149,19 @@ class Checkouts:
             self._declined(waiter)
             raise
 
+    def _sleep(self, waiter: Waiter, seconds: float) -> None:
+        """Have it wait, for ``seconds`` at most.
+
+        While the process stands still nobody can be served: that time is added to what it has left, and makes
+        no queue overloaded.  Else all that wait would time out together when it goes on.
+        """
+        begin, at = time.monotonic(), self._clock()
+        waiter.wait(max(0.0, seconds))
+        if waiter.answer is None:
+            waiter.stood_still += stood_still(time.monotonic() - begin - seconds)
+            if stood_still(self._clock() - at - seconds):
+                self._section.decide(self._ledger.stood_still, self._clock())
+
     def _look_while_waiting(
         self,
         waiter: Waiter,
@@ -155,8 +174,9 @@ class Checkouts:
         attachment, ledger, section = waiter.attachment, self._ledger, self._section
         in_vain: InVain | None = None
         look = next(times)
+        until = deadline
         while True:
-            now = time.monotonic()
+            now, deadline = time.monotonic(), until + waiter.stood_still
             section.run(ledger.insist, waiter, self._clock(), now >= deadline)
             if waiter.answer is None and attachment.queue_target < math.inf:
                 rejected = section.decide(ledger.reject, waiter, self._clock())
@@ -180,7 +200,7 @@ class Checkouts:
             pause = min(look - now, choice.look_in(ledger, waiter, self._clock()))
             if ledger.backoff.refusals and (until := ledger.backoff.retry_at - self._clock()) > 0:
                 pause = min(pause, max(0.01, until))
-            waiter.wait(max(0.0, min(pause, deadline - time.monotonic())))
+            self._sleep(waiter, min(pause, deadline - time.monotonic()))
 
     def _declined(self, waiter: Waiter) -> None:
         """Pass on what a waiter was given, if anything, that can't use it."""

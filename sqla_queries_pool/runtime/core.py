@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import time
 import weakref
 from collections import deque
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from ..logs import logger
 from ..sockets.lingering import Lingering
 from .admission import Admission
 from .checkout import Checkouts
+from .clock import clock as default_clock
 from .connections import Connections
 from .critical_section import CriticalSection
 from .effects import Effects
@@ -36,7 +36,7 @@ class Core:
     """Puts the parts of one pool together, and tells them which engines there are.
 
     :param label: for people: which pool it is.
-    :param clock: a monotonic clock in seconds, ``time.monotonic`` by default.
+    :param clock: a monotonic clock in seconds, :data:`.clock.clock` by default.
     :param new_slot: makes a slot.
     :param on_opened: called when an engine has opened a connection.
     :param on_vacant: called by the housekeeper when there were no slots and no engines for a while.
@@ -68,7 +68,7 @@ class Core:
         on_opened: Callable[[], None],
         on_vacant: Callable[[], None],
     ) -> None:
-        self._clock = clock or time.monotonic
+        self._clock = clock or default_clock
         self.checkouts = Checkouts(on_opened)
         self._on_vacant = on_vacant
         self.pool_id = label
