@@ -603,7 +603,7 @@ def test_with_warn_it_is_logged_once_and_waited_on(
         eventually(lambda: [r for r in caplog.records if "that it holds itself" in r.message], "the warning")
         warned.append(next(looks))
         waiter = inside.waiters(pool)[0]
-        eventually(lambda: time.monotonic() - waiter.since > 2.5, "two more looks")
+        eventually(lambda: inside.now(pool) - waiter.since > 2.5, "two more looks")
         first.pop().close()
 
     closer = Thread(close_later)
