@@ -153,12 +153,12 @@ def test_whatever_becomes_of_a_step_nothing_is_lost(
     """All slots can be had, no backend is extra or in a transaction, the audit finds nothing."""
     pytest.importorskip(driver)
     print(f"seed {SEED}")
-    happened, name = 0, name_of(pg_url)
+    happened, name, url = 0, name_of(pg_url), url_of(pg_url, driver)
+    if driver == "asyncpg":  # its request to cancel a statement asks for TLS first, and may be cut off
+        url = url.update_query_dict({"ssl": "disable"})
     for case in random.Random(SEED).sample(CASES, share):
         print(*case)
-        engine = create_async_engine(
-            url_of(pg_url, driver), poolclass=QueriesPool, max_size=2, ping_after=0, pool_timeout=10
-        )
+        engine = create_async_engine(url, poolclass=QueriesPool, max_size=2, ping_after=0, pool_timeout=10)
         happened += asyncio.run(play(engine, case, pg_observer, name))
         eventually(lambda: pg_observer.backends(name) == 0, "all are closed")
         pool = pool_of(engine)

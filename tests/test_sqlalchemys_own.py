@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import os
 import shutil
 import subprocess
@@ -37,9 +38,22 @@ RUNS = {
 
 
 @pytest.fixture(scope="module")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SQLAlchemy's source distribution, unpacked, of the version that is installed."""
-    folder = tmp_path_factory.mktemp("sqlalchemy")
+def source(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
+    """SQLAlchemy's source distribution, unpacked, of the installed version; once for all processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "sqlalchemy"
+    with open(folder.with_suffix(".lock"), "w", encoding="utf-8") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            _download(folder)
+    found = [path for path in folder.iterdir() if path.is_dir()]
+    if not found:
+        pytest.skip("pip can't get its source, or it is too old: the first of these tests says which")
+    return found[0]
+
+
+def _download(folder: Path) -> None:
     version = sqlalchemy.__version__
     if VERSION < (2, 0, 58):
         pytest.skip("what is expected to fail is known for SQLAlchemy 2.0.58 and later")
@@ -54,7 +68,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         content.extractall(folder, filter="data")
     (found,) = (path for path in folder.iterdir() if path.is_dir())
     shutil.copy(PLUGIN, found / PLUGIN.name)
-    return found
 
 
 @pytest.fixture
