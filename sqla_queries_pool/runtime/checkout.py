@@ -174,9 +174,9 @@ class Checkouts:
         attachment, ledger, section = waiter.attachment, self._ledger, self._section
         in_vain: InVain | None = None
         look = next(times)
-        until = deadline
+        given = deadline
         while True:
-            now, deadline = time.monotonic(), until + waiter.stood_still
+            now, deadline = time.monotonic(), given + waiter.stood_still
             section.run(ledger.insist, waiter, self._clock(), now >= deadline)
             if waiter.answer is None and attachment.queue_target < math.inf:
                 rejected = section.decide(ledger.reject, waiter, self._clock())
