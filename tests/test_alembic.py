@@ -699,7 +699,10 @@ ASYNC_PROJECT = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("project", ASYNC_PROJECT)
+@pytest.mark.parametrize(
+    "project",
+    [pytest.param("as Alembic makes it", marks=pytest.mark.exhaustive), "with the pool class changed"],
+)
 def test_the_template_async(
     tmp_path: Path, pg_url: str, pg_observer: Observer, eventually: Eventually, project: str
 ) -> None:
@@ -797,8 +800,8 @@ def test_offline_mode_of_the_program_connects_nowhere(tmp_path: Path) -> None:
         assert "OperationalError" in program.run("upgrade", "head", status=1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("template", [pytest.param("generic", marks=pytest.mark.exhaustive), "async"])
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("template", ["generic", "async"])
 @pytest.mark.parametrize(
     ("edits", "pool", "limit"),
     [((), "NullPool", None), (((("        poolclass=pool.NullPool,\n", ""),),), "QueriesPool", 1)],

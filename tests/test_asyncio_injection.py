@@ -43,7 +43,7 @@ if (
     sqlalchemy.__version__ < "2.1"
 ):  # there, with any pool, Connection.close() returns nothing where that fails
     CASES = [case for case in CASES if case[:2] != ("do_rollback", "error")]
-SHARE = 30
+SHARE = 15
 """How many of them are tried where not all are."""
 
 

@@ -39,7 +39,7 @@ from sqla_queries_pool.runtime import checkout
 
 new_pool = functools.partial(any_pool, on_deadlock="raise")
 Eventually = Callable[..., None]
-SEEDS = [20261123, *(pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (7, 4711))]
+SEEDS = [pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (20261123, 7, 4711)]
 DEADLINE = 120.0
 """Seconds after which a thread of the stress run counts as one that nobody told of its deadlock."""
 

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from once import once
 from sqlalchemy import make_url
 
 from sqla_queries_pool.demo.embedded import ENV, EmbeddedPostgres
@@ -44,9 +46,25 @@ def run(*arguments: str, command: Sequence[str] = COMMAND, environment: Mapping[
 
 
 @pytest.fixture(scope="module")
-def ran(pg_server: EmbeddedPostgres) -> Ran:
-    """A short demo on the tests' own server, as JSON."""
-    return run("demo", "--json", "--seconds", "0.3", "--url", pg_server.url())
+def kept(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, worker_id: str
+) -> tuple[Ran, str]:
+    """A short demo on the tests' own server, as JSON, and the password of that server."""
+
+    def make(folder: Path) -> None:
+        server = request.getfixturevalue("pg_server")
+        ran = run("demo", "--json", "--seconds", "0.3", "--url", server.url())
+        (folder / "ran.json").write_text(json.dumps([*ran, server.password]), encoding="utf-8")
+
+    path = once(tmp_path_factory, worker_id, "demo", make) / "ran.json"
+    *ran, password = json.loads(path.read_text(encoding="utf-8"))
+    return Ran(*ran), password
+
+
+@pytest.fixture(scope="module")
+def ran(kept: tuple[Ran, str]) -> Ran:
+    """What it was, and what it printed."""
+    return kept[0]
 
 
 @pytest.fixture(scope="module")
@@ -132,9 +150,10 @@ def test_the_summary_quotes_figures_of_the_same_run(facts: Any) -> None:
 
 
 @pytest.mark.slow
-def test_the_demo_prints_no_password(ran: Ran, pg_server: EmbeddedPostgres) -> None:
+def test_the_demo_prints_no_password(kept: tuple[Ran, str]) -> None:
     """Neither what it finds out nor its progress has it."""
-    assert pg_server.password not in ran.out + ran.err
+    ran, password = kept
+    assert password not in ran.out + ran.err
 
 
 @pytest.mark.slow

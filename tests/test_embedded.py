@@ -626,7 +626,7 @@ def test_an_ordinary_user_s_server_runs_as_that_user(below: Path, eventually: Ev
 
 
 @needs_root
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_binaries_that_the_account_can_t_reach_are_copied(
     monkeypatch: pytest.MonkeyPatch, below: Path, tmp_path: Path
 ) -> None:

@@ -401,6 +401,7 @@ def run_to_its_end(command: Sequence[str], environment: dict[str, str]) -> str:
     return ended.stdout
 
 
+@pytest.mark.exhaustive
 def test_idle_connections_close_in_the_children_of_a_celery_worker_and_in_itself(
     run: Run, environment: dict[str, str], tmp_path: Path, pg_url: str, pg_observer: Observer, eventually: Any
 ) -> None:
@@ -503,7 +504,11 @@ def test_idle_connections_close_in_preloaded_workers_and_in_their_parent(
 
 
 @pytest.mark.parametrize(
-    "beginning", ["gunicorn -c gunicorn_conf.py --preload", 'gunicorn -c gunicorn_conf.py "']
+    "beginning",
+    [
+        pytest.param("gunicorn -c gunicorn_conf.py --preload", marks=pytest.mark.exhaustive),
+        'gunicorn -c gunicorn_conf.py "',
+    ],
 )
 def test_the_commands_of_the_gunicorn_recipe_serve_the_flask_example(
     beginning: str, run: Run, environment: dict[str, str], pg_url: str, eventually: Callable[..., None]

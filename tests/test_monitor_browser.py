@@ -266,6 +266,7 @@ def test_what_comes_before_it_does_not_close_it(tab: Tab, url: str, eventually: 
     assert tab.run("document.querySelectorAll('.timeouts [open]').length") == 1
 
 
+@pytest.mark.exhaustive
 def test_without_javascript_it_shows_the_state_and_loads_again(
     tab: Tab, eventually: Callable[..., None]
 ) -> None:
@@ -343,6 +344,7 @@ def test_it_can_be_read_aloud(tab: Tab, url: str) -> None:
     assert all(name for role, name in named if role in ("button", "link", "table", "heading"))
 
 
+@pytest.mark.exhaustive
 def test_many_pools_and_connections_stay_usable(tab: Tab, url: str, eventually: Callable[..., None]) -> None:
     """120 pools, and one with 10,000 connections: the page goes on, and a click leads to one of them."""
     pools = [new_pool(max_size=1) for _ in range(120)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import faulthandler
-import fcntl
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ from pathlib import Path
 import psycopg2
 import pytest
 import sqlalchemy
+from once import once
 from sqlalchemy import make_url
 from test_contract import VERSION
 
@@ -40,13 +40,7 @@ RUNS = {
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
     """SQLAlchemy's source distribution, unpacked, of the installed version; once for all processes."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / "sqlalchemy"
-    with open(folder.with_suffix(".lock"), "w", encoding="utf-8") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            folder.mkdir()
-            _download(folder)
+    folder = once(tmp_path_factory, worker_id, "sqlalchemy", _download)
     found = [path for path in folder.iterdir() if path.is_dir()]
     if not found:
         pytest.skip("pip can't get its source, or it is too old: the first of these tests says which")
