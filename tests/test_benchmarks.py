@@ -3,8 +3,10 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib
+import inspect
 import io
 import json
+import re
 import sys
 import time
 from collections import deque
@@ -20,8 +22,11 @@ from rich.console import Console
 from sqlalchemy import create_engine, exc, make_url
 from sqlalchemy.pool import NullPool
 
+from sqla_queries_pool.budget import ledger
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 from sqla_queries_pool.demo.server import Server, read_url
+from sqla_queries_pool.engine import queries_pool
+from sqla_queries_pool.runtime import checkout
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -492,6 +497,16 @@ def test_the_network_passes_on_refuses_and_holds(program: Any, pg_url: str) -> N
     assert network._process.returncode == 0
 
 
+def test_what_is_timed_alone_is_what_the_code_does(program: Any) -> None:
+    """Each statement of the table stands in the functions that a checkout and its return run."""
+    code = "".join(inspect.getsource(module) for module in (ledger, queries_pool, checkout))
+    for statements in program.defaults.COSTS.values():
+        for statement in re.split("; |\n", statements):
+            first, _, then = statement.removeprefix("holder = ").partition(": ")
+            assert first in code, statement
+            assert then in code, statement
+
+
 # -- the program ------------------------------------------------------------------------------------
 
 
@@ -563,6 +578,8 @@ def all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: lis
     assert groups.count("50 requests at once") == 2
     assert groups.count("more of something") == 4
     assert groups.count("footprint") == 2
+    assert groups.count("one thread, with listeners") == 3
+    assert groups.count("on by default") == 3
     assert groups.count("overload") == 1
     drivers, works = len(program.async_competitors.DRIVERS), len(tiny.task_works)
     assert groups.count("one task: checkout and return") == 2 * drivers
