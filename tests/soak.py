@@ -1089,7 +1089,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(2**32))
+    parser.add_argument(
+        "--switch-interval", type=float, default=sys.getswitchinterval(), help="of threads, in seconds"
+    )
     options = parser.parse_args()
+    sys.setswitchinterval(options.switch_interval)
     print(f"seed {options.seed}, {options.seconds:g} s", flush=True)
     faulthandler.dump_traceback_later(options.seconds + 240, exit=True)
     # Python 3.12 on says so of every fork of a process with threads, which is what is tested here.

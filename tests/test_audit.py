@@ -618,7 +618,7 @@ class Load:
 
 
 @pytest.mark.parametrize(
-    "switches", [None, pytest.param(1e-5, marks=pytest.mark.exhaustive)], ids=["as usual", "often"]
+    "switches", [None, pytest.param(1e-6, marks=pytest.mark.exhaustive)], ids=["as usual", "often"]
 )
 def test_under_load_nothing_is_found(switches: float | None, eventually: Eventually) -> None:
     """Audits, sweeps and waiters look at everything meanwhile; none takes what is under way for lost."""
@@ -659,7 +659,7 @@ def test_engines_that_come_and_go_are_no_finding(eventually: Eventually) -> None
         return said
 
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-6)
     try:
         auditing = Thread(audit)
         for _ in range(300):

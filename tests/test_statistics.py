@@ -612,7 +612,7 @@ def test_a_forked_child_counts_from_nothing(pid: str) -> None:
 def restless() -> Iterator[None]:
     """Threads take turns as often as they can."""
     before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
+    sys.setswitchinterval(1e-6)
     yield
     sys.setswitchinterval(before)
 
