@@ -21,6 +21,9 @@ from .parameters import shown
 LIKENESS = 0.8
 """From which likeness on (difflib's ratio) a name is taken for a misspelt one of ours.  The options of
 libpq and of the drivers that SQLAlchemy knows are all below it."""
+SPELLINGS = {"pool_max_size": "max_size", "pool_idle_ttl": "idle_ttl"}
+"""Other spellings of our parameters, queries' own.  Celery drops each engine option that begins with ``pool``
+where it uses a NullPool, which would take ``max_size`` for an error."""
 
 
 class QueriesPlugin(CreateEnginePlugin):
@@ -28,14 +31,18 @@ class QueriesPlugin(CreateEnginePlugin):
 
     A ``poolclass`` or ``pool`` in the code wins.  The URL's pool parameters are then ignored, and removed so
     that the driver does not get them.  A parameter in the URL wins over the same one in the code.
+    ``pool_max_size`` and ``pool_idle_ttl`` are other spellings of ``max_size`` and ``idle_ttl``, in both.
 
     :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a parameter is misspelt, or stands
-        twice in the URL.
+        twice in the URL or in the code.
     """
 
     def __init__(self, url: URL, kwargs: dict[str, Any]) -> None:
         super().__init__(url, kwargs)
-        said = {name: _values(url.query, name) for name in url.query}
+        said: dict[str, list[str]] = {}
+        for name in url.query:
+            said.setdefault(SPELLINGS.get(name, name), []).extend(_values(url.query, name))
+        code = {name: kwargs.pop(other) for other, name in SPELLINGS.items() if other in kwargs}
         if [*said.get("plugin", ()), *kwargs.get("plugins", ())].count("queries") > 1:
             raise ParameterError("plugin=queries is given twice: remove one of them")
         for name, values in said.items():
@@ -48,6 +55,9 @@ class QueriesPlugin(CreateEnginePlugin):
             logger.info("plugin=queries: the code sets another pool class, which is used")
             return
         kwargs["poolclass"] = stated or QueriesPool
+        if twice := code.keys() & kwargs.keys():
+            raise ParameterError(f"{twice.pop()} is given twice, in the code: remove one of them")
+        kwargs.update(code)
         if overruled := [name for name in kwargs if _means_what_is_in(said, name)]:
             # No error: frameworks state their own, and their users can change nothing but the URL.
             for name in overruled:
@@ -57,7 +67,7 @@ class QueriesPlugin(CreateEnginePlugin):
 
     def update_url(self, url: URL) -> URL:
         """Return the URL without the parameters of the pool."""
-        return url.difference_update_query(NAMES)
+        return url.difference_update_query([*NAMES, *SPELLINGS])
 
 
 def _means_what_is_in(said: Mapping[str, Any], name: str) -> bool:

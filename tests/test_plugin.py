@@ -119,6 +119,17 @@ def test_nothing_of_ours_reaches_the_driver(make: Any) -> None:
     }
 
 
+def test_what_queries_calls_them_can_be_said_in_the_url_and_in_the_code(make: Any) -> None:
+    """Celery drops options that begin with `pool` where it uses a NullPool; `max_size` is an error there."""
+    engine = make(f"{URL}&pool_max_size=3&pool_idle_ttl=5&application_name=till")
+    assert (pool_of(engine).size(), inside.setting(engine.pool, "idle_ttl")) == (3, 5.0)
+    assert dict(engine.url.query) == {"application_name": "till"}
+    code = make(URL, pool_max_size=4, pool_idle_ttl=6)
+    assert (pool_of(code).size(), inside.setting(code.pool, "idle_ttl")) == (4, 6.0)
+    assert pool_of(make(f"{URL}&max_size=3", pool_max_size=4)).size() == 3  # the URL wins
+    assert type(make(URL, pool_max_size=4, poolclass=pool.NullPool).pool) is pool.NullPool
+
+
 def test_engines_of_one_url_share_a_pool_however_they_were_configured(make: Any) -> None:
     """What the URL says of the pool is no part of which database it is."""
     url = "postgresql+psycopg2://scott@db.example.net/for-two"
@@ -131,8 +142,8 @@ def test_engines_of_one_url_share_a_pool_however_they_were_configured(make: Any)
     ("wrong", "right"),
     [
         *[("max_sise", "max_size"), ("maxsize", "max_size"), ("Max_Size", "max_size")],
-        *[("max-size", "max_size"), ("pool_max_size", "max_size"), ("idle_tll", "idle_ttl")],
-        *[("pool_idle_ttl", "idle_ttl"), ("overflow", "max_overflow"), ("pooltimeout", "pool_timeout")],
+        *[("max-size", "max_size"), ("pool_maxsize", "max_size"), ("idle_tll", "idle_ttl")],
+        *[("pool-idle-ttl", "idle_ttl"), ("overflow", "max_overflow"), ("pooltimeout", "pool_timeout")],
         *[("pre_ping", "pool_pre_ping"), ("recycle", "pool_recycle"), ("use_lifo", "pool_use_lifo")],
         *[("poolid", "pool_id"), ("gc_on_wai", "gc_on_wait"), ("logging_name", "pool_logging_name")],
     ],
@@ -154,6 +165,8 @@ def test_the_drivers_own_options_pass_through(make: Any) -> None:
     ("url", "kw", "what"),
     [
         (f"{URL}&max_size=3&max_size=4", {}, "max_size is given twice, in the URL"),
+        (f"{URL}&max_size=3&pool_max_size=4", {}, "max_size is given twice, in the URL"),
+        (URL, {"max_size": 3, "pool_max_size": 4}, "max_size is given twice, in the code"),
         (f"{URL}&max_size=3&pool_size=4", {}, "max_size='3' and pool_size can't both be set"),
         (URL, {"max_size": 3, "pool_size": 4}, "max_size=3 and pool_size can't both be set"),
         (f"{URL}&plugin=queries", {}, "plugin=queries is given twice"),
