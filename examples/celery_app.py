@@ -3,7 +3,7 @@
 DATABASE_URL=postgresql+psycopg2://… celery -A celery_app worker --concurrency 3
 
 It needs no broker: messages and results are files below the folder CELERY_FOLDER.  Yours has a broker of
-its own; nothing else here depends on that.
+its own; nothing else here depends on that.  RESULT_BACKEND, if it is set, is where the results go instead.
 """
 
 import os
@@ -20,7 +20,8 @@ folder = Path(os.environ.get("CELERY_FOLDER", "celery-messages")).resolve()
 for name in ("queue", "control", "results"):
     (folder / name).mkdir(parents=True, exist_ok=True)
 
-app = Celery("celery_app", broker="filesystem://", backend=f"file://{folder}/results")
+backend = os.environ.get("RESULT_BACKEND", f"file://{folder}/results")
+app = Celery("celery_app", broker="filesystem://", backend=backend)
 app.conf.broker_transport_options = {
     "data_folder_in": folder / "queue",
     "data_folder_out": folder / "queue",

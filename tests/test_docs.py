@@ -8,7 +8,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 from sqlalchemy import make_url
@@ -23,9 +23,19 @@ LABEL = "scott@localhost:5432/shop"
 
 NOT_RUN = {
     "recipes/alembic": "tests/test_alembic.py reads the page, and runs it",
+    "recipes/jupyterhub": "tests/test_applications.py has JupyterHub read it",
     "recipes/flask-sqlalchemy": "a fixture of a test suite; the rest of the page is the example itself",
 }
 """Pages with Python that is not run as it stands, and why."""
+
+APPLICATIONS = {
+    "recipes/celery-results": "celery",
+    "recipes/opentelemetry": "opentelemetry.instrumentation.sqlalchemy",
+    "recipes/optuna": "optuna",
+    "recipes/pandas": "pandas",
+    "recipes/sqlmodel": "sqlmodel",
+}
+"""Pages about applications, and what has to be installed to run them: the extra of that name."""
 
 # What runs the examples of an interpreter session (`pycon`), in the names of the page's other blocks, and
 # SQL on the page's `engine`.
@@ -90,10 +100,17 @@ def program(page: str) -> str:
 RUN = [page for page in pages() if page not in NOT_RUN and program(page)]
 
 
+def of_page(page: str) -> Any:
+    """The page as a parameter of a test; what takes long to import is exhaustive."""
+    return pytest.param(page, marks=[pytest.mark.exhaustive] * (page in APPLICATIONS))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("page", RUN)
+@pytest.mark.parametrize("page", [of_page(page) for page in RUN])
 def test_what_a_page_shows_happens(page: str, pg_url: str, tmp_path: Path) -> None:
     """The page's Python runs in order, without a warning, and its sessions print what they show."""
+    if page in APPLICATIONS:
+        pytest.importorskip(APPLICATIONS[page])
     url = make_url(pg_url)
     text = program(page).replace(URL, pg_url.split("://")[1])
     script = tmp_path / "page.py"
@@ -113,6 +130,7 @@ def test_what_a_page_shows_happens(page: str, pg_url: str, tmp_path: Path) -> No
 def test_every_page_with_python_is_run_or_says_why_not() -> None:
     """A page named as not run has something to run; the guides and the reference are run."""
     assert all(program(page) for page in NOT_RUN)
+    assert set(APPLICATIONS) <= set(RUN)
     assert {"README", "configuration", "sizing", "asyncio"} <= set(RUN)
     assert {page for page in pages() if page.startswith("coming-from/")} <= set(RUN)
 
