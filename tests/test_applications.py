@@ -74,7 +74,7 @@ def test_processes_of_a_study_share_the_limit_of_the_host(
     engine = create_engine(pg_url, poolclass=NullPool)
     with engine.connect() as connection:
         assert connection.scalar(text("SELECT count(*) FROM trials WHERE state = 'COMPLETE'")) == 30
-    assert max(seen) == 4
+    assert 1 < max(seen) <= 4
 
 
 # -- Celery's result backend
