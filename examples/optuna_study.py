@@ -16,4 +16,4 @@ def objective(trial: optuna.Trial) -> float:
 
 storage = RDBStorage(os.environ["DATABASE_URL"])
 study = optuna.create_study(storage=storage, study_name="parabola", load_if_exists=True)
-study.optimize(objective, n_trials=10, n_jobs=4)
+study.optimize(objective, n_trials=5, n_jobs=4)

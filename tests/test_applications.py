@@ -73,7 +73,7 @@ def test_processes_of_a_study_share_the_limit_of_the_host(
         list(processes.map(lambda _: run_to_its_end(study, environment), range(3)))
     engine = create_engine(pg_url, poolclass=NullPool)
     with engine.connect() as connection:
-        assert connection.scalar(text("SELECT count(*) FROM trials WHERE state = 'COMPLETE'")) == 30
+        assert connection.scalar(text("SELECT count(*) FROM trials WHERE state = 'COMPLETE'")) == 15
     assert 1 < max(seen) <= 4
 
 
