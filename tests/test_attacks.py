@@ -336,7 +336,7 @@ def test_a_role_limit_that_is_lowered_makes_callers_wait_and_no_errors(
     crowd.stop()
     statistics = inside.shared(engine).statistics()
     assert statistics.connect_errors > 0
-    assert (statistics.timeouts, statistics.open) == (0, 2)
+    assert (statistics.timeouts, statistics.mended, statistics.open) == (0, 0, 2)
     pg_observer.query(f"ALTER ROLE {role} CONNECTION LIMIT 6")
     all_at_once(engine, 6)
     assert_whole(pool_of(engine), eventually)
@@ -393,5 +393,6 @@ def test_held_backends_that_are_terminated_cost_their_holders_an_error_and_waite
     new = {task.result() for task in waiting}
     assert not new & old
     assert pg_observer.backends(make_url(pg_url).database or "") <= 4
-    assert inside.shared(engine).statistics().connect_errors == 0
+    statistics = inside.shared(engine).statistics()
+    assert (statistics.connect_errors, statistics.mended) == (0, 0)
     assert_whole(pool_of(engine), eventually)

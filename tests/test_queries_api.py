@@ -1175,7 +1175,7 @@ def test_connections_have_no_slot_that_is_being_opened(
     driver.gate.clear()
     opening = Task(engine_pool.connect)
     eventually(lambda: driver.connecting, "it connects")
-    assert (len(found), dict(found.connections)) == (1, {})
+    assert (len(found), len(found.connections), dict(found.connections)) == (1, 0, {})
     driver.gate.set()
     out = opening.result()
     assert list(found.connections) == [id(out.dbapi_connection)]

@@ -70,7 +70,8 @@ def test_a_session_that_is_forgotten_gives_back_its_connection(queries: Any, uri
     session = queries.Session(uri)
     name = session.pid
     del session
-    assert PoolManager.has_idle_connection(name)
+    connections = PoolManager.report()["pools"][name]["connections"]
+    assert (connections["idle"], connections["locked"]) == (1, 0)
 
 
 @pytest.mark.parametrize("autocommit", [True, False])
