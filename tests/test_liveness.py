@@ -472,7 +472,7 @@ def end(observer: Observer, datname: str) -> int:
 
 def slots(engine: Engine) -> list[Any]:
     """The connections of an engine's pool."""
-    return list(inside.shared(engine.pool).connections)
+    return inside.slots(engine)
 
 
 def fill(engine: Engine, number: int) -> list[int]:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
+import subprocess
+import sys
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from random import Random
 from typing import Any
+from unittest import mock
 
 import inside
 import psycopg2
@@ -886,7 +891,7 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
 
     def lock(engine_pool: QueriesPool, random: Random) -> None:
         session = Session()
-        connection = random.choice(found.connections or [None])
+        connection = random.choice(list(found.connections.values()) or [None])
         if connection is None or (handle := connection.handle) is None:
             return
         PoolManager.lock(pid, handle, session)
@@ -914,7 +919,9 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
             found.shutdown()
         elif what < 0.8:
             found.close()
-        elif (connections := found.connections) and (handle := random.choice(connections).handle) is not None:
+        elif (connections := list(found.connections.values())) and (
+            handle := random.choice(connections).handle
+        ) is not None:
             PoolManager.remove_connection(pid, handle)
 
     def work(what: Callable[[QueriesPool, Random], None], engine_pool: QueriesPool, seed: int) -> None:
@@ -934,7 +941,7 @@ def test_everything_at_once_keeps_the_books(driver: FakeDriver, pid: str, eventu
     check(inside.ledger(found))
     assert not shared
     assert found.numbers.total <= limit
-    assert {c.handle for c in found.connections if c.handle is not None and not c.closed} == driver.live
+    assert {c.handle for c in found.connections.values() if not c.closed} == driver.live
 
 
 # -- Pool --------------------------------------------------------------------------------------------
@@ -1137,6 +1144,195 @@ def test_asynchronous_connections_go_round(dsn: str, pid: str) -> None:
         assert PoolManager.size(pid) == 1
 
 
+# -- as attributes, and as tests mock them -----------------------------------------------------------
+
+
+def test_connections_are_a_mapping_of_ids(driver: FakeDriver, pid: str) -> None:
+    """One that follows the pool, and that another thread may change while somebody goes through it."""
+    PoolManager.create(pid, max_size=3)
+    found = inside.pools()[pid].connections
+    assert dict(found) == {}
+    handles = [driver.connect() for _ in range(3)]
+    for handle in handles:
+        PoolManager.add(pid, handle)
+    assert (list(found), len(found)) == ([id(handle) for handle in handles], 3)
+    assert found[id(handles[0])] is PoolManager.get_connection(pid, handles[0])
+    for view in (found.keys, found.values, found.items):
+        seen = iter(view())
+        next(seen)
+        PoolManager.remove_connection(pid, handles.pop())
+        assert len(list(seen)) == len(handles)
+    with pytest.raises(KeyError):
+        found[id(driver)]
+
+
+def test_connections_have_no_slot_that_is_being_opened(
+    driver: FakeDriver, pid: str, eventually: Eventually
+) -> None:
+    """There is no connection yet."""
+    engine_pool = QueriesPool(driver.connect, pool_id=pid)
+    found = inside.pools()[pid]
+    driver.gate.clear()
+    opening = Task(engine_pool.connect)
+    eventually(lambda: driver.connecting, "it connects")
+    assert (len(found), len(found.connections), dict(found.connections)) == (1, 0, {})
+    driver.gate.set()
+    out = opening.result()
+    assert list(found.connections) == [id(out.dbapi_connection)]
+    out.close()
+
+
+def test_used_by_can_be_set(dsn: str, pid: str) -> None:
+    """A reference to a session locks for it, in place of another one; None takes the lock off."""
+    PoolManager.create(pid)
+    handle, first, second = psycopg2.connect(dsn), Session(), Session()
+    PoolManager.add(pid, handle)
+    connection = PoolManager.get_connection(pid, handle)
+    connection.used_by = None
+    for session in (first, second):
+        connection.used_by = weakref.ref(session)
+        assert (connection.locked, connection.busy) == (True, True)
+        assert connection.used_by == weakref.ref(session)
+        with pytest.raises(NoIdleConnectionsError):
+            PoolManager.get(pid, Session())
+        begin(handle)
+    connection.used_by = None
+    assert not connection.locked
+    assert handle.info.transaction_status == 0
+    assert PoolManager.get(pid, first) is handle
+
+
+def test_used_by_cannot_be_set_while_an_engine_has_it(driver: FakeDriver, pid: str) -> None:
+    """The engine keeps it."""
+    engine_pool = QueriesPool(driver.connect, pool_id=pid)
+    out = engine_pool.connect()
+    connection = PoolManager.get_connection(pid, out.dbapi_connection)
+    for reference in (None, weakref.ref(Session)):
+        with pytest.raises(ConnectionBusyError):
+            connection.used_by = reference
+    assert connection.locked
+    out.close()
+
+
+def test_idle_start_is_since_when_nobody_has_had_one(driver: FakeDriver, pid: str) -> None:
+    """By the pool's clock; None while somebody has one.  Set to long ago, the TTL is over."""
+    clock = FakeClock(1000.0)
+    PoolManager.create(pid, 60, 2, clock)
+    found, session = inside.pools()[pid], Session()
+    assert found.time_method() == 1000
+    handles = [driver.connect(), driver.connect()]
+    for handle in handles:
+        PoolManager.add(pid, handle)
+    PoolManager.lock(pid, handles[0], session)
+    assert (found.idle_start, found.idle_duration) == (None, 0)
+    clock.now += 10
+    PoolManager.free(pid, handles[0])
+    clock.now += 5
+    assert (found.idle_start, found.idle_duration) == (1010, 5)
+    found.idle_start = None
+    assert (found.idle_start, found.idle_duration) == (1015, 0)
+    found.idle_start = clock.now - 59
+    found.clean()
+    assert len(found) == 2
+    found.idle_start = clock.now - 61
+    found.clean()
+    assert (len(found), driver.live) == (0, set())
+
+
+def test_limits_can_be_assigned(driver: FakeDriver, pid: str) -> None:
+    """As in queries; they act at once, as the setters do."""
+    clock = FakeClock()
+    PoolManager.create(pid, 60, 2, clock)
+    found = inside.pools()[pid]
+    for _ in range(2):
+        found.add(driver.connect())
+        clock.now += 1
+    found.max_size = 1
+    assert (found.max_size, driver.numbers()) == (1, [2])
+    clock.now += 10
+    found.idle_ttl = 5
+    assert (found.idle_ttl, len(found)) == (5, 0)
+
+
+@pytest.mark.parametrize(
+    ("attribute", "value"),
+    [
+        ("max_size", 7),
+        ("idle_ttl", 7),
+        ("idle_start", 7),
+        ("connections", {}),
+        ("time_method", int),
+        ("get", int),
+    ],
+)
+def test_an_attribute_of_a_pool_can_be_mocked(pid: str, attribute: str, value: Any) -> None:
+    """On one pool, with what there was before put back."""
+    PoolManager.create(pid, 60, 2, FakeClock())
+    found = inside.pools()[pid]
+    before = getattr(found, attribute)
+    with mock.patch.object(found, attribute, value):
+        assert getattr(found, attribute) == value
+    assert getattr(found, attribute) == before
+
+
+@pytest.mark.parametrize("attribute", ["lock", "free", "close", "used_by", "executions", "handle"])
+def test_an_attribute_of_a_connection_can_be_mocked(driver: FakeDriver, attribute: str) -> None:
+    """On one connection."""
+    lone = Connection(driver.connect())
+    before = getattr(lone, attribute)
+    with mock.patch.object(lone, attribute) as mocked:
+        found = getattr(lone, attribute)
+        assert found is mocked or found() is mocked()  # used_by refers to the session of its own
+    assert getattr(lone, attribute) == before
+
+
+def test_the_pool_calls_what_is_mocked(driver: FakeDriver, pid: str) -> None:
+    """As queries' does: the methods of Connection, and its properties on the class."""
+    PoolManager.create(pid)
+    handle = driver.connect()
+    PoolManager.add(pid, handle)
+    with mock.patch.multiple(Connection, lock=mock.DEFAULT, free=mock.DEFAULT, close=mock.DEFAULT) as mocked:
+        session = Session()
+        assert PoolManager.get(pid, session) is handle
+        PoolManager.lock(pid, handle, session)
+        assert mocked["lock"].mock_calls == [mock.call(session)] * 2
+        PoolManager.free(pid, handle)
+        PoolManager.remove_connection(pid, handle)
+        assert [len(mocked[name].mock_calls) for name in ("free", "close")] == [1, 1]
+    with mock.patch.multiple(Connection, busy=True, closed=False):
+        assert not PoolManager.has_idle_connection(pid)
+    with mock.patch.object(Connection, "closed", True), mock.patch.object(Pool, "remove") as remove:
+        PoolManager.clean(pid)
+    remove.assert_called_once_with(handle)
+
+
+def test_a_mock_goes_round_as_a_connection(pid: str) -> None:
+    """It says of everything that it has it."""
+    PoolManager.create(pid)
+    handle, session = mock.Mock(closed=False), Session()
+    handle.isexecuting.return_value = False
+    PoolManager.add(pid, handle)
+    assert PoolManager.get(pid, session) is handle
+    PoolManager.free(pid, handle)
+    handle.rollback.assert_called_once_with()
+    PoolManager.remove_connection(pid, handle)
+    handle.close.assert_called_once_with()
+
+
+def test_the_default_of_max_size_comes_from_the_environment_as_in_queries() -> None:
+    """``QUERIES_MAX_POOL_SIZE``; 1 without it."""
+    assert (pool.DEFAULT_IDLE_TTL, pool.DEFAULT_MAX_SIZE) == (60, 1)
+    program = "from sqla_queries_pool.pool import *; print(Pool('mine').max_size, DEFAULT_MAX_SIZE)"
+    printed = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "QUERIES_MAX_POOL_SIZE": "7"},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert printed.split() == ["7", "7"]
+
+
 # -- side by side with queries -----------------------------------------------------------------------
 
 # Pools are made with room for one connection, or as many as ``create`` is told.
@@ -1169,6 +1365,7 @@ SAME = {
     "shut down": "create; add c1; get s1; pool shutdown; closed c1; size",
     "shut down what executes": "create; add c1; execute c1; pool shutdown; closed c1; size",
     "the first added is the first got": "create 2; add c1; add c2; get s1; get s2",
+    "one dies in use": "create; add c1; get s1; close c1; free c1; size; remove_connection c1; size",
     "get removes nothing that is idle": "create 2; add c1; add c2; get s1; has_connection c2",
 }
 # What is wrong in queries: steps, and what the last of them comes to there and here; the others are alike.

@@ -124,7 +124,7 @@ def everything_said(said: list[str], caplog: pytest.LogCaptureFixture) -> str:
     said += [formatter.format(record) for record in caplog.records]
     said += [repr(PoolManager.report()), repr(inside.pools())]
     said += [show(pool) for pool in pools for show in (str, repr)]
-    said += [repr(connection) for pool in pools for connection in pool.connections]
+    said += [repr(connection) for pool in pools for connection in inside.slots(pool)]
     return "\n".join(said)
 
 
@@ -318,7 +318,7 @@ def test_a_connection_added_by_hand_leaves_no_password(
     dsn = make_url(secret_url).set(drivername="postgresql").render_as_string(hide_password=False)
     PoolManager.create("by hand", max_size=1)
     PoolManager.add("by hand", psycopg2.connect(dsn))
-    for connection in inside.pools()["by hand"].connections:
+    for connection in inside.pools()["by hand"].connections.values():
         said += [repr(connection), repr(connection.handle)]
     assert not leaks()
     assert MARK not in everything_said(said, caplog)

@@ -50,7 +50,7 @@ class Watch:
         if self._holds is False:  # it can't take one while it waits
             return None
         pools, me = self._everywhere(), waiter.holder
-        self._holds = any(slot.holder is me for pool in pools for slot in pool.connections)
+        self._holds = any(slot.holder is me for pool in pools for slot in pool.core.slots())
         sides = _sides(me, pools) if self._holds else []
         newest = max(sides, key=lambda side: (side[1].since, side[1].holder.ident), default=None)
         if newest is None or newest[1] is not waiter:
@@ -107,7 +107,7 @@ def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
 def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
     """The slots of which any would do, if it was returned."""
     quota = waiter.attachment.quota
-    return list(quota.slots) if quota.full else list(pool.connections)
+    return list(quota.slots) if quota.full else pool.core.slots()
 
 
 def _all_held_by(threads: dict[Caller, Any], pool: Pool, waiter: Waiter) -> bool:
@@ -135,7 +135,7 @@ def _moves(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Iterator[tupl
     threads = {waiter.holder for _, waiter in sides}
     for _, waiter in sides:
         yield ("waits", waiter.holder.ident, waiter.since, "")
-    for slot in (slot for pool in pools for slot in pool.connections if slot.holder in threads):
+    for slot in (slot for pool in pools for slot in pool.core.slots() if slot.holder in threads):
         yield ("holds", id(slot), slot.uses, f"{of_server(slot.handle)[1]} {traffic(slot.socket)}")
 
 
@@ -144,7 +144,7 @@ def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
     details = []
     for pool, waiter in sorted(sides, key=lambda side: side[1].since):
         name = named(threads.name(waiter.holder), waiter.label)
-        held = [slot for other in pools for slot in other.connections if slot.holder is waiter.holder]
+        held = [slot for other in pools for slot in other.core.slots() if slot.holder is waiter.holder]
         details.append(f"{name} holds {len(held)} and waits for a connection of {pool.label}")
         for slot in held:
             details += [f"  checked out at {call}" for call in stacks.as_text(slot.stack)[-DEEPEST_SHOWN:]]

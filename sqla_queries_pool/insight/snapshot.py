@@ -218,7 +218,7 @@ def snapshot(pool: Pool, placed: int | None = None) -> Snapshot:
 def holders(pool: Pool, threads: stacks.Threads) -> list[Holder]:
     """Return who has the connections of a pool, longest first.  Takes no lock of the pool."""
     busy = (HELD, LOCKED, slots.OPENING)
-    found = [holder_of(slot, pool.core.now(), threads) for slot in pool.connections if slot.state in busy]
+    found = [holder_of(slot, pool.core.now(), threads) for slot in pool.core.slots() if slot.state in busy]
     return sorted(found, key=lambda holder: -holder.seconds)
 
 

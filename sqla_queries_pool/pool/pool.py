@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 import math
+import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 from .. import parameters
 from ..budget import closing, locks
 from ..budget.audit import Audit
-from ..budget.ledger import GAVE_WAY
-from ..budget.slots import CLOSING, HELD, IDLE, OPENING, Numbers, Slot
+from ..budget.ledger import GAVE_WAY, Ledger
+from ..budget.slots import HELD, IDLE, LOCKED, Numbers, Slot
 from ..budget.stats import Statistics
+from ..budget.work import Work
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
 from ..parameters import Unstated
 from ..runtime.connections import close_quietly
 from ..runtime.core import Core
 from ..sockets import liveness
 from ..sockets.drivers import socket_of
-from .connection import Connection
+from .connection import Connection, Connections
 
 DEFAULT_IDLE_TTL = 60.0
 """queries' default ``idle_ttl``, in seconds."""
-DEFAULT_MAX_SIZE = 1
-"""queries' default ``max_size``, for pools that are made by hand."""
+DEFAULT_MAX_SIZE = parameters.max_size("QUERIES_MAX_POOL_SIZE", os.environ.get("QUERIES_MAX_POOL_SIZE", 1))
+"""queries' default ``max_size``, for pools that are made by hand: 1, or what the environment says."""
 
 
 every_pool: weakref.WeakSet[Pool] = weakref.WeakSet()
@@ -55,11 +58,15 @@ class Pool:
         their next opening puts it there again."""
         self._on_vacant: Callable[[Pool], None] = _nothing
         """Called when there were no slots and no engines for a while; the PoolManager's."""
-        self.core = Core(pool_id, time_method, self._new_connection, self._opened, self._vacant)
+        self.core = core = Core(pool_id, time_method, self._new_connection, self._opened, self._vacant)
         """What its engines use; not for applications."""
-        now = self.core.now()
-        self.core.ledger.set_ttl(_ttl(idle_ttl), now)
-        self.core.set_limit(_limit(max_size))
+        self.connections = Connections(core)
+        """The open connections by their ids."""
+        self.time_method = core.now
+        """The pool's clock, in seconds."""
+        self._made_with = idle_ttl, max_size
+        core.ledger.set_ttl(_ttl(idle_ttl), core.now())
+        core.set_limit(_limit(max_size))
         every_pool.add(self)
 
     @property
@@ -112,8 +119,10 @@ class Pool:
             handle = slot.handle
             if slot.closed:
                 self.core.section.run(closing.close_one, self.core.ledger, slot)
-            elif not slot.executing and self._lock_for(slot, session):
-                return handle
+            elif not slot.busy:
+                with suppress(ConnectionBusyError):  # another thread was faster
+                    slot.lock(session)
+                    return handle
         raise NoIdleConnectionsError(self.id)
 
     def lock(self, connection: Any, session: object) -> None:
@@ -122,11 +131,7 @@ class Pool:
         :raises ConnectionNotFoundError: it is not in the pool.
         :raises ConnectionBusyError: somebody has it.
         """
-        slot = self._find(connection)
-        if slot.stale:
-            self.core.effects.reset(slot, True)
-        if slot.executing or not self._lock_for(slot, session):
-            raise ConnectionBusyError(id(connection))
+        self._find(connection).lock(session)
 
     def free(self, connection: Any) -> None:
         """Take a session's lock off a connection: it is rolled back and idle again.
@@ -134,10 +139,7 @@ class Pool:
         :raises ConnectionNotFoundError: it is not in the pool.
         :raises ConnectionBusyError: it is executing, or an engine has it.
         """
-        slot = self._find(connection)
-        if slot.executing or slot.state is HELD:
-            raise ConnectionBusyError(id(connection))
-        self.core.effects.reset(slot)
+        self._find(connection).free()
 
     def remove(self, connection: Any) -> None:
         """Close a connection and give its slot back.
@@ -145,22 +147,13 @@ class Pool:
         :raises ConnectionNotFoundError: it is not in the pool.
         :raises ConnectionBusyError: it is executing, or somebody has it.
         """
-        slot = self._find(connection)
-        closed = slot.closed
-        work = (
-            []
-            if slot.executing
-            else self.core.section.decide(closing.close_one, self.core.ledger, slot, closed)
-        )
-        if not work:
-            raise ConnectionBusyError(id(connection))
-        self.core.effects.do(work)
+        self._find(connection).close()
 
     def clean(self) -> None:
         """Drop closed connections, undo stale locks, close what was idle for longer than the TTL."""
-        for slot in list(self.core.connections.by_handle.values()):
-            if slot.closed:
-                self.core.section.run(closing.close_one, self.core.ledger, slot, True)
+        for slot in self.closed_connections:
+            with suppress(ConnectionBusyError, ConnectionNotFoundError):  # an engine has it; it is gone
+                self.remove(slot.handle)
         for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
             self.core.effects.reset_stale(attachment)
         self.core.effects.reset_stale(self.core.ledger.by_hand)
@@ -171,7 +164,7 @@ class Pool:
 
         :raises ConnectionBusyError: one is busy; then none was closed.
         """
-        for slot in list(self.core.connections.by_handle.values()):
+        for slot in self.connections.values():
             if slot.executing:
                 raise ConnectionBusyError(slot.id)
         work = self.core.section.decide(closing.close_all, self.core.ledger)
@@ -188,7 +181,7 @@ class Pool:
         """
         busy: list[int] = []
         self.core.section.run(closing.retire_all, self.core.ledger)
-        for slot in list(self.core.connections.by_handle.values()):
+        for slot in self.connections.values():
             if slot.executing:
                 busy.append(slot.id)
                 continue
@@ -227,14 +220,14 @@ class Pool:
         if slot.state is IDLE:  # it was returned just then
             self.core.section.run(closing.close_one, self.core.ledger, slot)
 
-    def set_idle_ttl(self, ttl: float | None) -> None:
+    def set_idle_ttl(self, ttl: float | Unstated | None) -> None:
         """Set after how many seconds an idle connection is closed, for all; None for never.
 
         :raises ParameterError: the number has no meaning.
         """
         self.core.section.run(self.core.ledger.set_ttl, _ttl(ttl), self.core.now())
 
-    def set_max_size(self, size: int | None) -> None:
+    def set_max_size(self, size: int | Unstated | None) -> None:
         """Set the largest number of connections; None for no limit.
 
         Raised, waiters are served at once.  Lowered, idle connections above it close at once, and
@@ -270,6 +263,14 @@ class Pool:
         ttl = self.core.ledger.by_hand.ttl
         return None if ttl == math.inf else ttl
 
+    @idle_ttl.setter
+    def idle_ttl(self, ttl: float | Unstated | None) -> None:
+        self.set_idle_ttl(ttl)
+
+    @idle_ttl.deleter
+    def idle_ttl(self) -> None:
+        self.set_idle_ttl(self._made_with[0])
+
     @property
     def max_size(self) -> int | None:
         """The largest number of connections, None for no limit; of all processes of the host, where engines
@@ -277,49 +278,70 @@ class Pool:
         limit = self.core.limit
         return None if limit == math.inf else int(limit)
 
+    @max_size.setter
+    def max_size(self, size: int | Unstated | None) -> None:
+        self.set_max_size(size)
+
+    @max_size.deleter
+    def max_size(self) -> None:
+        self.set_max_size(self._made_with[1])
+
     @property
     def is_full(self) -> bool:
         """Is there no slot left?"""
         return len(self.core.ledger.slots) >= self.core.limit
 
     @property
-    def connections(self) -> list[Connection]:
-        """All connections, also those that are being opened or closed."""
-        return list(self.core.ledger.slots)  # type: ignore[arg-type]
-
-    @property
     def idle_connections(self) -> list[Connection]:
         """The open connections that nobody has."""
-        return [c for c in self.connections if not c.busy and not c.closed and c.state != CLOSING]
+        counting = (c for c in self.connections.values() if c.state in (IDLE, LOCKED))
+        return [c for c in counting if not c.busy and not c.closed]
 
     @property
     def busy_connections(self) -> list[Connection]:
         """The open connections that somebody has."""
-        return [c for c in self.connections if c.busy and not c.closed]
+        return [c for c in self.connections.values() if c.busy and not c.closed]
 
     @property
     def executing_connections(self) -> list[Connection]:
         """The connections that execute an asynchronous operation."""
-        return [c for c in self.connections if c.executing]
+        return [c for c in self.connections.values() if c.executing]
 
     @property
     def locked_connections(self) -> list[Connection]:
         """The connections that are locked, also by a session that is dead."""
-        return [c for c in self.connections if c.locked]
+        return [c for c in self.connections.values() if c.locked]
 
     @property
     def closed_connections(self) -> list[Connection]:
         """The connections that the server or somebody else has closed."""
-        return [c for c in self.connections if c.closed and c.state != OPENING]
+        return [c for c in self.connections.values() if c.closed]
+
+    @property
+    def idle_start(self) -> float | None:
+        """Since when nobody has had a connection, by :attr:`time_method`; None while somebody has one.
+
+        Set, what is idle counts as idle since then; None is now.
+        """
+        slots: list[Any] = self.core.slots()
+        if any(slot.busy for slot in slots):
+            return None
+        return max((slot.since for slot in slots), default=self.core.ledger.vacant_since)
+
+    @idle_start.setter
+    def idle_start(self, start: float | None) -> None:
+        since = self.core.now() if start is None else start
+        self.core.section.run(_idle_since, self.core.ledger, since)
+
+    @idle_start.deleter
+    def idle_start(self) -> None:
+        self.idle_start = None
 
     @property
     def idle_duration(self) -> float:
         """Seconds for which nobody has had a connection; 0 while somebody has one."""
-        connections = self.connections
-        if any(c.busy for c in connections):
-            return 0.0
-        since = max((c.since for c in connections), default=self.core.ledger.vacant_since)
-        return 0.0 if since is None else max(0.0, self.core.now() - since)
+        start = self.idle_start
+        return 0.0 if start is None else max(0.0, self.core.now() - start)
 
     def audit(self) -> Audit:
         """Compare the bookkeeping with the sockets and with who is alive, and put right what is wrong.
@@ -401,8 +423,8 @@ class Pool:
                 "detached": self.detached,
             },
             "waiting": numbers.waiting,
-            "exceptions": sum(c.exceptions for c in self.connections),
-            "executions": sum(c.executions for c in self.connections),
+            "exceptions": sum(c.exceptions for c in self.connections.values()),
+            "executions": sum(c.executions for c in self.connections.values()),
             "full": self.is_full,
             "idle": {"duration": self.idle_duration, "ttl": self.idle_ttl},
             "label": self.label,
@@ -484,6 +506,16 @@ def _limit(value: int | Unstated | None) -> float | None:
         return None
     size = parameters.max_size("max_size", value)
     return math.inf if size is None else size
+
+
+def _idle_since(ledger: Ledger, start: float) -> Work:
+    """All that is idle has been so since then: the same time for all, so that their order holds."""
+    for attachment in ledger.everyone():
+        for entry in attachment.idle:
+            entry.slot.since = start
+    if ledger.vacant_since is not None:
+        ledger.vacant_since = start
+    return []
 
 
 def _nothing(_: Pool) -> None: ...

@@ -128,6 +128,10 @@ class Core:
         """How many connections are in which state; takes no lock."""
         return self.ledger.numbers()
 
+    def slots(self) -> list[Slot]:
+        """All that counts against the limit, as it is now; takes no lock."""
+        return list(self.ledger.slots)
+
     def got_nothing(self, seen: Any) -> None:
         """A checkout got nothing within its time, or was rejected; ``seen`` is a snapshot of why."""
         self.count("rejected" if seen.diagnosis.kind in REJECTED else "timeouts")

@@ -112,7 +112,12 @@ class Effects:
         except BaseException as error:
             logger.warning("%s: closing %r: rollback failed: %r", section.label, slot, error)
             section.post(ledger.totals.one_more, "failed_resets")
-            section.run(closing.close_one, ledger, slot, True)
+            if slot.entry is None and getattr(handle, "closed", False):
+                # Added by hand, and the server is gone: its session may go on to remove it.  Who finds it
+                # closed drops it.
+                section.run(locks.give_back, ledger, slot, section.clock())
+            else:
+                section.run(closing.close_one, ledger, slot, True)
             if not isinstance(error, Exception):
                 raise
         else:
@@ -165,4 +170,4 @@ def _nothing() -> None: ...
 def _in_transaction(handle: Any) -> bool | None:
     """What the driver knows without asking the server: psycopg2 and psycopg do, None for others."""
     status = getattr(getattr(handle, "info", None), "transaction_status", None)
-    return None if status is None else int(status) != 0
+    return status != 0 if isinstance(status, int) else None
