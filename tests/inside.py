@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine
 
-from sqla_queries_pool import Pool, PoolManager, QueriesPool
+from sqla_queries_pool import Pool, PoolManager, QueriesPool, pytest_plugin
 from sqla_queries_pool.budget import lifetimes
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.demo import embedded
 from sqla_queries_pool.engine import attempt
 from sqla_queries_pool.insight import deadlock
-from sqla_queries_pool.runtime import garbage
+from sqla_queries_pool.runtime import garbage, unreturned
 from sqla_queries_pool.runtime.core import Core
 from sqla_queries_pool.sockets import liveness
 from sqla_queries_pool.try_lock import TryLock
@@ -461,3 +461,13 @@ def is_checked(pool: Any) -> bool:
     """Has its server said how many connections it has room for?"""
     check = core(pool).limits_check
     return check is not None and check.done
+
+
+def give_no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the end of a test, other threads have no time to return what they have."""
+    monkeypatch.setattr(pytest_plugin, "GRACE", 0.0)
+
+
+def tracks_no_stacks() -> bool:
+    """Is it left to each pool whether it notes where its connections are checked out?"""
+    return not QueriesPool._track_stacks and not unreturned.listeners

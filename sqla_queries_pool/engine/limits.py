@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..budget.slots import Attachment
-from ..insight.snapshot import of_server
+from ..sockets.transactions import of_server
 
 ASK_AFTER = 1.0
 """Seconds from the first connection to the question, and from one try to the next."""

@@ -58,6 +58,8 @@ class QueriesPool(SQLAlchemyPool):
     """
 
     _sqla_logger_namespace = logs.NAME
+    _track_stacks = False
+    """Note where connections are checked out?  A test run may set it for all pools (pytest_plugin.py)."""
 
     def __init__(
         self,
@@ -107,7 +109,8 @@ class QueriesPool(SQLAlchemyPool):
         """The first one: an engine of asyncio has one for each event loop."""
         if self.settings.read_only_is_disconnect:
             listen_for_read_only(self._dialect)
-        self._track_stacks = self.settings.track_stacks
+        if self.settings.track_stacks:
+            self._track_stacks = True
         self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self._checkouts = self._core.checkouts

@@ -16,6 +16,7 @@ from sqlalchemy.pool import reset_commit, reset_rollback
 
 from ..budget.ledger import ABANDONED
 from ..budget.slots import HELD, Slot
+from ..runtime import unreturned
 from ..runtime.upkeep import Upkeep
 from .seams import FINALIZER, AdhocProxiedConnection, ConnectionFairy, ConnectionRecord
 
@@ -107,6 +108,7 @@ class Record(ConnectionRecord):
         """Its proxy has died without having been closed: return it, as its close would have."""
         if self.fairy_ref is proxy_ref and self.slot.state is HELD:
             Upkeep.abandoned_at = time.monotonic()
+            unreturned.tell(self.slot, unreturned.COLLECTED)
             proxy = Proxy(self.owner, self, self.owner._should_log_debug())
             self.fairy_ref = weakref.ref(proxy, self.abandoned)
             if self.owner._dialect.is_async and proxy.dbapi_connection is not None:

@@ -18,9 +18,10 @@ from typing import Any, Protocol, TypeAlias
 from sqlalchemy import exc
 
 from ..budget.ledger import ENDED
-from ..budget.slots import CLOSING, GONE, Attachment
+from ..budget.slots import CLOSING, GONE, HELD, Attachment
 from ..concurrency import tasks
 from ..concurrency.threads import THREADS
+from ..runtime import unreturned
 from ..runtime.core import Core
 from ..sockets.drivers import socket_of
 from ..sockets.loop_socket import LoopSocket
@@ -216,6 +217,8 @@ class LoopSides:
             ended = [self._by_loop.pop(key) for key in keys]
         for attachment in ended:
             for record in [r for r in self._records_out.copy() if r.attachment is attachment]:
+                if record.slot.state is HELD:  # else it was cut off before, with a loop before this one
+                    unreturned.tell(record.slot, unreturned.LOOP_ENDED)
                 record.cut_off(f"{ENDED}: check out a new connection")
             # Another loop may have it when that is done, not before: it may have to wait for another thread.
             self._core.abandon(attachment, self._spare.append)

@@ -18,9 +18,10 @@ from ..concurrency.tasks import TaskCaller
 from ..concurrency.threads import Caller
 from ..pool import Pool
 from ..sockets.liveness import traffic
+from ..sockets.transactions import EXECUTING, of_server
 from . import stacks
 from .diagnosis import NEVER_NEST
-from .snapshot import DEEPEST_SHOWN, Diagnosis, named, of_server
+from .snapshot import DEEPEST_SHOWN, Diagnosis, named
 
 SAMPLES, SAMPLED_FOR = 100, 0.2
 """A deadlock is reported after so many samples within so many seconds: a statement may be short, and on a
@@ -127,7 +128,7 @@ def _is_stuck(slot: Slot, threads: dict[Caller, Any]) -> bool:
     proxy = getattr(record, "fairy_ref", None)
     if proxy is None or proxy() is None:  # it is being returned
         return False
-    return of_server(slot.handle)[1] != "executing"
+    return bool(of_server(slot.handle)[1] != EXECUTING)
 
 
 def _moves(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Iterator[tuple[Any, ...]]:

@@ -13,6 +13,7 @@ from ..budget.slots import HELD, LOCKED, Slot
 from ..budget.stats import Statistics
 from ..budget.work import Resetter
 from ..pool import Pool
+from ..sockets.transactions import of_server
 from . import stacks
 
 MOST_NAMED = 3
@@ -25,8 +26,6 @@ MOST_STACKS = 3
 """For how many holders a report shows where the connection was checked out."""
 LONGEST_NAME = 80
 """How many characters of a name or a label are shown."""
-_TRANSACTIONS = {0: "idle", 1: "executing", 2: "in transaction", 3: "in error", 4: "unknown"}
-"""libpq's ``PQtransactionStatus``, which psycopg2 and psycopg hand on without asking the server."""
 
 
 def named(name: str, label: str | None) -> str:
@@ -264,17 +263,3 @@ def waiting(pool: Pool, threads: stacks.Threads, placed: int | None = None) -> l
         )
         for number, w in enumerate(sorted(pool.core.ledger.waiters(), key=lambda waiter: waiter.since))
     ]
-
-
-def of_server(handle: Any) -> tuple[int | None, str | None]:
-    """Return the backend's process id and the transaction's state, as far as the driver knows by itself."""
-    driver = getattr(handle, "driver_connection", handle)  # below SQLAlchemy's adapter for asyncio
-    info = getattr(driver, "info", None)
-    try:
-        if info is not None:
-            return int(info.backend_pid) or None, _TRANSACTIONS.get(int(info.transaction_status))
-        if hasattr(driver, "get_server_pid"):  # asyncpg
-            return int(driver.get_server_pid()), "in transaction" if driver.is_in_transaction() else "idle"
-    except Exception:  # another driver's, or closed meanwhile
-        pass
-    return None, None

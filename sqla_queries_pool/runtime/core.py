@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from ..budget import closing
 from ..budget.ledger import Ledger
-from ..budget.slots import REJECTED, Attachment, EntryRef, Numbers, Slot
+from ..budget.slots import HELD, REJECTED, Attachment, EntryRef, Numbers, Slot
 from ..budget.work import Leaked, Returned, Work
 from ..concurrency.housekeeping import Housekeeper, Worker
 from ..concurrency.recent import Recent
@@ -19,6 +19,7 @@ from ..errors import ParameterError
 from ..host.share import Share
 from ..logs import logger
 from ..sockets.lingering import Lingering
+from . import unreturned
 from .admission import Admission
 from .checkout import Checkouts
 from .clock import clock as default_clock
@@ -111,6 +112,8 @@ class Core:
         self.effects.before_reserving = self.room
 
     def _entry_died(self, ref: EntryRef) -> None:
+        if ref.slot.state is HELD and ref.slot.holder is not None:
+            unreturned.tell(ref.slot, unreturned.COLLECTED)
         self.section.post(self.ledger.lost, ref.slot)
 
     def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
