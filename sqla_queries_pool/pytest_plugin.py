@@ -62,8 +62,9 @@ class LeakCheck:
         self._root = os.path.join(config.rootpath, "")
         self._marker = marker
         self._all_tests = all_tests
-        self._tracked = QueriesPool._track_stacks
-        QueriesPool._track_stacks = True
+        self._on = False
+        """Is it on for the test that runs?"""
+        QueriesPool._track_stacks = all_tests
         self._unreturned: deque[_Leak] = deque()
         """What the collector found and what loops left, since the test began."""
         unreturned.listeners.append(self._note)
@@ -78,7 +79,7 @@ class LeakCheck:
 
     def pytest_unconfigure(self) -> None:
         """Leave all as it was."""
-        QueriesPool._track_stacks = self._tracked
+        QueriesPool._track_stacks = False
         unreturned.listeners.remove(self._note)
 
     def _note(self, slot: Slot, how: str) -> None:
@@ -87,8 +88,13 @@ class LeakCheck:
     # -- whose is what is out --------------------------------------------------------------------------
 
     @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_setup(self) -> None:
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
         """A test begins."""
+        marker = item.get_closest_marker(self._marker)
+        self._on = self._all_tests if marker is None else _is_on(*marker.args, **marker.kwargs)
+        if not self._on:
+            return
+        QueriesPool._track_stacks = True
         self._ended.clear()
         self._before = {_key(slot) for slot, _ in _out()}
         self._begun = {_key(slot) for slot, _ in _all() if _in_transaction(slot)}
@@ -98,7 +104,7 @@ class LeakCheck:
     @pytest.hookimpl(wrapper=True)
     def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Generator[None, Any, Any]:
         """What a fixture of a larger scope checks out is its own until it ends."""
-        if fixturedef.scope == "function":
+        if not self._on or fixturedef.scope == "function":
             return (yield)
         before = {_key(slot) for slot, _ in _out()}
         try:
@@ -128,12 +134,13 @@ class LeakCheck:
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_teardown(self, item: pytest.Item) -> Generator[None, Any, Any]:
         """The outermost step of the end of a test: its fixtures have ended, too."""
-        result = yield
-        marker = item.get_closest_marker(self._marker)
-        on = self._all_tests if marker is None else _is_on(*marker.args, **marker.kwargs)
-        if on and not item.stash.get(_failed, False) and (leaks := self._leaks()):
-            pytest.fail(self._report(leaks), pytrace=False)
-        return result
+        try:
+            result = yield
+            if self._on and not item.stash.get(_failed, False) and (leaks := self._leaks()):
+                pytest.fail(self._report(leaks), pytrace=False)
+            return result
+        finally:
+            QueriesPool._track_stacks = self._all_tests
 
     def _leaks(self) -> list[_Leak]:
         """Return what the test has left."""

@@ -30,6 +30,9 @@ from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 from sqla_queries_pool.engine import limits
 from sqla_queries_pool.sockets import drivers
 
+pytest_plugins = ("pytest_queries_pool",)
+"""Installed, the package has pytest load it by itself."""
+
 MAX_CONNECTIONS = 100  # of the session's server
 MEMORY = Path("/dev/shm")
 ROOM = 1 << 30  # bytes; the session's server takes about a fifth of that

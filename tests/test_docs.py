@@ -24,6 +24,7 @@ LABEL = "scott@localhost:5432/shop"
 NOT_RUN = {
     "recipes/alembic": "tests/test_alembic.py reads the page, and runs it",
     "recipes/jupyterhub": "tests/test_applications.py has JupyterHub read it",
+    "testing": "tests/test_pytest_plugin.py reads the page, and runs it",
     "recipes/flask-sqlalchemy": "a fixture of a test suite; the rest of the page is the example itself",
 }
 """Pages with Python that is not run as it stands, and why."""

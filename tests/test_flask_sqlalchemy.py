@@ -41,6 +41,8 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 Eventually = Callable[..., None]
 MakeApp = Callable[..., Flask]
 
+pytestmark = pytest.mark.connection_leaks
+
 
 def load_example() -> ModuleType:
     """The example as it is, under its own name."""

@@ -334,6 +334,18 @@ def test_a_run_that_has_nothing_to_do_with_it_imports_nothing(pytester: pytest.P
     assert metadata["options"]["py_modules"] == PLUGIN
 
 
+def test_what_the_page_shows_happens(pytester: pytest.Pytester) -> None:
+    """The tests of docs/testing.rst, with the output that it shows."""
+    page = (Path(__file__).parent.parent / "docs" / "testing.rst").read_text()
+    source, shown = re.findall(r"code-block:: (?:python|text)\n\n((?:    .*\n|\n)+)", page)[:2]
+    pytester.makepyfile(test_orders=textwrap.dedent(source).strip())
+    result = pytester.runpytest_inprocess("-p", PLUGIN, "--connection-leaks", "-q", "-W", "ignore")
+    result.assert_outcomes(passed=2, errors=1)
+    result.stdout.fnmatch_lines(
+        [line.replace("[", "[[]") for line in textwrap.dedent(shown).strip().splitlines()]
+    )
+
+
 @pytest.mark.slow
 def test_with_processes_of_xdist_and_loops_of_pytest_asyncio(pytester: pytest.Pytester) -> None:
     """Each process watches its own; the end of a test's loop leaves nothing to look at, and is told."""
