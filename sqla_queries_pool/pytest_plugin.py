@@ -83,7 +83,8 @@ class LeakCheck:
         unreturned.listeners.remove(self._note)
 
     def _note(self, slot: Slot, how: str) -> None:
-        self._unreturned.append(_leak(slot, how))
+        if self._on:
+            self._unreturned.append(_leak(slot, how))
 
     # -- whose is what is out --------------------------------------------------------------------------
 

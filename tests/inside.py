@@ -468,6 +468,6 @@ def give_no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pytest_plugin, "GRACE", 0.0)
 
 
-def tracks_no_stacks() -> bool:
-    """Is it left to each pool whether it notes where its connections are checked out?"""
-    return not QueriesPool._track_stacks and not unreturned.listeners
+def watched() -> tuple[bool, int]:
+    """Do all pools note where connections are checked out; and who is told of what nobody returns?"""
+    return QueriesPool._track_stacks, len(unreturned.listeners)

@@ -313,12 +313,13 @@ def test_on():
 def test_off():
     kept.append(engine.connect())
 """
+    before = inside.watched()
     assert set(run(pytester, source)) == {"test_unmarked", "test_on"}
     pytester.makeini("[pytest]\nconnection_leaks = false\n")
     assert set(run(pytester, source, on=False)) == {"test_on"}
     pytester.makeini("[pytest]\nconnection_leaks = true\n")
     assert set(run(pytester, source, on=False)) == {"test_unmarked", "test_on"}
-    assert inside.tracks_no_stacks()
+    assert inside.watched() == before
 
 
 def test_a_run_that_has_nothing_to_do_with_it_imports_nothing(pytester: pytest.Pytester) -> None:
