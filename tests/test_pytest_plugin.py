@@ -375,5 +375,9 @@ async def test_tasks(n):
     result = pytester.runpytest_subprocess(*plugins, "--connection-leaks", "-n", "1", "-rE")
     result.assert_outcomes(passed=8, errors=4)
     result.stdout.fnmatch_lines_random(
-        ["*checked out at test_shop.py:6 in test_threads", "*checked out at test_shop.py:11 in test_tasks"]
+        [
+            "*checked out at test_shop.py:6 in test_threads",
+            "*still checked out when its event loop ended (task *",
+            "*checked out at test_shop.py:11 in test_tasks",
+        ]
     )
