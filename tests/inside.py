@@ -471,3 +471,15 @@ def give_no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 def watched() -> tuple[bool, int]:
     """Do all pools note where connections are checked out; and who is told of what nobody returns?"""
     return QueriesPool._track_stacks, len(unreturned.listeners)
+
+
+def idling_by_hand(pool: Any) -> Callable[[], object]:
+    """Keep the housekeeper from looking for what is idle in a transaction; what is returned looks."""
+    idling = core(pool).idling
+    idling._watches = True
+    return idling._look
+
+
+def watches_idling(pool: Any) -> bool:
+    """Does the housekeeper look for what is idle in a transaction?"""
+    return bool(core(pool).idling._watches)

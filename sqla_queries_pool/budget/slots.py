@@ -258,6 +258,7 @@ class Attachment:
         "generation",
         "hollow",
         "idle",
+        "idle_in_transaction_after",
         "leak_after",
         "lifo",
         "locked",
@@ -288,6 +289,7 @@ class Attachment:
         leak_after: float = math.inf,
         max_waiting: float = math.inf,
         queue_target: float = math.inf,
+        idle_in_transaction_after: float = math.inf,
     ) -> None:
         self.quota = quota
         self.runtime: Any = None
@@ -304,6 +306,8 @@ class Attachment:
         """Seconds; a connection that was idle for as long is suspect."""
         self.leak_after = leak_after
         """Seconds after which one that is out is reported."""
+        self.idle_in_transaction_after = idle_in_transaction_after
+        """Seconds after which one that is idle in a transaction is reported."""
         self.own_ttl = idle_ttl
         """The ``idle_ttl`` that the engine states, in seconds, ``inf`` for never."""
         self.ttl = idle_ttl

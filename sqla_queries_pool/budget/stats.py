@@ -55,6 +55,10 @@ class Histogram:
         """Seconds on average, 0 where there was none."""
         return self.seconds / self.count if self.count else 0.0
 
+    def as_dict(self) -> dict[str, Any]:
+        """The same in what JSON knows."""
+        return {"count": self.count, "seconds": self.seconds, "counts": list(self.counts)}
+
     def __add__(self, other: Histogram) -> Histogram:
         counts = tuple(a + b for a, b in zip(self.counts, other.counts, strict=True))
         return Histogram(counts, self.seconds + other.seconds)
@@ -132,6 +136,21 @@ class Totals:
     def one_more(self, what: str, _: float) -> None:
         """Something happened that is just counted."""
         setattr(self, what, getattr(self, what) + 1)
+
+
+@dataclass(frozen=True)
+class LabelledTime:
+    """How long something took, of the checkouts that have one label and one class of callers in common."""
+
+    label: str | None
+    """What ``checkout_label`` said; None where it said nothing."""
+    caller: str | None
+    """The class of callers; None where there are none."""
+    time: Histogram
+
+    def as_dict(self) -> dict[str, Any]:
+        """The same in what JSON knows."""
+        return {"label": self.label, "caller": self.caller, "time": self.time.as_dict()}
 
 
 @dataclass(frozen=True)
@@ -243,13 +262,17 @@ class Statistics:
     the platform lacks the calls."""
     host: HostStatistics | None = None
     """The budget that it shares with other processes of the host; None without ``share``."""
+    idle_in_transaction: tuple[LabelledTime, ...] = field(default=(), repr=False)
+    """For how long checkouts were in a transaction while nothing executed, by label, the worst first: of
+    those that have ended and were found so.  With ``idle_in_transaction_after``."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same in what JSON knows."""
         told = dict(vars(self), closes=dict(self.closes))
         for name, value in vars(self).items():
             if isinstance(value, Histogram):
-                told[name] = {"count": value.count, "seconds": value.seconds, "counts": list(value.counts)}
+                told[name] = value.as_dict()
+        told["idle_in_transaction"] = [each.as_dict() for each in self.idle_in_transaction]
         if self.host is not None:
             told["host"] = dict(vars(self.host), processes=[dict(vars(p)) for p in self.host.processes])
         return told

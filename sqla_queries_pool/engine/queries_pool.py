@@ -28,7 +28,7 @@ from ..budget.slots import HELD, IDLE, LOCKED, OPENING, Attachment, Permit, Quot
 from ..budget.stats import Statistics
 from ..errors import ParameterError
 from ..insight import stacks
-from ..insight.report import log_leak
+from ..insight.report import log_idle, log_leak
 from ..insight.snapshot import Snapshot, snapshot
 from ..labels import checkout_label
 from ..parameters import Unstated
@@ -85,6 +85,7 @@ class QueriesPool(SQLAlchemyPool):
         queue_target: float | None = Settings.queue_target,
         share: str | None = Settings.share,
         check_limits: bool = Settings.check_limits,
+        idle_in_transaction_after: float | None = Settings.idle_in_transaction_after,
         **kw: Any,
     ) -> None:
         self.settings = Settings.read(locals())
@@ -114,7 +115,7 @@ class QueriesPool(SQLAlchemyPool):
         self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self._checkouts = self._core.checkouts
-        self._core.on_leak = log_leak
+        self._core.on_leak, self._core.on_idle = log_leak, log_idle
         if quota.stated == math.inf:
             self._core.warn_of_no_limit()
 
@@ -261,6 +262,8 @@ class QueriesPool(SQLAlchemyPool):
                     record.starttime = time.time()
                     record.slot.suspect = True
                 self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
+                if self.settings.idle_in_transaction_after is not None:
+                    core.idling.watch()
                 if core.limits_check is None and self.settings.check_limits:
                     self._check_limits(attachment)
             return dbapi_connection

@@ -81,6 +81,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "_AdhocProxiedConnection": "what a dialect's do_rollback() takes for a connection that is nobody's",
     # Of asyncio.
     "AsyncAdapt_asyncpg_connection._transaction": "None where none has begun; its rollback() looks at it",
+    "AsyncAdapt_asyncpg_connection._execute_mutex": "locked while a statement executes",
     "await_only": "waits in a greenlet, and lets the loop go on: dialects of others use it, too",
     "greenlet_spawn": "runs a function in which await_only() can be used",
     # Of an engine: see connect_arguments.

@@ -226,6 +226,16 @@ class Settings:
         ),
     ] = True
 
+    idle_in_transaction_after: Annotated[
+        float | None,
+        Option(
+            parameters.seconds,
+            "Seconds after which a checkout that was idle in a transaction for as long is logged, once, with "
+            "its holder; None does not look.",
+            ledger=True,
+        ),
+    ] = None
+
     @classmethod
     def read(cls, stated: Mapping[str, Any]) -> Settings:
         """Return what was stated, as text or not; what else is in there is left alone.
@@ -296,6 +306,7 @@ class QueriesPoolOptions(TypedDict, total=False):
     queue_target: float | None
     share: str | None
     check_limits: bool
+    idle_in_transaction_after: float | None
     pool_recycle: float
     pool_pre_ping: bool
     pool_reset_on_return: Any

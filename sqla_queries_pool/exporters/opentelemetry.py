@@ -18,7 +18,7 @@ import math
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 try:
@@ -35,6 +35,7 @@ from ..pool import Pool, PoolManager
 
 PREFIX = "db.client.connection."
 NAME, STATE = f"{PREFIX}pool.name", f"{PREFIX}state"
+LABEL, CALLER = f"{PREFIX}label", f"{PREFIX}caller"
 OBSERVED: tuple[tuple[str, str, str, Callable[[Statistics], float | None]], ...] = (
     ("max", "{connection}", "The maximum number of open connections allowed.", lambda pool: pool.limit),
     (
@@ -87,11 +88,14 @@ class _Exported:
 
     timeouts: int = 0
     times: tuple[Histogram, ...] = field(default=(Histogram(),) * len(TIMES))
+    idle: Mapping[tuple[str | None, str | None], Histogram] = field(default_factory=dict)
+    """By label and class of callers."""
 
     @classmethod
     def by(cls, pool: Statistics) -> _Exported:
         """All that there is to export."""
-        return cls(pool.timeouts, tuple(times(pool) for _, _, times in TIMES))
+        idle = {(each.label, each.caller): each.time for each in pool.idle_in_transaction}
+        return cls(pool.timeouts, tuple(times(pool) for _, _, times in TIMES), idle)
 
     def exceeds(self, other: _Exported) -> bool:
         """Is it more?  Then the other began again, as after a fork."""
@@ -117,6 +121,12 @@ class _Feed:
             meter.create_histogram(f"{PREFIX}{name}", "s", text, explicit_bucket_boundaries_advisory=BOUNDS)
             for name, text, _ in TIMES
         ]
+        self._idle = meter.create_histogram(
+            f"{PREFIX}idle_in_transaction_time",
+            "s",
+            "The time that connections were held in a transaction while nothing executed.",
+            explicit_bucket_boundaries_advisory=BOUNDS,
+        )
         for name, unit, text, number in OBSERVED:
             meter.create_observable_up_down_counter(f"{PREFIX}{name}", [_observer(number)], unit, text)
         meter.create_observable_up_down_counter(
@@ -141,16 +151,31 @@ class _Feed:
         if told.exceeds(now):
             told = _Exported()
         self._timeouts.add(now.timeouts - told.timeouts, attributes)
-        recorded = []
-        for instrument, before, after in zip(self._times, told.times, now.times, strict=True):
-            seconds = before.seconds
-            for value, number in values(after - before):
-                for _ in range(number):
-                    instrument.record(value, attributes)
-                seconds += value * number
-            # As recorded: where a sum was read later than its buckets, the rest follows.
-            recorded.append(Histogram(after.counts, seconds))
-        self._told[pool] = _Exported(now.timeouts, tuple(recorded))
+        recorded = [
+            _record_more(instrument, before, after, attributes)
+            for instrument, before, after in zip(self._times, told.times, now.times, strict=True)
+        ]
+        idle = {}
+        for key, after in now.idle.items():
+            named = {name: said for name, said in zip((LABEL, CALLER), key, strict=True) if said is not None}
+            before = told.idle.get(key, Histogram())
+            idle[key] = _record_more(self._idle, before, after, {**attributes, **named})
+        self._told[pool] = _Exported(now.timeouts, tuple(recorded), idle)
+
+
+def _record_more(
+    instrument: metrics.Histogram, before: Histogram, after: Histogram, attributes: dict[str, str]
+) -> Histogram:
+    """Record what came between two looks, and return all that was recorded.
+
+    Where a sum was read later than its buckets, the rest follows.
+    """
+    seconds = before.seconds
+    for value, number in values(after - before):
+        for _ in range(number):
+            instrument.record(value, attributes)
+        seconds += value * number
+    return Histogram(after.counts, seconds)
 
 
 def values(histogram: Histogram) -> Iterator[tuple[float, int]]:

@@ -91,6 +91,7 @@ HISTOGRAMS: tuple[tuple[str, str, Callable[[Statistics], Histogram]], ...] = (
 REASONS = (ABANDONED, DEAD, DISPOSED, GAVE_WAY, IDLE_TTL, INVALIDATED, LIFETIME, LOWERED, REMOVED)
 """Exported from 0 on: the first one of a reason is no increase where there was no number before."""
 LE = (*map(str, BOUNDS), "+Inf")
+IDLE_IN_TRANSACTION = "How long checkouts were in a transaction while nothing executed, by label and caller."
 
 
 class QueriesPoolCollector(Collector):
@@ -116,9 +117,9 @@ class QueriesPoolCollector(Collector):
             histogram = HistogramMetricFamily(PREFIX + name, text, labels=LABELS)
             for pool in pools:
                 taken = times(pool)
-                buckets = list(zip(LE, itertools.accumulate(taken.counts), strict=True))
-                histogram.add_metric(_labels(pool), buckets, taken.seconds)
+                histogram.add_metric(_labels(pool), _buckets(taken), taken.seconds)
             yield histogram
+        yield _idle_in_transaction(pools)
 
 
 def register(registry: CollectorRegistry = REGISTRY) -> QueriesPoolCollector:
@@ -168,7 +169,25 @@ def _closes(pools: Iterable[Statistics]) -> Metric:
     return closes
 
 
+def _idle_in_transaction(pools: Iterable[Statistics]) -> Metric:
+    """Of engines that state ``idle_in_transaction_after``; the label is the application's, or empty."""
+    name = f"{PREFIX}idle_in_transaction_seconds"
+    histogram = HistogramMetricFamily(name, IDLE_IN_TRANSACTION, labels=(*LABELS, "label", "caller"))
+    for pool in pools:
+        for each in pool.idle_in_transaction:
+            labels = (*_labels(pool), _shown(each.label or ""), _shown(each.caller or ""))
+            histogram.add_metric(labels, _buckets(each.time), each.time.seconds)
+    return histogram
+
+
+def _buckets(taken: Histogram) -> list[tuple[str, float]]:
+    return list(zip(LE, itertools.accumulate(taken.counts), strict=True))
+
+
 def _labels(pool: Statistics) -> tuple[str, str]:
-    # A name may be what no page can show: half a surrogate pair.
-    pid, label = (text.encode(errors="backslashreplace").decode() for text in (pool.pid, pool.label))
-    return pid, label
+    return _shown(pool.pid), _shown(pool.label)
+
+
+def _shown(text: str) -> str:
+    """A name may be what no page can show: half a surrogate pair."""
+    return text.encode(errors="backslashreplace").decode()

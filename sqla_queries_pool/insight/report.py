@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ..budget.slots import REJECTED, Attachment
+from ..budget.slots import REJECTED, Attachment, Slot
 from ..budget.work import Leaked, Returned
 from ..errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
 from ..logs import logger
@@ -13,7 +13,7 @@ from ..pool import Pool
 from ..runtime.core import Core
 from . import stacks
 from .diagnosis import diagnose
-from .snapshot import MOST_HOLDERS, Diagnosis, holder_of, snapshot
+from .snapshot import MOST_HOLDERS, Diagnosis, Holder, holder_of, snapshot
 
 SHARED_FOR = 0.1
 """Seconds for which one snapshot serves all errors of a pool.  Where hundreds wait, a snapshot takes tens of
@@ -80,7 +80,30 @@ def log_leak(core: Core, item: Leaked | Returned) -> None:
         )
         return
     holder = holder_of(item.slot, core.now(), stacks.Threads())
-    stack = "".join(f"\n  checked out at {call}" for call in holder.stack)
     logger.warning(
-        "%s: a connection has been checked out for a long time: %s%s", core.section.label, holder, stack
+        "%s: a connection has been checked out for a long time: %s%s",
+        core.section.label,
+        holder,
+        _checked_out(holder),
     )
+
+
+def log_idle(core: Core, long: list[tuple[Slot, float]]) -> None:
+    """Log that connections were held in a transaction for long while nothing executed.
+
+    :param long: each with the seconds that it was found so, in this checkout.
+    """
+    threads = stacks.Threads()
+    for slot, seconds in long:
+        holder = holder_of(slot, core.now(), threads)
+        logger.warning(
+            "%s: a connection has been idle in a transaction for %.1f s: %s%s",
+            core.section.label,
+            seconds,
+            holder,
+            _checked_out(holder),
+        )
+
+
+def _checked_out(holder: Holder) -> str:
+    return "".join(f"\n  checked out at {call}" for call in holder.stack)

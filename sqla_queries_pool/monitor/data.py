@@ -21,6 +21,8 @@ MOST_WAITING = 10
 MOST_TIMEOUTS = 5
 MOST_HOLDERS_THEN = 5
 """Of each timeout."""
+MOST_LABELS = 5
+"""Of those that were idle in a transaction, the worst."""
 MOST_FRAMES = 8
 """Of any stack, the innermost."""
 MOST_CHARACTERS = 200
@@ -125,6 +127,11 @@ def _clean_text(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def whose(idle: Data) -> str:
+    """The label, and the class of callers, of what was idle in a transaction."""
+    return " ".join(filter(None, (idle["label"] or "without a label", idle["caller"])))
 
 
 def short(frame: str) -> str:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ..insight.diagnosis import LONG
 from .bar import in_words
-from .data import NOTHING, Data, count, duration, how_long_ago, short
+from .data import MOST_LABELS, NOTHING, Data, count, duration, how_long_ago, short, whose
 from .markup import Markup, foreign, joined, tag
 
 
@@ -135,6 +135,31 @@ def host(numbers: Data) -> Markup | None:
         tag("h3", f"Shared by the processes of this host ({taken:,} of {shared['budget']:,} taken)"),
         tag("ul", *items, class_="timeouts"),
         tag("p", foreign(shared["problem"]), class_="warn") if shared["problem"] else None,
+    )
+
+
+def idle_in_transaction(numbers: Data) -> Markup | None:
+    """The labels whose checkouts were idle in a transaction for longest."""
+    worst = numbers.get("idle_in_transaction", [])
+    if not worst:
+        return None
+    items = [
+        tag(
+            "li",
+            tag("b", duration(each["time"]["seconds"])),
+            " ",
+            foreign(whose(each)),
+            tag("span", f" in {count(each['time']['count'])} of its checkouts", class_="dim"),
+            data_key=whose(each),
+        )
+        for each in worst[:MOST_LABELS]
+    ]
+    more = len(worst) - len(items)
+    return tag(
+        "section",
+        tag("h3", "Idle in a transaction, worst labels first"),
+        tag("ul", *items, class_="timeouts"),
+        tag("p", f"and {more:,} more labels", class_="dim") if more else None,
     )
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
-from .data import NOTHING, Data, clean, collect, duration, how_long_ago, short
+from .data import MOST_LABELS, NOTHING, Data, clean, collect, duration, how_long_ago, short, whose
 from .history import EVERY, History
 
 if TYPE_CHECKING:
@@ -121,6 +121,7 @@ def _pool(pool: Data) -> RenderableType:
     parts: list[RenderableType] = [_bar(pool["statistics"]), _charts(pool)]
     parts += [_host(pool["statistics"]["host"])] if pool["statistics"].get("host") else []
     parts += [_holders(pool)] if pool["holders"] else []
+    parts += [_idle(idle)] if (idle := pool["statistics"].get("idle_in_transaction")) else []
     parts += [_timeout(then) for then in pool["timeouts"][:MOST_TIMEOUTS]]
     title = Text(pool["statistics"]["label"], style="bold")
     return Panel(Group(*parts), title=title, title_align="left", border_style="dim")
@@ -208,6 +209,13 @@ def _holders(pool: Data) -> RenderableType:
     if more > 0:
         table.add_row("", Text(f"and {more:,} more", style="dim"))
     return table
+
+
+def _idle(worst: list[Data]) -> RenderableType:
+    from rich.text import Text
+
+    said = (f"{whose(each)} {duration(each['time']['seconds'])}" for each in worst[:MOST_LABELS])
+    return Text(f"idle in a transaction: {', '.join(said)}", style="dim")
 
 
 def _timeout(then: Data) -> RenderableType:

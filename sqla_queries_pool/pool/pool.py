@@ -400,6 +400,7 @@ class Pool:
             connect_time=connects,
             liveness="poll" if liveness.AVAILABLE else "ping",
             host=None if self.core.share is None else self.core.share.statistics(),
+            idle_in_transaction=self.core.idling.times(),
         )
 
     @property

@@ -26,6 +26,7 @@ from .clock import clock as default_clock
 from .connections import Connections
 from .critical_section import CriticalSection
 from .effects import Effects
+from .idling import Idling
 from .sharing import SharedPool
 from .upkeep import Upkeep
 
@@ -58,6 +59,8 @@ class Core:
     """Does what the ledger decided."""
     upkeep: Upkeep
     """Does what is due, and mends."""
+    idling: Idling
+    """Looks for what is idle in a transaction, where an engine wants to know."""
     checkouts: Checkouts
     """What engines do with slots."""
 
@@ -76,6 +79,8 @@ class Core:
         self._side: SharedPool | None = None
         self.on_leak: Callable[[Core, Leaked | Returned], None] = _ignore
         """Called by the housekeeper when a connection is out for long, or was returned after all."""
+        self.on_idle: Callable[[Core, list[tuple[Slot, float]]], None] = _ignore
+        """Called by the housekeeper when connections were idle in a transaction for long."""
         self.timeouts: deque[Any] = deque(maxlen=MOST_TIMEOUTS)
         """Snapshots of the last checkouts that got nothing, the newest last."""
         self._warned_of_no_limit = False
@@ -104,6 +109,7 @@ class Core:
         self.effects = Effects(
             section, ledger, self.connections, self.admission, worker, self.upkeep.schedule, self._leaked
         )
+        self.idling = Idling(ledger, section, self.housekeeper, self._idle)
         self.checkouts.use(section, ledger, self.connections, self.upkeep)
         self._use_share()
 
@@ -121,6 +127,9 @@ class Core:
 
     def _leaked(self, item: Leaked | Returned) -> None:
         self.on_leak(self, item)
+
+    def _idle(self, long: list[tuple[Slot, float]]) -> None:
+        self.on_idle(self, long)
 
     def now(self) -> float:
         """The time in seconds by the pool's clock."""
@@ -271,4 +280,4 @@ class Core:
         return [*slots, *entries]
 
 
-def _ignore(_: Core, __: Leaked | Returned) -> None: ...
+def _ignore(_: Core, __: object) -> None: ...

@@ -17,9 +17,17 @@ def of_server(handle: Any) -> tuple[int | None, str | None]:
         if info is not None:
             return int(info.backend_pid) or None, _OF_LIBPQ.get(int(info.transaction_status))
         if hasattr(driver, "get_server_pid"):  # asyncpg
-            return int(driver.get_server_pid()), IN_TRANSACTION if driver.is_in_transaction() else IDLE
+            return int(driver.get_server_pid()), _of_asyncpg(handle, driver)
         if type(driver).__module__.partition(".")[0] in ("sqlite3", "aiosqlite"):
             return None, IN_TRANSACTION if driver.in_transaction else IDLE
     except Exception:  # another driver's, or closed meanwhile
         pass
     return None, None
+
+
+def _of_asyncpg(handle: Any, driver: Any) -> str:
+    """asyncpg does not tell whether it executes; SQLAlchemy's adapter has a lock meanwhile."""
+    mutex = getattr(handle, "_execute_mutex", None)
+    if mutex is not None and mutex.locked():
+        return EXECUTING
+    return IN_TRANSACTION if driver.is_in_transaction() else IDLE
