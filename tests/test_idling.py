@@ -197,7 +197,7 @@ def test_what_shows_a_pool_shows_the_worst_labels(
 def test_the_housekeeper_looks_while_there_is_something_to_look_at(
     tmp_path: Path, lines: Callable[[], list[str]], eventually: Eventually
 ) -> None:
-    """From the first connection on, by itself; without one it stops. Not for an engine that states nothing."""
+    """From the first connection on, by itself; else it stops. Not for an engine that states nothing."""
     url = f"sqlite:///{tmp_path}/shop.db"
     quiet = create_engine(url, poolclass=QueriesPool, pool_id=f"quiet {tmp_path}")
     quiet.connect().close()
