@@ -92,7 +92,7 @@ class TooManyRequests(CheckoutTimeout):
 
 
 class PoolDeadlock(CheckoutTimeout):
-    """Checkouts wait for each other, and nothing has moved for ``deadlock_grace`` seconds.
+    """Checkouts wait for each other, and nothing has moved for a second.
 
     Raised in the one that began to wait last, before its timeout; what it holds then serves the others.
     """

@@ -44,17 +44,6 @@ def seconds(name: str, value: object) -> float | None:
     return number
 
 
-def finite_seconds(name: str, value: object) -> float:
-    """Return a duration of zero or more in seconds.
-
-    :raises ParameterError: for anything else, with the parameter's name and what to write.
-    """
-    number = _number(value)
-    if number is None or not 0 <= number < math.inf:
-        raise _error(name, value, "a number of seconds, zero or more")
-    return number
-
-
 def max_size(name: str, value: object) -> int | None:
     """Return a limit of one or more connections, ``None`` for none at all.
 

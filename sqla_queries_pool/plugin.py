@@ -13,7 +13,7 @@ from typing import Any
 from sqlalchemy.engine import URL, CreateEnginePlugin
 
 from .engine.queries_pool import QueriesPool
-from .engine.settings import NAMES
+from .engine.settings import NAMES, refuse_removed
 from .errors import ParameterError
 from .logs import logger
 from .parameters import shown
@@ -47,6 +47,7 @@ class QueriesPlugin(CreateEnginePlugin):
             raise ParameterError("plugin=queries is given twice: remove one of them")
         for name, values in said.items():
             if name not in NAMES:
+                refuse_removed([name])
                 _refuse_misspelt(name)
             elif len(values) > 1:
                 raise ParameterError(f"{name} is given twice, in the URL: remove one of them")

@@ -133,8 +133,9 @@ def new_pid() -> str:
 
 def new_pool(pid: str | None = None, creator: Callable[[], Any] = Handle, **kw: Any) -> QueriesPool:
     """A pool without a server; what waits is left to the test, so the collector is not asked."""
-    settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False}
-    return QueriesPool(creator, pool_id=pid or new_pid(), **(settings | kw))
+    settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False} | kw
+    constants = {name: settings.pop(name) for name in inside.CONSTANTS if name in settings}
+    return inside.pool_class(**constants)(creator, pool_id=pid or new_pid(), **settings)
 
 
 def pool_of(engine: Engine) -> QueriesPool:

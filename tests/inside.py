@@ -7,6 +7,7 @@ to it.  Where a pool is asked for, an engine, a ``QueriesPool`` and a ``Pool`` w
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -340,6 +341,16 @@ def settings(pool: Any) -> dict[str, Any]:
     return {"settings": pool.settings} | {name: setting(pool, name) for name in SETTINGS}
 
 
+CONSTANTS = ("gc_on_wait", "close_timeout", "deadlock_grace")
+"""What tests state as if they were parameters."""
+
+
+@functools.cache
+def pool_class(**constants: Any) -> type[QueriesPool]:
+    """A ``QueriesPool`` with other constants."""
+    return type("QueriesPool", (QueriesPool,), {f"_{name}": value for name, value in constants.items()})
+
+
 def set_timeout(pool: Any, timeout: float | None) -> None:
     """Change an engine's ``timeout``."""
     pool.settings = dataclasses.replace(pool.settings, timeout=timeout)
@@ -483,3 +494,8 @@ def idling_by_hand(pool: Any) -> Callable[[], object]:
 def watches_idling(pool: Any) -> bool:
     """Does the housekeeper look for what is idle in a transaction?"""
     return bool(core(pool).idling._watches)
+
+
+def log_deadlocks_at_once(pool: Any) -> None:
+    """Nothing need have stood still for a while."""
+    pool._deadlock_grace = 0.0

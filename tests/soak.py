@@ -42,6 +42,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from typing import Any
 
+import inside
 import psutil
 import psycopg
 import psycopg2
@@ -68,6 +69,8 @@ BALANCE = 1000
 """What each thread's account has in the beginning."""
 SECONDS = 30.0
 """Within which everything that comes to an end does."""
+PATIENCE: dict[str, Any] = {"poolclass": inside.pool_class(close_timeout=SECONDS), "pool_timeout": SECONDS}
+"""A server on a busy machine may take its time to end a backend, which counts until then."""
 HASTY = 0.3
 """The timeout of the engines for nested checkouts, whose threads could wait for each other for ever."""
 AFTERMATH = 5.0
@@ -369,16 +372,13 @@ class Database:
         url = make_url(self.server.postgres.url(driver, self.name)).set(username=self.name)
         # What encrypts has locks that another thread may have at a fork: psycopg2 alone hangs then.
         url = url.update_query_dict({"sslmode": "disable", "gssencmode": "disable"})
-        # A server on a busy machine may take its time to end a backend, which counts until then.
-        patience = {"pool_timeout": SECONDS, "close_timeout": SECONDS}
-        return create_engine(url, poolclass=QueriesPool, **patience | parameters)
+        return create_engine(url, **PATIENCE | parameters)
 
     def _async_engine(self, driver: str, parameters: dict[str, Any]) -> AsyncEngine:
         url = make_url(self.server.postgres.url("psycopg", self.name)).set(username=self.name)
         url = url.update_query_dict({"ssl" if driver == "asyncpg" else "sslmode": "disable"})
         url = url.set(drivername=f"postgresql+{driver}")
-        patience = {"pool_timeout": SECONDS, "close_timeout": SECONDS}
-        engine = create_async_engine(url, poolclass=QueriesPool, **patience | parameters)
+        engine = create_async_engine(url, **PATIENCE | parameters)
         if pool_of(engine.sync_engine).pid != self.pid:
             raise Wrong(f"{engine} is of another pool")
         return engine

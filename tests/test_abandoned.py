@@ -16,7 +16,7 @@ from hazards import Ring, Thread, assert_whole, driver_connection_of, new_pid, n
 from sqlalchemy import Engine, create_engine, event, make_url, text
 from sqlalchemy.engine import URL
 
-from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 
 Eventually = Callable[..., None]
@@ -206,19 +206,6 @@ def test_where_all_threads_wait_the_collector_is_asked_on_postgresql(
 
     run(12, work)
     assert_whole(pool_of(engine), eventually)
-
-
-@pytest.mark.usefixtures("no_collector")
-def test_gc_on_wait_opts_out(monkeypatch: pytest.MonkeyPatch, eventually: Eventually) -> None:
-    """With `gc_on_wait=False` a checkout never asks the collector, and waits for as long as it may."""
-    pool = new_pool(max_size=1, timeout=0.05, gc_on_wait=False)
-    Ring(pool.connect())
-    with monkeypatch.context() as patch:
-        patch.setattr(gc, "collect", lambda: pytest.fail("asked"))
-        with pytest.raises(CheckoutTimeout):
-            pool.connect()
-    gc.collect()
-    assert_whole(pool, eventually)
 
 
 # -- engines ----------------------------------------------------------------------------------------

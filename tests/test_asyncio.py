@@ -608,7 +608,8 @@ def test_tasks_that_wait_for_each_other_are_told_of(make: Make) -> None:
         both: list[int] = []
         return list(await asyncio.gather(two(both), two(both), return_exceptions=True))
 
-    tasks = make(max_size=2, pool_timeout=60, deadlock_grace=0.1, on_deadlock="raise")
+    quick = inside.pool_class(deadlock_grace=0.1)
+    tasks = make(poolclass=quick, max_size=2, pool_timeout=60, on_deadlock="raise")
     (error,) = [error for error in asyncio.run(main()) if error is not None]
     assert isinstance(error, PoolDeadlock)
     assert "2 checkouts wait for each other" in str(error)

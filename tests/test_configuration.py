@@ -37,11 +37,11 @@ def configured() -> Iterator[Make]:
 
 def test_our_parameters_take_numbers_fractions_none_and_booleans(configured: Make) -> None:
     """As text, which is all that an ini file has."""
-    pool = configured("max_size = 6", "idle_ttl = 2.5", "gc_on_wait = off", "pool_use_lifo = false")
+    pool = configured("max_size = 6", "idle_ttl = 2.5", "check_limits = off", "pool_use_lifo = false")
     assert (
         pool.size(),
         inside.setting(pool, "idle_ttl"),
-        inside.setting(pool, "gc_on_wait"),
+        inside.setting(pool, "check_limits"),
         inside.setting(pool, "use_lifo"),
     ) == (6, 2.5, False, False)
     assert inside.setting(configured("idle_ttl = none"), "idle_ttl") is None
@@ -99,7 +99,7 @@ def test_reset_on_return_is_a_word(configured: Make, text: str, style: str) -> N
         ("max_size = 0", "max_size='0' is not valid: write a whole number of connections, at least 1"),
         ("max_size = many", "max_size='many' is not valid"),
         ("idle_ttl = -1", "idle_ttl='-1' is not valid: write a number of seconds, zero or more"),
-        ("gc_on_wait = perhaps", "gc_on_wait='perhaps' is not valid: write True or False"),
+        ("check_limits = perhaps", "check_limits='perhaps' is not valid: write True or False"),
         ("pool_use_lifo = perhaps", "use_lifo='perhaps' is not valid"),
         ("pool_pre_ping = perhaps", "pre_ping='perhaps' is not valid: write True or False"),
         ("pool_recycle = -7", "recycle=-7 is not valid: write a number of seconds, zero or more, or -1"),

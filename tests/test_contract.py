@@ -6,7 +6,6 @@ A test that takes ``pool_class`` runs with both.  Where QueuePool fails it, :dat
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import gc
 import itertools
@@ -2022,7 +2021,7 @@ def test_workers_may_close_what_the_main_thread_checked_out(
     """It checks out and hands on, and waits for the next connection while the workers compute."""
     pool = make_pool(2, timeout=30.0)
     if isinstance(pool, QueriesPool):
-        pool.settings = dataclasses.replace(pool.settings, deadlock_grace=0.0)
+        inside.log_deadlocks_at_once(pool)
     workers = []
     for _ in range(2):
         out = [pool.connect()]
@@ -2041,7 +2040,7 @@ def test_a_session_may_be_opened_in_one_thread_and_closed_in_another(
     """FastAPI's ``def`` dependencies: their first half and their second run in whichever thread is free."""
     pool = make_pool(1, timeout=30.0)
     if isinstance(pool, QueriesPool):
-        pool.settings = dataclasses.replace(pool.settings, deadlock_grace=0.0)
+        inside.log_deadlocks_at_once(pool)
     opened: list[Any] = []
     opened.append(pool.connect())  # the first request's dependency, in this thread
     closing = Thread(lambda: until_it_would_be_called_a_deadlock(caplog, pool, opened.pop().close))

@@ -282,7 +282,7 @@ def test_recreate_carries_over_every_parameter(driver: FakeDriver) -> None:
         "timeout": 3.0,
         "pool_id": f"recreated-{next(_numbers)}",
         "use_lifo": False,
-        "gc_on_wait": False,
+        "check_limits": False,
         "recycle": 99,
         "pre_ping": True,
         "reset_on_return": "commit",

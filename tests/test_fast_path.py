@@ -47,9 +47,9 @@ BARE = {"on_deadlock": "ignore"}
 FEATURES: list[dict[str, Any]] = [
     {},
     {"leak_after": 30.0},
-    {"deadlock_grace": 5.0},
+    {"idle_in_transaction_after": 5.0},
     {"on_deadlock": "warn"},
-    {"leak_after": 30.0, "gc_on_wait": True},
+    {"leak_after": 30.0, "idle_in_transaction_after": 5.0},
 ]
 
 

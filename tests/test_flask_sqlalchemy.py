@@ -178,14 +178,14 @@ def test_engine_options_reach_the_pool_of_the_default_engine() -> None:
         "pool_timeout": 4,
         "pool_use_lifo": False,
         "pool_id": "of the flask tests",
-        "gc_on_wait": False,
+        "check_limits": False,
     }
     pool = pool_of(example.create_app(URL, SQLALCHEMY_ENGINE_OPTIONS=options))
     assert (pool.size(), pool.timeout(), pool.pid) == (7, 4, "of the flask tests")
     assert (
         inside.attachment(pool).own_ttl,
         inside.setting(pool, "use_lifo"),
-        inside.setting(pool, "gc_on_wait"),
+        inside.setting(pool, "check_limits"),
     ) == (33, False, False)
 
 

@@ -190,7 +190,7 @@ def new_engine(pg_url: str, driver: str) -> Iterator[Callable[..., Engine]]:
     engines: list[Engine] = []
 
     def new(**kw: Any) -> Engine:
-        engines.append(create_engine(url, poolclass=QueriesPool, **({"max_size": MAX_SIZE} | kw)))
+        engines.append(create_engine(url, **({"poolclass": QueriesPool, "max_size": MAX_SIZE} | kw)))
         return engines[-1]
 
     yield new
@@ -461,7 +461,9 @@ def test_all_of_it_at_once(
         return set()
 
     # Who waits for a while would have the collector find what is abandoned.
-    parent = Parent(new_engine(max_size=7, gc_on_wait=False), pg_observer, monkeypatch)
+    parent = Parent(
+        new_engine(max_size=7, poolclass=inside.pool_class(gc_on_wait=False)), pg_observer, monkeypatch
+    )
     with ExitStack() as stack:
         for hazard in (the_worker_closes_one, one_is_abandoned, one_is_opening, others_wait):
             stack.enter_context(hazard(parent))

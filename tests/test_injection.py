@@ -211,12 +211,13 @@ class Stage:
         self.ended = False
 
     def pool(self, creator: Callable[[], Any] = Handle, **kw: Any) -> QueriesPool:
-        settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False}
-        made = QueriesPool(
+        settings: dict[str, Any] = {"max_size": 2, "timeout": DEADLINE, "gc_on_wait": False} | kw
+        constants = {name: settings.pop(name) for name in inside.CONSTANTS if name in settings}
+        made = inside.pool_class(**constants)(
             creator,
             pool_id=self.pid,
             dialect=FakeDialect(dbapi=FakeDriver()),  # type: ignore[arg-type]
-            **(settings | kw),
+            **settings,
         )
         self.pools.append(made)
         return made

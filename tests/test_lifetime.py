@@ -39,9 +39,8 @@ def pid(clock: FakeClock) -> str:
 @pytest.fixture
 def make(pid: str, driver: FakeDriver) -> Make:
     """Make an engine's pool there."""
-    return lambda **kw: QueriesPool(
-        driver.connect, **{"pool_id": pid, "timeout": 5, "gc_on_wait": False, **kw}
-    )
+    quiet = inside.pool_class(gc_on_wait=False)
+    return lambda **kw: quiet(driver.connect, **{"pool_id": pid, "timeout": 5, **kw})
 
 
 def use_all(pool: QueriesPool, size: int) -> None:

@@ -67,12 +67,12 @@ def connect_arguments(engine: Engine) -> tuple[Any, Any]:
 def test_the_url_alone_chooses_the_pool_and_configures_all_of_it(make: Any) -> None:
     """Everything that create_engine takes for the pool can be said, as text."""
     engine = make(
-        f"{URL}&max_size=10&idle_ttl=2.5&pool_id=shop-{os.getpid()}&gc_on_wait=off&pool_timeout=1.5"
+        f"{URL}&max_size=10&idle_ttl=2.5&pool_id=shop-{os.getpid()}&check_limits=off&pool_timeout=1.5"
         "&pool_use_lifo=false&pool_recycle=3600&pool_pre_ping=false&pool_reset_on_return=commit"
         "&pool_logging_name=web&echo_pool=false"
     )
     queries = pool_of(engine)
-    assert (queries.size(), inside.setting(queries, "idle_ttl"), inside.setting(queries, "gc_on_wait")) == (
+    assert (queries.size(), inside.setting(queries, "idle_ttl"), inside.setting(queries, "check_limits")) == (
         10,
         2.5,
         False,
@@ -145,7 +145,7 @@ def test_engines_of_one_url_share_a_pool_however_they_were_configured(make: Any)
         *[("max-size", "max_size"), ("pool_maxsize", "max_size"), ("idle_tll", "idle_ttl")],
         *[("pool-idle-ttl", "idle_ttl"), ("overflow", "max_overflow"), ("pooltimeout", "pool_timeout")],
         *[("pre_ping", "pool_pre_ping"), ("recycle", "pool_recycle"), ("use_lifo", "pool_use_lifo")],
-        *[("poolid", "pool_id"), ("gc_on_wai", "gc_on_wait"), ("logging_name", "pool_logging_name")],
+        *[("poolid", "pool_id"), ("check_limit", "check_limits"), ("logging_name", "pool_logging_name")],
     ],
 )
 def test_what_looks_like_ours_misspelt_is_an_error_that_names_the_nearest(wrong: str, right: str) -> None:

@@ -168,25 +168,19 @@ def test_who_timed_out_has_left_the_line(driver: FakeDriver, eventually: Eventua
     assert pool.checkedin() == 1
 
 
-def test_gc_on_wait_finds_what_was_abandoned_in_a_cycle(
+def test_a_waiter_finds_what_was_abandoned_in_a_cycle(
     driver: FakeDriver, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """While all wait the collector does not run by itself: a waiter asks it, unless ``gc_on_wait=False``."""
+    """While all wait the collector does not run by itself: a waiter asks it."""
     inside.next_collection(monkeypatch, 0.0)
     gc.collect()
     gc.disable()
     try:
-        for gc_on_wait in (False, True):
-            timeout = 10.0 if gc_on_wait else 0.05  # at half of it one would be asked
-            pool = QueriesPool(driver.connect, max_size=1, timeout=timeout, gc_on_wait=gc_on_wait)
-            cycle: list[Any] = [pool.connect()]
-            cycle.append(cycle)
-            del cycle
-            if gc_on_wait:
-                pool.connect().close()
-            else:
-                with pytest.raises(CheckoutTimeout):
-                    pool.connect()
+        pool = QueriesPool(driver.connect, max_size=1, timeout=10.0)
+        cycle: list[Any] = [pool.connect()]
+        cycle.append(cycle)
+        del cycle
+        pool.connect().close()
     finally:
         gc.enable()
         gc.collect()
@@ -561,7 +555,7 @@ def test_create_engine_passes_every_parameter(driver: FakeDriver, pid: str) -> N
         pool_timeout=3,
         pool_id=pid,
         pool_use_lifo=False,
-        gc_on_wait=False,
+        check_limits=False,
         pool_recycle=99,
         pool_pre_ping=True,
         pool_reset_on_return="commit",
@@ -572,7 +566,7 @@ def test_create_engine_passes_every_parameter(driver: FakeDriver, pid: str) -> N
     assert (
         inside.setting(pool, "idle_ttl"),
         inside.setting(pool, "use_lifo"),
-        inside.setting(pool, "gc_on_wait"),
+        inside.setting(pool, "check_limits"),
     ) == (12.5, False, False)
     assert (inside.setting(pool, "recycle"), inside.setting(pool, "pre_ping"), pool.logging_name) == (
         99,
@@ -603,19 +597,17 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "use_lifo",
         "pool_size",
         "max_overflow",
-        "gc_on_wait",
         "ping_after",
         "ping_timeout",
-        "close_timeout",
         "min_size",
         "track_stacks",
         "leak_after",
-        "deadlock_grace",
         "on_deadlock",
         "read_only_is_disconnect",
         "max_waiting",
         "queue_target",
         "share",
         "check_limits",
+        "idle_in_transaction_after",
     }
     assert issubclass(QueriesPool, sqlalchemy.pool.Pool)

@@ -8,11 +8,11 @@ import typing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, exc
 from sqlalchemy.engine import make_url
 
 from sqla_queries_pool import QueriesPool, QueriesPoolOptions
-from sqla_queries_pool.engine.settings import NAMES, OF_SQLALCHEMY, OPTIONS, Settings
+from sqla_queries_pool.engine.settings import NAMES, OF_SQLALCHEMY, OPTIONS, REMOVED, Settings
 from sqla_queries_pool.parameters import UNSTATED
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.rst"
@@ -95,6 +95,23 @@ def test_the_url_takes_all_of_them_and_gives_the_driver_none() -> None:
     assert type(engine.pool) is QueriesPool
     assert engine.url.query == {}
     assert (engine.pool.settings.leak_after, engine.pool.settings.on_deadlock) == (1.0, "warn")
+
+
+def test_there_are_few_of_them() -> None:
+    """A pool with too many parameters is one that nobody understands: before there is one more, one goes."""
+    assert len(OPTIONS) <= 24
+
+
+def test_what_became_of_one_that_there_was_is_said() -> None:
+    """In the URL and in the constructor; ``create_engine`` has SQLAlchemy's error, which names it."""
+    for name, instead in REMOVED.items():
+        said = f"{name} is no parameter any more: {re.escape(instead)}. Remove it"
+        with pytest.raises(exc.ArgumentError, match=said):
+            create_engine(f"postgresql+psycopg2://me@host/shop?plugin=queries&{name}=1")
+        with pytest.raises(exc.ArgumentError, match=said):
+            QueriesPool(str, **{name: 1})  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match=name):
+            create_engine("sqlite:///x.db", poolclass=QueriesPool, **{name: 1})
 
 
 def test_help_says_what_each_is_for() -> None:

@@ -90,7 +90,7 @@ class Attempt:
     def _wait(self, waiter: Waiter, left: float, again: bool) -> Any:
         self._stages.enter(WAITING)
         watch = None if self._pool.settings.on_deadlock == IGNORE else self._watch
-        entry = self._core.checkouts.wait(waiter, left, self._pool.settings.gc_on_wait, watch, again)
+        entry = self._core.checkouts.wait(waiter, left, self._pool._gc_on_wait, watch, again)
         self._deadline += waiter.stood_still
         if isinstance(entry, Rejected):
             raise self._got_nothing(self._core.now() - self._since, rejected(entry))
@@ -115,7 +115,7 @@ class Attempt:
 
     def _watch(self) -> Any:
         """Return what looks for a deadlock when a checkout waits in vain."""
-        watch = deadlock.Watch(everywhere, self._pool.settings.deadlock_grace)
+        watch = deadlock.Watch(everywhere, self._pool._deadlock_grace)
 
         told = False
 

@@ -27,7 +27,7 @@ from ..budget.audit import Audit
 from ..budget.slots import HELD, IDLE, LOCKED, OPENING, Attachment, Permit, Quota, Slot
 from ..budget.stats import Statistics
 from ..errors import ParameterError
-from ..insight import stacks
+from ..insight import deadlock, stacks
 from ..insight.report import log_idle, log_leak
 from ..insight.snapshot import Snapshot, snapshot
 from ..labels import checkout_label
@@ -36,11 +36,12 @@ from ..pool import Pool
 from ..pool.manager import attach
 from ..runtime.jitter import lifetime
 from ..sockets.drivers import UNSEEN_FOR, is_seen
+from ..sockets.lingering import LONGEST
 from . import identity, seams
 from .attempt import Attempt, Refused, open_connection
 from .limits import Check
 from .records import Proxy, Record
-from .settings import OPTIONS, Settings
+from .settings import OPTIONS, Settings, refuse_removed
 from .sides import Sides, sides
 
 _label = checkout_label.get
@@ -58,6 +59,13 @@ class QueriesPool(SQLAlchemyPool):
     """
 
     _sqla_logger_namespace = logs.NAME
+    # Constants; tests have classes with others.
+    _gc_on_wait = True
+    """Does a waiting checkout ask the garbage collector for connections that were abandoned in a cycle?"""
+    _close_timeout = LONGEST
+    """Seconds for which an opening at the limit waits until the server has let go of what was closed before,
+    so that there are never more than the limit on the server either."""
+    _deadlock_grace = deadlock.GRACE
     _track_stacks = False
     """Note where connections are checked out?  A test run may set it for all pools (pytest_plugin.py)."""
 
@@ -71,14 +79,11 @@ class QueriesPool(SQLAlchemyPool):
         use_lifo: bool = Settings.use_lifo,
         pool_size: int | Unstated = Settings.pool_size,
         max_overflow: int | Unstated = Settings.max_overflow,
-        gc_on_wait: bool = Settings.gc_on_wait,
         ping_after: float | None = Settings.ping_after,
         ping_timeout: float | None = Settings.ping_timeout,
-        close_timeout: float = Settings.close_timeout,
         min_size: int = Settings.min_size,
         track_stacks: bool = Settings.track_stacks,
         leak_after: float | None = Settings.leak_after,
-        deadlock_grace: float = Settings.deadlock_grace,
         on_deadlock: str = Settings.on_deadlock,
         read_only_is_disconnect: bool = Settings.read_only_is_disconnect,
         max_waiting: int | None = Settings.max_waiting,
@@ -88,6 +93,7 @@ class QueriesPool(SQLAlchemyPool):
         idle_in_transaction_after: float | None = Settings.idle_in_transaction_after,
         **kw: Any,
     ) -> None:
+        refuse_removed(kw)
         self.settings = Settings.read(locals())
         """What was stated for this engine."""
         # Not a parameter, because create_engine would take it for one.
@@ -234,7 +240,7 @@ class QueriesPool(SQLAlchemyPool):
             # Read before connecting: what a dispose overtakes is of the old generation.
             attachment, core = getattr(record, "attachment", self._attachment), self._core
             generation = attachment.generation
-            core.admission.wait_for_room(self.settings.close_timeout, attachment.runtime.pause)
+            core.admission.wait_for_room(self._close_timeout, attachment.runtime.pause)
             begin = time.monotonic()
             try:
                 dbapi_connection = create(record)
@@ -301,7 +307,7 @@ class QueriesPool(SQLAlchemyPool):
         slot = connections.find(connection)
         socket = self._sides.socket(connection) if slot is None else slot.socket
         try:
-            with connections.lingering.closing(socket, self.settings.close_timeout):
+            with connections.lingering.closing(socket, self._close_timeout):
                 self._sides.close(socket, functools.partial(close, connection, terminate=terminate))
         finally:
             connections.closed(connection)

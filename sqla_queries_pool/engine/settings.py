@@ -11,13 +11,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypedDict
 
 from sqlalchemy.pool import Pool
 
 from .. import parameters
+from ..errors import ParameterError
 from ..parameters import UNSTATED, Unstated
 
 RAISE, WARN, IGNORE = "raise", "warn", "ignore"
@@ -105,13 +106,6 @@ class Settings:
             "QueuePool's; see pool_size.",
         ),
     ] = UNSTATED
-    gc_on_wait: Annotated[
-        bool,
-        Option(
-            parameters.flag,
-            "Ask the garbage collector for abandoned connections while waiting.",
-        ),
-    ] = True
     ping_after: Annotated[
         float | None,
         Option(
@@ -129,15 +123,6 @@ class Settings:
             "Seconds that the server has for its answer to a ping, None for as long as it takes.",
         ),
     ] = 5.0
-    close_timeout: Annotated[
-        float,
-        Option(
-            parameters.finite_seconds,
-            "Seconds for which an opening at the limit waits until the server has let go of a "
-            "connection that was closed before, so that there are never more than the limit on "
-            "the server either; 0 does not wait.",
-        ),
-    ] = 1.0
     min_size: Annotated[
         int,
         Option(
@@ -163,13 +148,6 @@ class Settings:
             ledger=True,
         ),
     ] = None
-    deadlock_grace: Annotated[
-        float,
-        Option(
-            parameters.finite_seconds,
-            "Seconds for which nothing may have moved among checkouts that wait for each other.",
-        ),
-    ] = 1.0
     on_deadlock: Annotated[
         str,
         Option(
@@ -263,6 +241,12 @@ OPTIONS: dict[str, Option] = {
     for field in dataclasses.fields(Settings)
 }
 """What is known of each parameter, by its name."""
+REMOVED = {
+    "gc_on_wait": "a waiting checkout always asks the garbage collector, for a tenth of the time at most",
+    "close_timeout": "it is always a second at most",
+    "deadlock_grace": "it is always a second",
+}
+"""What was a parameter once -> what holds now."""
 OF_SQLALCHEMY = (
     "pool_recycle",
     "pool_pre_ping",
@@ -273,6 +257,16 @@ OF_SQLALCHEMY = (
 """What SQLAlchemy's own pools take, by the names of ``create_engine``."""
 NAMES = (*(option.name or name for name, option in OPTIONS.items()), *OF_SQLALCHEMY)
 """What can be stated, by the names of ``create_engine``; a URL with ``plugin=queries`` takes them."""
+
+
+def refuse_removed(names: Iterable[str]) -> None:
+    """Say what became of a parameter that there was once.
+
+    :raises ParameterError: one of the names is such a one.
+    """
+    for name in names:
+        if name in REMOVED:
+            raise ParameterError(f"{name} is no parameter any more: {REMOVED[name]}. Remove it")
 
 
 class QueriesPoolOptions(TypedDict, total=False):
@@ -292,14 +286,11 @@ class QueriesPoolOptions(TypedDict, total=False):
     pool_use_lifo: bool
     pool_size: int
     max_overflow: int
-    gc_on_wait: bool
     ping_after: float | None
     ping_timeout: float | None
-    close_timeout: float
     min_size: int
     track_stacks: bool
     leak_after: float | None
-    deadlock_grace: float
     on_deadlock: str
     read_only_is_disconnect: bool
     max_waiting: int | None

@@ -23,6 +23,8 @@ from . import stacks
 from .diagnosis import NEVER_NEST
 from .snapshot import DEEPEST_SHOWN, Diagnosis, named
 
+GRACE = 1.0
+"""Seconds for which nothing may have moved among checkouts that wait for each other."""
 SAMPLES, SAMPLED_FOR = 100, 0.2
 """A deadlock is reported after so many samples within so many seconds: a statement may be short, and on a
 unix socket nothing else tells that there was one."""

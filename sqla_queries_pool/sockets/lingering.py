@@ -21,7 +21,7 @@ from ..try_lock import TryLock
 from .liveness import AVAILABLE, borrowed, hang_up
 
 LONGEST = 1.0
-"""Seconds for which the server is waited for where no engine says otherwise."""
+"""Seconds for which the server is waited for."""
 _SLICE = 0.05
 """Seconds after which an open that waits counts again: fewer may be open by then, too."""
 
