@@ -12,7 +12,7 @@ import pytest
 from conftest import Observer
 from fakes import FakeClock, FakeDriver, Task
 from hazards import assert_whole, new_pid
-from sqlalchemy import Engine, create_engine, event, exc, make_url, text
+from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool
 from sqla_queries_pool.budget.ledger import LOOK_EVERY
@@ -460,29 +460,6 @@ def test_a_password_may_change_for_every_connect(
         one.dispose()
         eventually(lambda: not pg_observer.backends(str(url.database)), "all are gone")
         pg_observer.query(f"DROP ROLE {role}")
-
-
-@pytest.mark.parametrize("opted_in", [True, False])
-def test_a_demoted_primary_costs_each_connection_one_error_at_most(
-    engine: Callable[..., Engine], pg_observer: Observer, pg_url: str, opted_in: bool
-) -> None:
-    """SQLSTATE 25006 replaces all connections of the engine; without the parameter nothing does.
-
-    The "failover" is a setting here that a new connection does not have, as one to the new primary would not.
-    """
-    one = engine(read_only_is_disconnect=opted_in)
-    with one.connect() as a, one.connect() as b:
-        for connection in (a, b):
-            connection.execute(text("SET SESSION CHARACTERISTICS AS TRANSACTION READ ONLY"))
-            connection.commit()
-    errors = 0
-    for _ in range(4):
-        try:
-            with one.begin() as connection:
-                connection.execute(text("CREATE TABLE IF NOT EXISTS t (i integer)"))
-        except exc.DBAPIError:
-            errors += 1
-    assert errors == (1 if opted_in else 4)
 
 
 def test_what_an_outage_has_cost_of_min_size_is_refilled(

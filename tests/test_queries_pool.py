@@ -603,7 +603,6 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "track_stacks",
         "leak_after",
         "on_deadlock",
-        "read_only_is_disconnect",
         "max_waiting",
         "queue_target",
         "share",

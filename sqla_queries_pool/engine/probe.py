@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 from ..sockets import liveness
@@ -53,6 +55,16 @@ def _start_timeout(record: Any, deadline: float) -> liveness.PingTimeout:
         left = max(deadline - time.monotonic(), LEAST_PING)
         timeout.start(pool._core.housekeeper.schedule, min(longest, left))
     return timeout
+
+
+@contextlib.contextmanager
+def ping_timeout(record: Any, deadline: float) -> Iterator[None]:
+    """What asks the server in the block has as much time as a ping."""
+    timeout = _start_timeout(record, deadline)
+    try:
+        yield
+    finally:
+        timeout.cancel()
 
 
 def _answers(record: Any, deadline: float) -> bool:

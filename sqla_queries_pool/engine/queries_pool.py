@@ -18,7 +18,6 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import event
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.pool import Pool as SQLAlchemyPool
 
@@ -37,7 +36,7 @@ from ..pool.manager import attach
 from ..runtime.jitter import lifetime
 from ..sockets.drivers import UNSEEN_FOR, is_seen
 from ..sockets.lingering import LONGEST
-from . import identity, seams
+from . import failover, identity, seams
 from .attempt import Attempt, Refused, open_connection
 from .limits import Check
 from .records import Proxy, Record
@@ -85,7 +84,6 @@ class QueriesPool(SQLAlchemyPool):
         track_stacks: bool = Settings.track_stacks,
         leak_after: float | None = Settings.leak_after,
         on_deadlock: str = Settings.on_deadlock,
-        read_only_is_disconnect: bool = Settings.read_only_is_disconnect,
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
         share: str | None = Settings.share,
@@ -114,12 +112,13 @@ class QueriesPool(SQLAlchemyPool):
             quota = self._make_quota(who)
         self._attachment: Attachment = self._new_attachment(quota)
         """The first one: an engine of asyncio has one for each event loop."""
-        if self.settings.read_only_is_disconnect:
-            listen_for_read_only(self._dialect)
+        failover.listen(self._dialect)
         if self.settings.track_stacks:
             self._track_stacks = True
         self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
+        self.failover = failover.Failover(self._core)
+        """Which of its connections are to be asked whether their server is a standby."""
         self._checkouts = self._core.checkouts
         self._core.on_leak, self._core.on_idle = log_leak, log_idle
         if quota.stated == math.inf:
@@ -451,15 +450,3 @@ if QueriesPool.__doc__:  # None under -OO
 
 if not seams.KNOWS_PROXY:
     del QueriesPool.connect  # SQLAlchemy's own, then, which asks _do_get()
-
-
-def listen_for_read_only(dialect: Any) -> None:
-    """Have a dialect take "read only" for a disconnect, which SQLAlchemy answers by replacing everything."""
-    if not event.contains(dialect, "handle_error", _read_only_is_disconnect):
-        event.listen(dialect, "handle_error", _read_only_is_disconnect)
-
-
-def _read_only_is_disconnect(context: Any) -> None:
-    error = context.original_exception
-    if (getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)) == "25006":
-        context.is_disconnect = True

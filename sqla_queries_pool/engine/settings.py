@@ -156,15 +156,6 @@ class Settings:
             "'ignore' it.",
         ),
     ] = WARN
-    read_only_is_disconnect: Annotated[
-        bool,
-        Option(
-            parameters.flag,
-            "Take an error that says that the server is read only (SQLSTATE 25006) for a "
-            "disconnect: all connections are replaced, and new ones go where the URL points. For "
-            "a primary that may be demoted while connections stay open.",
-        ),
-    ] = False
     max_waiting: Annotated[
         int | None,
         Option(
@@ -245,6 +236,7 @@ REMOVED = {
     "gc_on_wait": "a waiting checkout always asks the garbage collector, for a tenth of the time at most",
     "close_timeout": "it is always a second at most",
     "deadlock_grace": "it is always a second",
+    "read_only_is_disconnect": "a connection that says read only is replaced if its server is a standby",
 }
 """What was a parameter once -> what holds now."""
 OF_SQLALCHEMY = (
@@ -292,7 +284,6 @@ class QueriesPoolOptions(TypedDict, total=False):
     track_stacks: bool
     leak_after: float | None
     on_deadlock: str
-    read_only_is_disconnect: bool
     max_waiting: int | None
     queue_target: float | None
     share: str | None

@@ -30,6 +30,8 @@ _TEXTS: Final = (
     r"SSL (connection has been closed unexpectedly|SYSCALL error|error: unexpected eof)",
     r"connection to server on socket .* failed: No such file or directory",
     r"timeout expired",
+    # Several hosts, none of which is the primary yet (``target_session_attrs``).
+    r"session is read-only|server is in hot standby mode|None of the hosts match the target attribute",
     # asyncpg, and asyncio below it.
     r"Connect call failed|unexpected connection_lost\(\) call",
     r"connection was closed in the middle of operation",

@@ -1,0 +1,103 @@
+"""A connection whose server says "read only": is that a standby, so that the connection is to be replaced?
+
+SQLSTATE 25006 alone is no proof, because a session may be read-only by its own wish.  So the connection is
+asked, ``pg_is_in_recovery()``, before its next use: until then the failed transaction is its holder's.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from typing import Any
+
+from sqlalchemy import event
+
+from ..budget.slots import Slot
+from . import probe
+from .records import Record
+
+READ_ONLY = "25006"
+STANDBY = "its server is a standby"
+QUERY = "SELECT pg_is_in_recovery()"
+SPREAD_EVERY = 60.0
+"""Seconds from one time that a connection on a standby has all others of its engine asked to the next.  Where
+the URL leads to a standby, those that are opened instead are on it, too."""
+
+
+class Failover:
+    """Which connections of an engine are to be asked.
+
+    :param core: the pool's.
+    """
+
+    def __init__(self, core: Any) -> None:
+        self._core = core
+        self._to_ask: weakref.WeakSet[Slot] = weakref.WeakSet()
+        self._spread_at = -math.inf
+
+    def said_read_only(self, slot: Slot) -> None:
+        """The holder of a connection had this error: the connection is asked before its next use."""
+        self._to_ask.add(slot)
+        slot.suspect = True
+
+    def is_on_standby(self, record: Record, deadline: float) -> bool:
+        """Is the server of a record's connection a standby?  Asked where there is a reason alone.
+
+        :param deadline: when the checkout's time is over, by ``time.monotonic``.
+        """
+        if record.slot not in self._to_ask:
+            return False
+        self._to_ask.discard(record.slot)
+        if not _in_recovery(record, deadline):
+            return False
+        now = self._core.now()
+        if now - self._spread_at >= SPREAD_EVERY:
+            self._spread_at = now
+            self._to_ask.update(
+                slot for slot in self._core.ledger.slots.copy() if slot.home is record.slot.home
+            )
+            self._to_ask.discard(record.slot)
+            self._core.suspect_own(record.attachment)
+        return True
+
+
+def _in_recovery(record: Record, deadline: float) -> bool:
+    """Ask the server, for as long as a ping may take.  One that does not answer is of no use either."""
+    with probe.ping_timeout(record, deadline):
+        try:
+            cursor: Any = record.dbapi_connection.cursor()  # type: ignore[union-attr]
+            try:
+                cursor.execute(QUERY)
+                (found,) = cursor.fetchone()
+            finally:
+                cursor.close()
+            record.reset()
+        except Exception:
+            return True
+    return bool(found)
+
+
+def listen(dialect: Any) -> None:
+    """Have the connections of a dialect's engines asked where their server has said "read only"."""
+    if getattr(dialect, "name", None) == "postgresql" and not event.contains(
+        dialect, "handle_error", _on_error
+    ):
+        event.listen(dialect, "handle_error", _on_error)
+
+
+def _on_error(context: Any) -> None:
+    error, connection = context.original_exception, context.connection
+    if connection is None or READ_ONLY not in (
+        getattr(error, "sqlstate", None),
+        getattr(error, "pgcode", None),
+    ):
+        return
+    if (
+        connection.closed
+        or connection.invalidated
+        or connection.get_execution_options().get("postgresql_readonly")
+    ):
+        return
+    record = getattr(connection.connection, "_connection_record", None)
+    if record.__class__ is Record:
+        record.owner.failover.said_read_only(record.slot)

@@ -1,0 +1,38 @@
+"""A standby of an embedded PostgreSQL, by streaming replication: a base backup in place of a new cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import psycopg2
+
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
+
+
+class Standby(EmbeddedPostgres):
+    """It follows another server until it is promoted."""
+
+    def __init__(self, primary: EmbeddedPostgres, folder: Path | None = None) -> None:
+        super().__init__({}, folder)
+        self._primary = primary
+        self.password = primary.password
+
+    def _run(self, program: str, *arguments: str | Path) -> None:
+        if program == "initdb":
+            source = self._primary.url().replace("+psycopg2", "")
+            program, arguments = (
+                "pg_basebackup",
+                ("-D", self.folder / "data", "-R", "-c", "fast", "-d", source),
+            )
+        super()._run(program, *arguments)
+
+    def _ready(self, pid: int) -> bool:
+        lines = self._pid_file()
+        return lines[0] == str(pid) and len(lines) > 7 and lines[7].strip() in ("ready", "standby")
+
+    def promote(self) -> None:
+        """Return when it is the primary."""
+        connection = psycopg2.connect(self.url().replace("+psycopg2", ""))
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_promote(true, 30)")
+        connection.close()

@@ -1,0 +1,192 @@
+"""A primary fails, and its standby is promoted: real servers, streaming replication, default options."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg2
+import pytest
+from conftest import in_memory
+from hazards import Thread, pool_of
+from sqlalchemy import Engine, create_engine, event, exc, make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
+from standby import Standby
+
+from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres
+
+Eventually = Callable[..., None]
+INSERT = text("INSERT INTO t VALUES (1)")
+SIZE = 8
+IN_TIME = 1.0
+"""Seconds after the promotion from which on there is no error."""
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[EmbeddedPostgres, Standby]]:
+    """A primary with a table, and its standby."""
+    with EmbeddedPostgres(folder=in_memory()) as primary:
+        connection = psycopg2.connect(primary.url().replace("+psycopg2", ""))
+        with connection, connection.cursor() as cursor:
+            cursor.execute("CREATE TABLE t (n int)")
+        connection.close()
+        with Standby(primary, in_memory()) as standby:
+            yield primary, standby
+
+
+class Load:
+    """What the workers of a load have seen."""
+
+    def __init__(self) -> None:
+        self.errors: list[tuple[float, Any, str]] = []
+        """When, on which connection (None: it got none), and what."""
+        self.done: list[float] = []
+        self.over = threading.Event()
+
+    def error(self, connection: Any, error: Exception) -> None:
+        self.errors.append((time.monotonic(), connection, str(error)))
+
+    def check(self, promoted: float) -> None:
+        """Each connection has one error at most, and none comes late."""
+        assert Counter(connection for _, connection, _ in self.errors).most_common(1)[0][1] == 1, self.errors
+        assert not [error for error in self.errors if error[1] is None]
+        assert not [error for error in self.errors if error[0] > promoted + IN_TIME]
+
+
+def both(pair: tuple[EmbeddedPostgres, Standby], driver: str) -> str:
+    """The URL that leads to the primary, whichever of them it is."""
+    hosts = [f"{server.host}:{server.port}" for server in pair]
+    url = make_url(pair[0].url(driver)).set(host=None, port=None)
+    url = url.update_query_dict({"host": hosts, "target_session_attrs": "read-write"})
+    return url.render_as_string(hide_password=False)
+
+
+def fail_over(pair: tuple[EmbeddedPostgres, Standby], how: str, load: Load, eventually: Eventually) -> None:
+    """End the primary under load, promote the other one, and let the load go on for a while."""
+    primary, standby = pair
+    eventually(lambda: len(load.done) > 200, "it works")
+    primary.kill() if how == "kill" else primary.stop(how, keep=True)
+    standby.promote()
+    promoted, before = time.monotonic(), len(load.done)
+    eventually(lambda: time.monotonic() > promoted + 2 * IN_TIME and len(load.done) > before, "it goes on")
+    load.over.set()
+    load.check(promoted)
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(("driver", "how"), [("psycopg2", "kill"), ("psycopg", "fast")])
+def test_a_failover_under_load_costs_each_connection_one_error_at_most(
+    pair: tuple[EmbeddedPostgres, Standby], driver: str, how: str, eventually: Eventually
+) -> None:
+    """Threads on two hosts; whoever has no connection meanwhile waits for the promotion."""
+    engine, load = create_engine(both(pair, driver), poolclass=QueriesPool, max_size=SIZE), Load()
+
+    def work() -> None:
+        while not load.over.is_set():
+            used = None
+            try:
+                with engine.begin() as connection:
+                    used = connection.info.setdefault("which", object())
+                    connection.execute(INSERT)
+                load.done.append(time.monotonic())
+            except exc.DBAPIError as error:
+                load.error(used, error)
+
+    threads = [Thread(work) for _ in range(SIZE + 4)]
+    try:
+        fail_over(pair, how, load, eventually)
+    finally:
+        load.over.set()
+        for thread in threads:
+            thread.join()
+        engine.dispose()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_the_same_in_an_event_loop(pair: tuple[EmbeddedPostgres, Standby], eventually: Eventually) -> None:
+    """Tasks, asyncpg, which says in its own words that no host is the primary yet."""
+    load = Load()
+
+    async def work(engine: Any) -> None:
+        while not load.over.is_set():
+            used = None
+            try:
+                async with engine.begin() as connection:
+                    used = (await connection.get_raw_connection()).info.setdefault("which", object())
+                    await connection.execute(INSERT)
+                load.done.append(time.monotonic())
+            except (exc.DBAPIError, OSError) as error:
+                load.error(used, error)
+
+    async def main() -> None:
+        engine = create_async_engine(both(pair, "asyncpg"), poolclass=QueriesPool, max_size=SIZE)
+        await asyncio.gather(*(work(engine) for _ in range(SIZE + 4)))
+        await engine.dispose()
+
+    thread = Thread(lambda: asyncio.run(main()))
+    try:
+        fail_over(pair, "fast", load, eventually)
+    finally:
+        load.over.set()
+        thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_what_was_opened_to_a_standby_is_replaced_once_it_says_so(
+    pair: tuple[EmbeddedPostgres, Standby],
+) -> None:
+    """A name that leads to the wrong server for a while: one error, and all are asked before their next use.
+    Those that were opened instead stay, as those of sessions do that are read-only by their own wish."""
+    primary, standby = pair
+    engine = create_engine(primary.url(), poolclass=QueriesPool, max_size=SIZE)
+    leads_to: list[EmbeddedPostgres] = [standby]
+
+    @event.listens_for(engine, "do_connect")
+    def resolve(_: Any, __: Any, ___: Any, options: dict[str, Any]) -> None:
+        options["port"] = leads_to[0].port
+
+    def is_refused() -> bool:
+        try:
+            with engine.begin() as connection:
+                connection.execute(INSERT)
+        except exc.DBAPIError as error:
+            return "read-only transaction" in str(error)
+        return False
+
+    held = [engine.connect() for _ in range(4)]
+    for connection in held:
+        connection.close()
+    assert is_refused()
+    leads_to[0] = primary
+    assert not any(is_refused() for _ in range(8))
+    held = [engine.connect() for _ in range(4)]
+    assert {connection.scalar(text("SELECT pg_is_in_recovery()")) for connection in held} == {False}
+    for connection in held:
+        connection.close()
+    statistics = pool_of(engine).statistics()
+    assert (statistics.connects, statistics.closes) == (8, {"its server is a standby": 4})
+    engine.dispose()
+
+
+def test_a_session_that_is_read_only_by_its_own_wish_costs_no_connection(pg_url: str) -> None:
+    """By an option of SQLAlchemy's, and by a statement, in each of many transactions."""
+    engine: Engine = create_engine(pg_url, poolclass=QueriesPool)
+    for options in ({"postgresql_readonly": True}, {}):
+        for _ in range(5):
+            with engine.connect().execution_options(**options) as connection:
+                if not options:
+                    connection.execute(text("SET TRANSACTION READ ONLY"))
+                with pytest.raises(exc.DBAPIError) as caught:
+                    connection.execute(text("CREATE TABLE t (i int)"))
+                assert not caught.value.connection_invalidated
+    statistics = pool_of(engine).statistics()
+    assert (statistics.connects, dict(statistics.closes)) == (1, {})
+    engine.dispose()
