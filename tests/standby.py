@@ -1,4 +1,4 @@
-"""A standby of an embedded PostgreSQL, by streaming replication: a base backup in place of a new cluster."""
+"""A pair of embedded PostgreSQLs: the standby is a base backup in place of a new cluster, and follows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,21 @@ import psycopg2
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 
 
-class Standby(EmbeddedPostgres):
+class Primary(EmbeddedPostgres):
+    """It can be made a standby."""
+
+    def _ready(self, pid: int) -> bool:
+        lines = self._pid_file()
+        return lines[0] == str(pid) and len(lines) > 7 and lines[7].strip() in ("ready", "standby")
+
+    def demote(self) -> None:
+        """Restart it as a standby, which follows nobody."""
+        self.stop(keep=True)
+        (self.folder / "data" / "standby.signal").touch()
+        self.start()
+
+
+class Standby(Primary):
     """It follows another server until it is promoted."""
 
     def __init__(self, primary: EmbeddedPostgres, folder: Path | None = None) -> None:
@@ -19,16 +33,9 @@ class Standby(EmbeddedPostgres):
 
     def _run(self, program: str, *arguments: str | Path) -> None:
         if program == "initdb":
-            source = self._primary.url().replace("+psycopg2", "")
-            program, arguments = (
-                "pg_basebackup",
-                ("-D", self.folder / "data", "-R", "-c", "fast", "-d", source),
-            )
+            source, program = self._primary.url().replace("+psycopg2", ""), "pg_basebackup"
+            arguments = ("-D", self.folder / "data", "-R", "-c", "fast", "-d", source)
         super()._run(program, *arguments)
-
-    def _ready(self, pid: int) -> bool:
-        lines = self._pid_file()
-        return lines[0] == str(pid) and len(lines) > 7 and lines[7].strip() in ("ready", "standby")
 
     def promote(self) -> None:
         """Return when it is the primary."""

@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import psycopg2
 import pytest
@@ -15,12 +15,14 @@ from conftest import in_memory
 from hazards import Thread, pool_of
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
-from standby import Standby
+from standby import Primary, Standby
 
 from sqla_queries_pool import QueriesPool
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
+from sqla_queries_pool.sockets.connect_errors import passes
 
 Eventually = Callable[..., None]
+Pair: TypeAlias = tuple[Primary, Standby]
 INSERT = text("INSERT INTO t VALUES (1)")
 SIZE = 8
 IN_TIME = 1.0
@@ -28,9 +30,9 @@ IN_TIME = 1.0
 
 
 @pytest.fixture
-def pair() -> Iterator[tuple[EmbeddedPostgres, Standby]]:
+def pair() -> Iterator[Pair]:
     """A primary with a table, and its standby."""
-    with EmbeddedPostgres(folder=in_memory()) as primary:
+    with Primary(folder=in_memory()) as primary:
         connection = psycopg2.connect(primary.url().replace("+psycopg2", ""))
         with connection, connection.cursor() as cursor:
             cursor.execute("CREATE TABLE t (n int)")
@@ -58,7 +60,7 @@ class Load:
         assert not [error for error in self.errors if error[0] > promoted + IN_TIME]
 
 
-def both(pair: tuple[EmbeddedPostgres, Standby], driver: str) -> str:
+def both(pair: Pair, driver: str) -> str:
     """The URL that leads to the primary, whichever of them it is."""
     hosts = [f"{server.host}:{server.port}" for server in pair]
     url = make_url(pair[0].url(driver)).set(host=None, port=None)
@@ -66,11 +68,11 @@ def both(pair: tuple[EmbeddedPostgres, Standby], driver: str) -> str:
     return url.render_as_string(hide_password=False)
 
 
-def fail_over(pair: tuple[EmbeddedPostgres, Standby], how: str, load: Load, eventually: Eventually) -> None:
-    """End the primary under load, promote the other one, and let the load go on for a while."""
+def fail_over(pair: Pair, how: str, load: Load, eventually: Eventually) -> None:
+    """Under load, kill the primary or make it a standby, promote the other one, and let the load go on."""
     primary, standby = pair
     eventually(lambda: len(load.done) > 200, "it works")
-    primary.kill() if how == "kill" else primary.stop(how, keep=True)
+    primary.kill() if how == "kill" else primary.demote()
     standby.promote()
     promoted, before = time.monotonic(), len(load.done)
     eventually(lambda: time.monotonic() > promoted + 2 * IN_TIME and len(load.done) > before, "it goes on")
@@ -80,9 +82,9 @@ def fail_over(pair: tuple[EmbeddedPostgres, Standby], how: str, load: Load, even
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-@pytest.mark.parametrize(("driver", "how"), [("psycopg2", "kill"), ("psycopg", "fast")])
+@pytest.mark.parametrize(("driver", "how"), [("psycopg2", "kill"), ("psycopg", "demote")])
 def test_a_failover_under_load_costs_each_connection_one_error_at_most(
-    pair: tuple[EmbeddedPostgres, Standby], driver: str, how: str, eventually: Eventually
+    pair: Pair, driver: str, how: str, eventually: Eventually
 ) -> None:
     """Threads on two hosts; whoever has no connection meanwhile waits for the promotion."""
     engine, load = create_engine(both(pair, driver), poolclass=QueriesPool, max_size=SIZE), Load()
@@ -110,7 +112,7 @@ def test_a_failover_under_load_costs_each_connection_one_error_at_most(
 
 @pytest.mark.slow
 @pytest.mark.exhaustive
-def test_the_same_in_an_event_loop(pair: tuple[EmbeddedPostgres, Standby], eventually: Eventually) -> None:
+def test_the_same_in_an_event_loop(pair: Pair, eventually: Eventually) -> None:
     """Tasks, asyncpg, which says in its own words that no host is the primary yet."""
     load = Load()
 
@@ -132,7 +134,7 @@ def test_the_same_in_an_event_loop(pair: tuple[EmbeddedPostgres, Standby], event
 
     thread = Thread(lambda: asyncio.run(main()))
     try:
-        fail_over(pair, "fast", load, eventually)
+        fail_over(pair, "demote", load, eventually)
     finally:
         load.over.set()
         thread.join()
@@ -141,7 +143,7 @@ def test_the_same_in_an_event_loop(pair: tuple[EmbeddedPostgres, Standby], event
 @pytest.mark.slow
 @pytest.mark.exhaustive
 def test_what_was_opened_to_a_standby_is_replaced_once_it_says_so(
-    pair: tuple[EmbeddedPostgres, Standby],
+    pair: Pair,
 ) -> None:
     """A name that leads to the wrong server for a while: one error, and all are asked before their next use.
     Those that were opened instead stay, as those of sessions do that are read-only by their own wish."""
@@ -190,3 +192,18 @@ def test_a_session_that_is_read_only_by_its_own_wish_costs_no_connection(pg_url:
     statistics = pool_of(engine).statistics()
     assert (statistics.connects, dict(statistics.closes)) == (1, {})
     engine.dispose()
+
+
+def test_no_primary_among_the_hosts_passes_by_itself(pg_url: str) -> None:
+    """What libpq says of a server that is none, with ``read-write``; a missing standby is another matter."""
+    url = make_url(pg_url)
+    for wanted, read_only in (("read-write", "-c default_transaction_read_only=on"), ("standby", "")):
+        dsn: dict[str, Any] = {
+            "host": url.host,
+            "port": url.port,
+            "user": url.username,
+            "password": url.password,
+        }
+        with pytest.raises(psycopg2.OperationalError) as caught:
+            psycopg2.connect(**dsn, dbname=url.database, target_session_attrs=wanted, options=read_only)
+        assert passes(caught.value) is (wanted == "read-write"), str(caught.value)
