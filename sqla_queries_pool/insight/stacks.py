@@ -49,7 +49,9 @@ def _below(frame: FrameType) -> FrameType | None:
     """Who has started the greenlet of SQLAlchemy's whose outermost frame this is: a coroutine."""
     module = sys.modules.get("greenlet")
     current: Any = None if module is None else module.getcurrent()
-    if not getattr(current, "__sqlalchemy_greenlet_provider__", False):
+    # The mark is of 2.0.24 and later.
+    marked = getattr(current, "__sqlalchemy_greenlet_provider__", False)
+    if not marked and not type(current).__module__.startswith("sqlalchemy."):
         return None
     parent: FrameType | None = current.parent.gr_frame
     return parent if frame.f_code.co_filename.startswith(_OURS) else None
