@@ -37,7 +37,8 @@ class _Holding:
     __slots__ = ("key", "seconds", "told", "uses")
 
     def __init__(self, slot: Slot, uses: int) -> None:
-        self.key: _Key = (slot.label, getattr(slot, "caller", None))
+        # Slots get a class of callers with the classes themselves; until then nobody has one.
+        self.key: _Key = (slot.label, getattr(slot, "caller_class", None))
         self.uses = uses
         self.seconds = 0.0
         self.told = False
