@@ -20,6 +20,7 @@ from sqla_queries_pool.budget import lifetimes
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.demo import embedded
 from sqla_queries_pool.engine import attempt
+from sqla_queries_pool.host import share
 from sqla_queries_pool.insight import deadlock
 from sqla_queries_pool.runtime import garbage, unreturned
 from sqla_queries_pool.runtime.core import Core
@@ -499,3 +500,14 @@ def watches_idling(pool: Any) -> bool:
 def log_deadlocks_at_once(pool: Any) -> None:
     """Nothing need have stood still for a while."""
     pool._deadlock_grace = 0.0
+
+
+def postman() -> Any:
+    """What does the letters of all shares of this process."""
+    return share.postman
+
+
+def has_all_of_the_host(pool: Any) -> bool:
+    """Does the process know that it has all that it may use of its share?"""
+    part: Any = core(pool).share
+    return bool(part._nothing_to_do and part._has_all)

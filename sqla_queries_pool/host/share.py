@@ -94,8 +94,9 @@ class Share:
         """Have nothing: at first, and in a forked child."""
         self._member = Member()
         self._box: Mailbox | None = None
-        self._asking = False
-        """Does the thread know that checkouts wait?  Then another one has nothing to do."""
+        self._nothing_to_do = False
+        """Has a checkout that begins to wait nothing to do here?  Where the thread knows that checkouts wait,
+        and where the process has all that it may use.  Written with ``postman.lock``."""
         self._applied = 0
         """The limit that the pool has."""
         self._lock_at = self._home_at = 0.0
@@ -124,7 +125,7 @@ class Share:
 
     def wanted(self) -> None:
         """A checkout waits: lock what is free, or have the other processes asked."""
-        if self._asking:
+        if self._nothing_to_do:
             return
         with postman.lock:
             now = time.monotonic()
@@ -133,9 +134,20 @@ class Share:
                 self._lock_free(self._member.needs(own, now), now)
                 self._apply()
                 own = self._side.own()
-            self._asking = self._member.needs(own, now) > 0
-            if self._asking or not postman.attends(self):
+            needs = self._member.needs(own, now)
+            self._nothing_to_do = needs > 0 or self._has_all
+            if needs or not postman.attends(self):
                 postman.attend(self)
+
+    @property
+    def _has_all(self) -> bool:
+        """Has the process all that it may use?  Then none of its checkouts waits for another process."""
+        return self._applied >= min(self._side.size(), MOST)
+
+    def resized(self) -> None:
+        """The ``max_size`` of this process may be another one by now."""
+        with postman.lock:
+            self._nothing_to_do, self._lock_at = False, 0.0
 
     def room(self) -> None:
         """Somebody is about to open one more, if there is room: lock one that is free."""
@@ -223,7 +235,8 @@ class Share:
             self._home_at = now + HOME_EVERY
             self._look_for_home(now)
         posts = self._read_all(now)
-        self._asking = False  # first: a checkout that comes from now on is seen here, or calls itself
+        # First: a checkout that comes from now on is seen here, or calls itself, and waits for the lock.
+        self._nothing_to_do = False
         own, member = self._side.own(), self._member
         if (needs := member.needs(own, now)) and now >= self._lock_at:
             self._lock_free(needs, now)
@@ -233,8 +246,9 @@ class Share:
         self._send_all(posts, member.needs(own, now) > 0, now)
         if member.promises:
             self._give(now)
-        self._asking = member.needs(own, now) > 0
-        if self._asking or member.leases or own.waiting:
+        needs = member.needs(own, now)
+        self._nothing_to_do = needs > 0 or self._has_all
+        if needs or member.leases or own.waiting:
             self._used_at = now
         else_in = HOME_EVERY if member.leases else ASK_EVERY if own.waiting else LINGER
         self.due = now + (LOOK_AGAIN if member.promises else member.look_in(own, now, else_in))

@@ -163,6 +163,8 @@ class Core:
         before = self.ledger.limit
         attachment.runtime = attachment.runtime or THREADS
         work = self.section.decide(self.ledger.attach, attachment, self._engine_died, self._clock())
+        if self.share is not None:
+            self.share.resized()
         self.log_limit(before)
         return work
 
@@ -178,6 +180,8 @@ class Core:
             raise ParameterError(f"share={share!r} needs a limit: set max_size to a number")
         before = None if self.share is None else self.share.name
         if share == before:
+            if self.share is not None and stated is not None:
+                self.share.prepare(int(stated))
             return
         if self.ledger.slots or any(ref() is not None for ref in list(self.ledger.attachments)):
             raise ParameterError(
@@ -204,6 +208,8 @@ class Core:
             raise ParameterError("a pool whose engines state share= needs a limit: set max_size to a number")
         self.stated_limit = limit
         # With a share, the ledger's is what that has, at first nothing.
+        if self.share is not None:
+            self.share.resized()
         self.section.run(
             self.ledger.set_limit, limit if self.share is None else self.share.limit, self._clock()
         )
