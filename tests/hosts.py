@@ -79,7 +79,7 @@ class Host:
     def __init__(
         self, server: SessionServer, observer: Observer, url: str, folder: Path, budget: int
     ) -> None:
-        self.folder, self.budget, self._observer = folder, budget, observer
+        self.folder, self.budget, self._observer, self._server = folder, budget, observer, server
         self.role = f"host_{next(_numbers)}"
         observer.query(f"CREATE ROLE {self.role} LOGIN PASSWORD 'secret' CONNECTION LIMIT {budget}")
         self.url = make_url(url).set(username=self.role, password="secret")
@@ -99,6 +99,10 @@ class Host:
         """How many connections the role has."""
         sql = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
         return int(self._observer.query(sql, self.role)[0][0])
+
+    def refused(self) -> bool:
+        """Did the server ever say that the role has too many?"""
+        return f'too many connections for role "{self.role}"' in self._server.log(sys.maxsize)
 
     def watch(self) -> None:
         """Look all the time how many connections there are."""
