@@ -31,6 +31,10 @@ class Worker:
         self.longest = 0.0
         self.since = time.monotonic()
 
+    def pool_id(self) -> str:
+        """What names its budget."""
+        return str(self.engine.pool.pid)  # type: ignore[attr-defined]
+
     def take(self, count: int) -> int:
         """Check so many out and keep them; how many are out then."""
         for _ in range(count):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,15 @@ _numbers = itertools.count(1)
 
 
 class Worker:
-    """A process that does what it is told (host_worker.py)."""
+    """A process that does what it is told (host_worker.py).
 
-    def __init__(self, url: str, **options: Any) -> None:
+    :param inside: the beginning of a command that runs another one somewhere.
+    """
+
+    def __init__(self, url: str, inside: Sequence[str] = (), **options: Any) -> None:
+        told = json.dumps({"url": url, "pool_timeout": DEADLINE, **options})
         self._process = subprocess.Popen(
-            [sys.executable, str(WORKER), json.dumps({"url": url, "pool_timeout": DEADLINE, **options})],
+            [*inside, sys.executable, str(WORKER), told],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

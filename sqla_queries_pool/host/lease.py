@@ -135,9 +135,16 @@ class Folder:
         finally:
             if above >= 0:
                 os.close(above)
-        # systemd-tmpfiles leaves a folder alone that somebody has locked.
-        with contextlib.suppress(OSError):
+        try:  # systemd-tmpfiles leaves a folder alone that somebody has locked
             fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            pass
+        except OSError as error:
+            os.close(fd)
+            raise ParameterError(
+                f"share={self.share!r}: nothing can be locked in the folder {self.path}: {error.strerror}. "
+                "Name one on a local file system: share='/path'"
+            ) from None
         return fd
 
     @classmethod

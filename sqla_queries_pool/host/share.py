@@ -255,25 +255,33 @@ class Share:
         return now - self._used_at < LINGER
 
     def _look_for_home(self, now: float) -> None:
-        """Make what was deleted again, lock new files for what it has, have a mailbox of the right name."""
+        """Make what was deleted again, lock new files for what it has, have a mailbox of the right name.
+
+        What fails is tried again at the next look, not later: when the folder can be made again, another
+        process may make it, and lock its files as soon as they are not new.
+        """
+        problem, size, box = None, self._side.size(), self._box
         try:
-            new, size = self._folder.renew(), self._side.size()
-            if new:
+            if self._folder.renew():
                 self._folder.prepare(size)
-            self._look_around()
-            budget, box = self.budget, self._box
+        except (OSError, ParameterError) as error:
+            problem = str(error)  # those whose folder it was go on in it
+        self._look_around()
+        try:
             if box is None or box.size != size or not self._folder.has(box.name):
                 self._box = Mailbox(self._folder, size)
                 if box is not None:  # a lease that is still in it is free then
                     box.remove()
-        except (OSError, ParameterError) as error:
-            self._failed(str(error))
-            self._home_at = now + AGAIN_IN
+        except OSError as error:
+            problem = problem or f"no mailbox can be made in the folder {self._folder.path}: {error.strerror}"
+        if problem is not None:
+            self._failed(problem)
             return
+        self._problem = None
+        budget = self.budget
         if any(lease.is_orphan or lease.number >= budget for lease in self._member.leases):
             self._move_home(budget)
             self._member.give_up(budget, now)
-        self._problem = None
 
     def _move_home(self, budget: int) -> None:
         """Lock other files for leases whose own was deleted, or is above the budget."""
