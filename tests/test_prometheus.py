@@ -14,14 +14,15 @@ import threading
 import time
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import inside
 import pytest
-from conftest import SessionServer
-from sqlalchemy import create_engine
+from conftest import Observer, SessionServer
+from sqlalchemy import create_engine, make_url
 from sqlalchemy.engine import Engine
 
 pytest.importorskip("prometheus_client")
@@ -97,15 +98,15 @@ with engine.connect() as held:
 
 
 class Server:
-    """A Prometheus server that scrapes one process, four times a second."""
+    """A Prometheus server that scrapes processes, four times a second."""
 
-    def __init__(self, folder: Path, target: str, rules: str) -> None:
+    def __init__(self, folder: Path, targets: Sequence[str], rules: str) -> None:
         (folder / "rules.yml").write_text(rules)
         self.config = folder / "prometheus.yml"
         self.config.write_text(
             "global: {scrape_interval: 250ms, evaluation_interval: 250ms}\n"
             f"rule_files: [{folder / 'rules.yml'}]\n"
-            f"scrape_configs: [{{job_name: shop, static_configs: [{{targets: ['{target}']}}]}}]\n"
+            f"scrape_configs: [{{job_name: shop, static_configs: [{{targets: {json.dumps(targets)}}}]}}]\n"
         )
         self.folder = folder
         self.port = 0
@@ -212,7 +213,7 @@ def app(pg_server: SessionServer) -> Iterator[App]:
 @pytest.fixture(scope="module")
 def server(app: App, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """A real Prometheus server that scrapes it."""
-    made = Server(tmp_path_factory.mktemp("prometheus"), f"127.0.0.1:{app.port}", block("yaml", "groups:"))
+    made = Server(tmp_path_factory.mktemp("prometheus"), [f"127.0.0.1:{app.port}"], block("yaml", "groups:"))
     try:
         made.start()
         yield made
@@ -623,13 +624,11 @@ def test_a_real_server_accepts_the_alerts(server: Server, eventually: Callable[.
     eventually(lambda: health() == {"ok"}, "all rules evaluated", SECONDS)
 
 
-@pytest.mark.slow
-def test_each_worker_of_gunicorn_serves_its_own_numbers(
-    pg_url: str, tmp_path: Path, eventually: Callable[..., None]
-) -> None:
-    """With the page's configuration: a port for each, and together they have told each checkout once."""
+@contextlib.contextmanager
+def gunicorn(folder: Path, url: str) -> Iterator[tuple[int, list[int]]]:
+    """Two workers with the page's configuration; its port, and those for metrics, of which two are used."""
     pytest.importorskip("gunicorn")
-    (tmp_path / "web.py").write_text(WEB)
+    (folder / "web.py").write_text(WEB)
     with contextlib.ExitStack() as stack:
         free = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(5)]
         web, *ports = [one.getsockname()[1] for one in free]
@@ -637,29 +636,69 @@ def test_each_worker_of_gunicorn_serves_its_own_numbers(
     assert "workers = 4" in text
     assert "range(9101, 9109)" in text
     config = text.replace("workers = 4", "workers = 2").replace("range(9101, 9109)", repr(ports))
-    (tmp_path / "gunicorn.conf.py").write_text(config)
+    (folder / "gunicorn.conf.py").write_text(config)
+    told = {"PYTHONPATH": f"{ROOT}:{folder}", "DATABASE_URL": url, "XDG_RUNTIME_DIR": str(folder)}
     with (
-        open(tmp_path / "log", "wb") as log,
+        open(folder / "log", "wb") as log,
         subprocess.Popen(
             [sys.executable, "-m", "gunicorn", "--preload", "-b", f"127.0.0.1:{web}", "web:app"],
-            cwd=tmp_path,
-            env={**os.environ, "PYTHONPATH": f"{ROOT}:{tmp_path}", "DATABASE_URL": pg_url},
+            cwd=folder,
+            env={**os.environ, **told},
             stdout=log,
             stderr=log,
         ) as process,
     ):
         try:
-            eventually(
-                lambda: sum(checkouts(port) is not None for port in ports) == 2, "two workers", SECONDS
-            )
-            pids = {get(f"http://127.0.0.1:{web}/") for _ in range(20)}
-            told = [number for port in ports if (number := checkouts(port)) is not None]
-            assert sum(told) == 20
-            assert 1 <= len(pids) <= 2
-            assert sorted(number > 0 for number in told)[-len(pids) :] == [True] * len(pids)
+            yield web, ports
         finally:
             process.terminate()
             process.wait(SECONDS)
+
+
+@pytest.mark.slow
+def test_each_worker_of_gunicorn_serves_its_own_numbers(
+    pg_url: str, tmp_path: Path, eventually: Callable[..., None]
+) -> None:
+    """With the page's configuration: a port for each, and together they have told each checkout once."""
+    with gunicorn(tmp_path, pg_url) as (web, ports):
+        eventually(lambda: sum(checkouts(port) is not None for port in ports) == 2, "two workers", SECONDS)
+        pids = {get(f"http://127.0.0.1:{web}/") for _ in range(20)}
+        told = [number for port in ports if (number := checkouts(port)) is not None]
+        assert sum(told) == 20
+        assert 1 <= len(pids) <= 2
+        assert sorted(number > 0 for number in told)[-len(pids) :] == [True] * len(pids)
+
+
+@needs_prometheus
+@pytest.mark.exhaustive
+def test_prometheus_adds_up_what_the_workers_of_a_host_have(
+    pg_url: str, tmp_path: Path, pg_observer: Observer, eventually: Callable[..., None]
+) -> None:
+    """Both workers of gunicorn share three connections: their sum is what the server sees."""
+    shared = make_url(pg_url).update_query_dict({"plugin": "queries", "share": "host", "max_size": "3"})
+    with gunicorn(tmp_path, shared.render_as_string(False)) as (web, ports):
+        eventually(lambda: sum(checkouts(port) is not None for port in ports) == 2, "two workers", SECONDS)
+        server = Server(tmp_path, [f"127.0.0.1:{port}" for port in ports], "groups: []")
+        server.start()
+        try:
+            with ThreadPoolExecutor(8) as clients:
+                list(clients.map(lambda _: get(f"http://127.0.0.1:{web}/"), range(100)))
+            database = make_url(pg_url).database
+            assert database is not None
+            for expression, value in (
+                ("sum(up)", 2),
+                ("sum(sqla_queries_pool_checkouts_total)", 100),
+                ("max(sqla_queries_pool_host_connections_max)", 3),
+                ("count(sqla_queries_pool_host_leases)", 2),
+                ("sum(sqla_queries_pool_connections)", pg_observer.backends(database)),
+            ):
+                eventually(
+                    lambda e=expression, v=value: server.value(e) == v, f"{expression} is {value}", SECONDS
+                )
+            leases = server.value("sum(sqla_queries_pool_host_leases)")
+            assert pg_observer.backends(database) <= leases <= 3
+        finally:
+            server.stop()
 
 
 WEB = """
