@@ -84,6 +84,7 @@ def environment(pg_url: str, tmp_path: Path) -> dict[str, str]:
         "PYTHONWARNINGS": "default",
         "DATABASE_URL": pg_url,
         "CELERY_FOLDER": str(tmp_path / "celery"),
+        "XDG_RUNTIME_DIR": str(tmp_path),
     }
 
 
@@ -105,6 +106,15 @@ def documented(page: str, beginning: str) -> list[str]:
     lines = [line.strip() for line in (RECIPES / f"{page}.rst").read_text().splitlines()]
     [command] = [line for line in lines if line.startswith(beginning)]
     return shlex.split(command)
+
+
+def documented_url(page: str, url: str) -> str:
+    """The URL of a database with what a recipe's last one says of the pool."""
+    lines = [line.strip() for line in (RECIPES / f"{page}.rst").read_text().splitlines()]
+    [*_, told] = [line for line in lines if line.startswith("export DATABASE_URL=")]
+    query = make_url(shlex.split(told)[1].partition("=")[2]).query
+    assert query["share"] == "host"
+    return make_url(url).update_query_dict(query).render_as_string(False)
 
 
 def ask(url: str, data: bytes | None = None) -> Any:
@@ -192,7 +202,9 @@ def test_fastapi_serves_more_clients_than_connections_without_an_error(
     pytest.importorskip("fastapi")
     pytest.importorskip("uvicorn")
     url = f"http://127.0.0.1:{(port := free_port())}/visits/home"
-    program = run(documented("fastapi", "uvicorn"), UVICORN_PORT=str(port), UVICORN_LOG_LEVEL="warning")
+    program = run(
+        documented("fastapi", "uvicorn fastapi"), UVICORN_PORT=str(port), UVICORN_LOG_LEVEL="warning"
+    )
     wait_for(url, program, eventually)
 
     with highest(lambda: len(backends(pg_observer, pg_url))) as seen:
@@ -370,6 +382,7 @@ def test_the_children_of_a_celery_worker_have_connections_of_their_own(
     """Every child has its own backend, none the one that its parent had before it forked; and the parent
     still has that one."""
     pytest.importorskip("celery")
+    environment["DATABASE_URL"] = documented_url("celery", pg_url)
     worker = run(documented("celery", "celery"))
     eventually(lambda: worker.ended() or len(backends(pg_observer, pg_url)) == 1, "the parent's", seconds=60)
     [parents] = backends(pg_observer, pg_url)
@@ -511,18 +524,27 @@ def test_idle_connections_close_in_preloaded_workers_and_in_their_parent(
     ],
 )
 def test_the_commands_of_the_gunicorn_recipe_serve_the_flask_example(
-    beginning: str, run: Run, environment: dict[str, str], pg_url: str, eventually: Callable[..., None]
+    beginning: str,
+    run: Run,
+    environment: dict[str, str],
+    pg_url: str,
+    pg_observer: Observer,
+    eventually: Callable[..., None],
 ) -> None:
-    """As they stand: notes that many clients add at once are all there."""
+    """As they stand: notes that many clients add at once are all there, and the workers have ten connections
+    together."""
     pytest.importorskip("gunicorn")
     pytest.importorskip("flask_sqlalchemy")
-    run_to_its_end(documented("gunicorn", "python"), environment)
+    environment["DATABASE_URL"] = documented_url("gunicorn", pg_url)
+    run_to_its_end(documented("gunicorn", "python -c"), environment)
     address = f"127.0.0.1:{free_port()}"
     program = run(documented("gunicorn", beginning), GUNICORN_CMD_ARGS=arguments(address))
     wait_for(f"http://{address}/notes", program, eventually)
 
-    ids = load(lambda: ask(f"http://{address}/notes", b"text=tea")["id"])
+    with highest(lambda: len(backends(pg_observer, pg_url))) as seen:
+        ids = load(lambda: ask(f"http://{address}/notes", b"text=tea")["id"])
 
+    assert max(seen) == 10
     assert sorted(ids) == list(range(1, CLIENTS * REQUESTS + 1))
     assert [note["id"] for note in ask(f"http://{address}/notes")] == sorted(ids)[:-21:-1]
 

@@ -9,7 +9,6 @@ import json
 import os
 import shlex
 import sys
-import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -17,7 +16,8 @@ import pytest
 from conftest import Observer, SessionServer
 from hazards import free_port
 from hosts import Host
-from test_examples import ROOT, Program, arguments, ask, load, run_to_its_end, wait_for
+from sqlalchemy import NullPool, create_engine, text
+from test_examples import ROOT, Program, arguments, ask, documented, load, run_to_its_end, wait_for
 
 from sqla_queries_pool.host import lease
 
@@ -34,7 +34,6 @@ ROUNDS = 20
 """How often the load is put up at most, until all processes have had their share."""
 
 APP = """
-import asyncio
 import json
 import os
 from sqlalchemy import create_engine, text
@@ -51,11 +50,6 @@ def use():
 def wsgi(environ, start_response):
     start_response("200 OK", [("Content-Type", "application/json")])
     return [json.dumps(use()).encode()]
-
-async def asgi(scope, receive, send):
-    body = json.dumps(await asyncio.to_thread(use)).encode()
-    await send({"type": "http.response.start", "status": 200, "headers": []})
-    await send({"type": "http.response.body", "body": body})
 
 use()  # where it is preloaded, the parent does this, and has the connection idle
 """
@@ -109,8 +103,8 @@ def host(pg_server: SessionServer, pg_observer: Observer, pg_url: str, tmp_path:
 @pytest.fixture
 def environment(host: Host, tmp_path: Path) -> dict[str, str]:
     """What the programs are told: the URL says all that there is to say."""
-    for name, text in (("shared_app", APP), ("shared_tasks", TASKS), ("main", MAIN)):
-        (tmp_path / f"{name}.py").write_text(textwrap.dedent(text))
+    for name, code in (("shared_app", APP), ("shared_tasks", TASKS), ("main", MAIN)):
+        (tmp_path / f"{name}.py").write_text(code)
     query = {"plugin": "queries", "share": "host", "max_size": str(BUDGET)}
     return {
         **os.environ,
@@ -141,21 +135,17 @@ def served_by_all(call: Callable[[], list[int]]) -> set[int]:
         pytest.param(
             "gunicorn -c gunicorn_conf.py --workers 3 shared_app:wsgi", marks=pytest.mark.exhaustive
         ),
-        pytest.param(
-            "uvicorn --workers 3 --lifespan off --log-level warning shared_app:asgi",
-            marks=pytest.mark.exhaustive,
-        ),
     ],
-    ids=lambda command: " ".join(shlex.split(command)[0:4:3]),
+    ids=["with --preload", "without"],
 )
-def test_the_workers_of_a_web_server_share(
+def test_the_workers_of_gunicorn_share(
     command: str, host: Host, environment: dict[str, str], tmp_path: Path, eventually: Eventually
 ) -> None:
     """60 clients at once: all workers serve, there are never more connections than the budget, the server
     refuses none, and when it stops, none is left."""
-    pytest.importorskip(command.split()[0])
-    address = f"127.0.0.1:{(port := free_port())}"
-    more = {"GUNICORN_CMD_ARGS": arguments(address), "UVICORN_PORT": str(port)}
+    pytest.importorskip("gunicorn")
+    address = f"127.0.0.1:{free_port()}"
+    more = {"GUNICORN_CMD_ARGS": arguments(address)}
     program = Program(shlex.split(command), environment | more, tmp_path / "said.txt")
     try:
         wait_for(f"http://{address}/", program, eventually)
@@ -166,6 +156,33 @@ def test_the_workers_of_a_web_server_share(
     assert program.pid not in found
     assert complaints(program.said()) == []
     assert_kept(host, eventually)
+
+
+@pytest.mark.exhaustive
+def test_the_workers_of_uvicorn_share(
+    host: Host, environment: dict[str, str], tmp_path: Path, pg_url: str, eventually: Eventually
+) -> None:
+    """With the FastAPI recipe's commands: each of four workers has its part, nothing is lost or refused."""
+    pytest.importorskip("fastapi")
+    pytest.importorskip("uvicorn")
+    run_to_its_end(documented("fastapi", "python"), environment | {"DATABASE_URL": pg_url})
+    owner = create_engine(pg_url, poolclass=NullPool)
+    with owner.begin() as connection:
+        connection.execute(text(f"GRANT ALL ON fastapi_visit, fastapi_visit_id_seq TO {host.role}"))
+    address = f"127.0.0.1:{(port := free_port())}"
+    more = {"UVICORN_PORT": str(port), "UVICORN_LOG_LEVEL": "error"}
+    program = Program(documented("fastapi", "uvicorn --workers"), environment | more, tmp_path / "said.txt")
+    try:
+        wait_for(url := f"http://{address}/visits/home", program, eventually)
+        load(lambda: ask(url, b""))
+        assert ask(url)["visits"] == 300
+        eventually(lambda: len(list(tmp_path.rglob("box.*"))) == 4, "all workers take part")
+    finally:
+        program.stop()
+    assert complaints(program.said()) == []
+    assert_kept(host, eventually)
+    with owner.begin() as connection:
+        connection.execute(text(f"DROP OWNED BY {host.role}"))
 
 
 @pytest.mark.exhaustive
