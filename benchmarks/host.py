@@ -53,7 +53,11 @@ def work(told: dict[str, Any]) -> None:
         engine.connect().close()
     print("ready", flush=True)
     sys.stdin.readline()
-    deadline = time.monotonic() + told["seconds"]
+    deadline = time.monotonic() + float(told["seconds"])
+    measured = deadline - float(told["seconds"]) + float(told["warm_up"])
+
+    def waited(begin: float) -> float:
+        return min(time.monotonic(), deadline) - max(begin, measured)
 
     def go(number: int) -> None:
         nonlocal errors
@@ -61,13 +65,12 @@ def work(told: dict[str, Any]) -> None:
         while (begin := time.monotonic()) < deadline:
             try:
                 with engine.connect() as connection:
-                    if begin > deadline - told["seconds"] + told["warm_up"]:
-                        longest[number] = max(longest[number], time.monotonic() - begin)
+                    longest[number] = max(longest[number], waited(begin))
                     connection.execute(statement)
             except Exception:
                 errors += 1
             else:
-                if begin > deadline - told["seconds"] + told["warm_up"]:
+                if begin > measured:
                     served[number] += 1
 
     threads = [threading.Thread(target=go, args=(number,)) for number in range(told["threads"])]
@@ -319,7 +322,7 @@ def promises(found: dict[str, Found]) -> Iterator[tuple[str, float, str]]:
 def main() -> None:
     """Measure, and print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
-    parser.add_argument("--seconds", type=float, default=6.0, help="measure each way for so long (6)")
+    parser.add_argument("--seconds", type=float, default=5.0, help="measure each way for so long (5)")
     parser.add_argument("--warm-up", type=float, default=2.0, help="after so long (2)")
     parser.add_argument("--only", default="", help="measure those whose name contains this")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
