@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import inside
@@ -19,7 +21,7 @@ import pytest
 from conftest import Observer, SessionServer
 from hazards import Thread
 from hosts import Host
-from sqlalchemy import create_engine, exc, text
+from sqlalchemy import Engine, create_engine, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -97,7 +99,10 @@ def test_one_that_starts_late_is_served_by_a_full_busy_host(host: Hosts) -> None
     for worker in workers:
         worker.do("load", 8, 0.01)
     (late,) = one.start()
+    late.do("state")
+    begin = time.monotonic()
     assert late.do("take", 1) == 1
+    assert time.monotonic() - begin < 3  # 1 s, and more for a busy machine
 
 
 @pytest.mark.slow
@@ -227,6 +232,36 @@ def test_a_process_that_has_all_asks_nothing_of_the_host(
         assert second.scalar(text("SELECT 1")) == 1
     engine.dispose()
     larger.dispose()
+
+
+def test_a_checkout_that_finds_an_idle_connection_pays_nothing(pg_url: str, tmp_path: Path) -> None:
+    """It calls what it calls without a share: no function more, of Python or of C, and so no system call."""
+
+    def calls(engine: Engine) -> list[tuple[str, str]]:
+        found: list[tuple[str, str]] = []
+
+        def trace(frame: FrameType, event: str, what: Any) -> None:
+            if event in ("call", "c_call"):
+                found.append((event, getattr(what, "__qualname__", frame.f_code.co_name)))
+
+        connect = engine.pool.connect
+        for _ in range(3):
+            connect().close()
+        sys.setprofile(trace)
+        try:
+            connect().close()
+        finally:
+            sys.setprofile(None)
+        engine.dispose()
+        return found
+
+    options: list[dict[str, Any]] = [{}, {"share": str(tmp_path)}]
+    without, shared = (
+        calls(create_engine(pg_url, poolclass=QueriesPool, pool_id=f"calls {number}", **each))
+        for number, each in enumerate(options)
+    )
+    assert len(without) > 10
+    assert shared == without
 
 
 def test_engines_of_one_process_state_the_same(pg_url: str, tmp_path: Path) -> None:

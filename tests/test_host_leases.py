@@ -365,3 +365,20 @@ def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
     monkeypatch.setattr("tempfile.tempdir", "/tmp/here")
     assert base_of(HOST) == "/tmp/here"
     assert base_of(str(tmp_path)) == str(tmp_path)
+
+
+def test_budgets_of_the_host_are_found_wherever_they_are(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Of a service, which has them with the temporary files, and of users who are logged in."""
+    monkeypatch.setattr(lease, "RUNTIME_DIRS", str(tmp_path / "run"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    made = []
+    for base in ("tmp", "run/1", "run/2"):
+        (tmp_path / base).mkdir(parents=True)
+        made.append(Folder(str(tmp_path / base), "a pool"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run" / "2"))
+    assert sorted(folders_of(HOST)) == sorted(folder.path for folder in made)
+    assert folders_of(str(tmp_path / "tmp")) == [made[0].path]
+    for folder in made:
+        folder.close()

@@ -30,6 +30,8 @@ except ImportError:  # Windows
 
 HOST = "host"
 """The share that names no folder."""
+RUNTIME_DIRS = "/run/user"
+"""Where systemd has the ``XDG_RUNTIME_DIR`` of each user."""
 YOUNG = 0.5
 """Seconds for which nobody locks a file that is new: so the processes whose folder was deleted lock the new
 files first, for what they have.  They look for it more than twice as often (share.py)."""
@@ -84,15 +86,23 @@ def base_of(share: str) -> str:
 
 
 def folders_of(share: str) -> list[str]:
-    """Return the folders of all budgets below a share that this process may see, also other users'."""
+    """Return the folders of all budgets of a share that this process may see, also other users'.
+
+    ``host`` is wherever processes may have it: a service and a login shell differ in it.
+    """
+    bases = [base_of(share)]
+    if share == HOST:
+        bases.append(tempfile.gettempdir())
+        with contextlib.suppress(OSError):
+            bases += [os.path.join(RUNTIME_DIRS, name) for name in sorted(os.listdir(RUNTIME_DIRS))]
     found = []
-    base = base_of(share)
-    with contextlib.suppress(OSError):
-        for name in sorted(os.listdir(base)):
-            if re.fullmatch(r"sqla_queries_pool\.\d+", name):
-                with contextlib.suppress(OSError):
-                    inner = os.path.join(base, name)
-                    found += [os.path.join(inner, each) for each in sorted(os.listdir(inner))]
+    for base in dict.fromkeys(bases):
+        with contextlib.suppress(OSError):
+            for name in sorted(os.listdir(base)):
+                if re.fullmatch(r"sqla_queries_pool\.\d+", name):
+                    with contextlib.suppress(OSError):
+                        inner = os.path.join(base, name)
+                        found += [os.path.join(inner, each) for each in sorted(os.listdir(inner))]
     return found
 
 
