@@ -20,7 +20,7 @@ from sqla_queries_pool.budget import lifetimes
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.demo import embedded
 from sqla_queries_pool.engine import attempt
-from sqla_queries_pool.host import share
+from sqla_queries_pool.host.postman import postman as the_postman
 from sqla_queries_pool.insight import deadlock
 from sqla_queries_pool.runtime import garbage, unreturned
 from sqla_queries_pool.runtime.core import Core
@@ -504,7 +504,7 @@ def log_deadlocks_at_once(pool: Any) -> None:
 
 def postman() -> Any:
     """What does the letters of all shares of this process."""
-    return share.postman
+    return the_postman
 
 
 def has_all_of_the_host(pool: Any) -> bool:

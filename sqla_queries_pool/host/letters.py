@@ -122,6 +122,7 @@ def _is(wanted: type, value: object) -> bool:
     return 0 <= value <= (2**32 if wanted is int else 1e9)  # NaN is neither
 
 
+_NOBODY = (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK, errno.EPROTOTYPE)
 SENT, FULL, GONE = "sent", "full", "gone"
 """What became of a letter: it is in the other's mailbox; there is no room in it now; there is nobody."""
 
@@ -166,9 +167,17 @@ class Mailbox:
         try:
             self._socket.sendmsg([write(letter)], passed, 0, self._path(name))
         except OSError as error:
-            gone = error.errno in (errno.ECONNREFUSED, errno.ENOENT, errno.ENOTSOCK, errno.EPROTOTYPE)
-            return GONE if gone else FULL
+            return GONE if error.errno in _NOBODY else FULL
         return SENT
+
+    def is_read(self, name: str) -> bool:
+        """Does the process of that mailbox live?  It is not woken by the question."""
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            try:
+                probe.connect(self._path(name))
+            except OSError as error:
+                return error.errno not in _NOBODY
+        return True
 
     def receive(self) -> tuple[str, Letter | None, int] | None:
         """Return the next letter, its sender and its descriptor (-1 for none), or None if there is none.

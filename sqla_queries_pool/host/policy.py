@@ -186,6 +186,7 @@ class Member:
     def heard(self, sender: str, letter: Letter, own: Own, now: float) -> list[Post]:
         """Read a letter without a lease; return the answers."""
         if isinstance(letter, Ask):
+            self._average(own, now)  # an idle process does not look all the time
             self._peers[sender] = _Peer(letter, now)
             offer = self._offer(letter, own, now)
             return [] if offer is None else [Post(sender, offer)]

@@ -1,8 +1,7 @@
 """A pool's part in the budget of its host: it locks what is free, reads and writes letters, passes leases.
 
-One thread per process does the letters of all its shares.  It runs while a share has a lease or wants one:
-only then there is a mailbox, too.  A checkout that waits locks what is free itself, and calls the thread only
-if nothing is.
+One thread per process (postman.py) does the letters of all its shares.  It runs while a share has a lease or
+wants one: only then there is a mailbox, too.  A checkout that waits locks what is free itself.
 
 The limit of the pool is lowered *before* a lease is let go of, and what is open is counted after that: so
 there is no moment with more connections than leases.
@@ -10,12 +9,9 @@ there is no moment with more connections than leases.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
-import select
 import sys
-import threading
 import time
 from typing import Protocol
 
@@ -34,21 +30,25 @@ from .letters import (
     Passed,
 )
 from .policy import ASK_EVERY, Member, Own, Post
+from .postman import postman
+from .watch import Watch
 
 HOME_EVERY = 0.2
 """Seconds between two looks whether the folder, the mailbox and the locked files are still there."""
+HOME_SOON = 0.05
+"""Seconds from something that happened in the folder to the look: by then it may be deleted as a whole."""
+CALM = 300.0
+"""Seconds between two looks at nothing: an idle process costs nothing, for it is told of what happens."""
 LOOK_AGAIN = 0.005
 """Seconds between two looks whether a connection is closed whose lease is promised."""
 LINGER = 5.0
 """Seconds for which a mailbox stays that has no use any more."""
 TELL_EVERY = 2.0
 """Seconds between two questions who else is there."""
-VISIT_EVERY = 10.0
-"""Seconds between two such questions where nobody wants to know: so the mailboxes of the dead are found."""
+BURY_EVERY = 10.0
+"""Seconds between two looks for the mailboxes of the dead: one of them may have stated the largest budget."""
 REMEMBERED = 15.0
 """Seconds for which an answer to that is believed."""
-AGAIN_IN = 1.0
-"""Seconds after which what has failed is tried again."""
 
 
 class Side(Protocol):
@@ -94,6 +94,10 @@ class Share:
         """Have nothing: at first, and in a forked child."""
         self._member = Member()
         self._box: Mailbox | None = None
+        self._watch: Watch | None = None
+        """Tells that something has happened in the folder; None where it has to be looked for."""
+        self._happened = False
+        """Has something, since the last look?"""
         self._nothing_to_do = False
         """Has a checkout that begins to wait nothing to do here?  Where the thread knows that checkouts wait,
         and where the process has all that it may use.  Written with ``postman.lock``."""
@@ -103,11 +107,11 @@ class Share:
         """When to try again to lock what is free; when to look for the folder."""
         self._tell = False
         """Has somebody asked who else is there?"""
-        self._told_at = 0.0
+        self._told_at = self._buried_at = 0.0
         self._used_at = 0.0
         """When it was of use last."""
         self.due = 0.0
-        """When :meth:`tick` is to be called, by ``time.monotonic``."""
+        """When :meth:`tick` is to be called at the latest, by ``time.monotonic``."""
 
     def prepare(self, size: int) -> None:
         """Make the files of a budget.
@@ -134,9 +138,8 @@ class Share:
                 self._lock_free(self._member.needs(own, now), now)
                 self._apply()
                 own = self._side.own()
-            needs = self._member.needs(own, now)
-            self._nothing_to_do = needs > 0 or self._has_all
-            if needs or not postman.attends(self):
+            self._nothing_to_do = self._member.needs(own, now) > 0 or self._has_all
+            if not self._has_all or not postman.attends(self):
                 postman.attend(self)
 
     @property
@@ -147,7 +150,12 @@ class Share:
     def resized(self) -> None:
         """The ``max_size`` of this process may be another one by now."""
         with postman.lock:
-            self._nothing_to_do, self._lock_at = False, 0.0
+            self._nothing_to_do, self._lock_at, self._home_at = False, 0.0, 0.0
+            postman.wake()
+
+    def closed(self) -> None:
+        """A connection is no longer open, and its lease may be of no use soon; takes no lock."""
+        postman.wake()
 
     def room(self) -> None:
         """Somebody is about to open one more, if there is room: lock one that is free."""
@@ -225,14 +233,16 @@ class Share:
     # -- what the thread does ----------------------------------------------------------------------
 
     @property
-    def fd(self) -> int:
-        """The descriptor of the mailbox, -1 if there is none."""
-        return -1 if self._box is None else self._box.fileno()
+    def fds(self) -> list[int]:
+        """The descriptors of the mailbox and of the watch, as far as there are some."""
+        return [each.fileno() for each in (self._box, self._watch) if each is not None]
 
     def tick(self, now: float) -> bool:
         """Read letters and do what is due; return whether it is still of use."""
+        if self._watch is not None and self._watch.seen() and not self._happened:
+            self._happened, self._home_at = True, now + HOME_SOON
         if now >= self._home_at:
-            self._home_at = now + HOME_EVERY
+            self._happened, self._home_at = False, now + HOME_EVERY
             self._look_for_home(now)
         posts = self._read_all(now)
         # First: a checkout that comes from now on is seen here, or calls itself, and waits for the lock.
@@ -250,9 +260,21 @@ class Share:
         self._nothing_to_do = needs > 0 or self._has_all
         if needs or member.leases or own.waiting:
             self._used_at = now
-        else_in = HOME_EVERY if member.leases else ASK_EVERY if own.waiting else LINGER
+        if self._is_calm(own):
+            else_in = BURY_EVERY if self._largest > self._side.size() else CALM
+        else:
+            else_in = HOME_EVERY if member.leases else ASK_EVERY if own.waiting else LINGER
         self.due = now + (LOOK_AGAIN if member.promises else member.look_in(own, now, else_in))
         return now - self._used_at < LINGER
+
+    def _is_calm(self, own: Own) -> bool:
+        """Will all that may happen next be told: a letter, an event, a checkout that waits, a close?
+
+        Not while it works, for its demand is a mean; nor while anything else is under way.
+        """
+        if self._watch is None or self._happened or self._problem is not None:
+            return False
+        return 0 < self._member.limit <= own.used == own.spare
 
     def _look_for_home(self, now: float) -> None:
         """Make what was deleted again, lock new files for what it has, have a mailbox of the right name.
@@ -260,12 +282,13 @@ class Share:
         What fails is tried again at the next look, not later: when the folder can be made again, another
         process may make it, and lock its files as soon as they are not new.
         """
-        problem, size, box = None, self._side.size(), self._box
+        problem, size, box, new = None, self._side.size(), self._box, False
         try:
-            if self._folder.renew():
+            if new := self._folder.renew():
                 self._folder.prepare(size)
         except (OSError, ParameterError) as error:
             problem = str(error)  # those whose folder it was go on in it
+        self._bury(now)
         self._look_around()
         try:
             if box is None or box.size != size or not self._folder.has(box.name):
@@ -278,10 +301,30 @@ class Share:
             self._failed(problem)
             return
         self._problem = None
+        if new or self._watch is None:
+            self._watch_folder()
         budget = self.budget
         if any(lease.is_orphan or lease.number >= budget for lease in self._member.leases):
             self._move_home(budget)
             self._member.give_up(budget, now)
+
+    def _bury(self, now: float) -> None:
+        """Remove the mailboxes of the dead."""
+        box = self._box
+        if box is not None and now - self._buried_at >= BURY_EVERY:
+            self._buried_at = now
+            for name in self._folder.boxes():
+                if name != box.name and not box.is_read(name):
+                    self._gone(name)
+
+    def _watch_folder(self) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._watch = None
+        with contextlib.suppress(OSError):  # then it is looked at all the time
+            self._watch = Watch(self._folder.path)
+            # Once more, for what happened before.
+            self._happened, self._home_at = True, time.monotonic() + HOME_SOON
 
     def _move_home(self, budget: int) -> None:
         """Lock other files for leases whose own was deleted, or is above the budget."""
@@ -332,8 +375,7 @@ class Share:
         box = self._box
         if box is None:
             return
-        wanted = TELL_EVERY if self._tell or needs else VISIT_EVERY
-        tell = now - self._told_at >= wanted
+        tell = (self._tell or needs) and now - self._told_at >= TELL_EVERY
         if tell and not any(isinstance(post.letter, Ask) for post in posts):
             posts.append(Post("", Ask(len(self._member.leases), 0.0, 0.0, True)))
         for post in posts:
@@ -376,118 +418,19 @@ class Share:
         box, self._box = self._box, None
         if box is not None:
             box.remove()
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.close()
 
     def after_fork_in_child(self) -> None:
         """What is open is the parent's: close it, and free nothing."""
         for lease in self._member.leases:
             lease.close()
-        if self._box is not None:
-            self._box.close()
+        for each in (self._box, self._watch):
+            if each is not None:
+                each.close()
         self._others.clear()
         self._begin()
-
-
-class Postman:
-    """The thread that does the letters of all shares of the process."""
-
-    def __init__(self) -> None:
-        self.lock = threading.RLock()
-        """Guards all shares: held for microseconds, and while the process forks, so that a child knows of
-        each lease that it has inherited.  A pool's own lock is taken inside it, never the other way round."""
-        self._shares: dict[Share, None] = {}
-        self._runs = False
-        self._pipe: tuple[int, int] | None = None
-
-    def attends(self, share: Share) -> bool:
-        """Does the thread look after it?"""
-        return share in self._shares and self._runs
-
-    def attend(self, share: Share) -> None:
-        """Look after a share, from now on; called with the lock."""
-        self._shares[share] = None
-        if self._pipe is None:
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[0], False)
-            os.set_blocking(self._pipe[1], False)
-        if self._runs:
-            self.wake()
-            return
-        self._runs = True
-        try:
-            threading.Thread(target=self._run, name="sqla_queries_pool host", daemon=True).start()
-        except RuntimeError:  # too many threads, or the interpreter is about to end: the next call tries
-            self._runs = False
-
-    def wake(self) -> None:
-        """Have the thread look what is due."""
-        if self._pipe is not None:
-            with contextlib.suppress(BlockingIOError):
-                os.write(self._pipe[1], b"!")
-
-    def _run(self) -> None:
-        try:
-            while (pause := self._round()) is not None:
-                poll = select.poll()
-                with self.lock:
-                    fds = [share.fd for share in self._shares]
-                    pipe = -1 if self._pipe is None else self._pipe[0]
-                for fd in (*fds, pipe):
-                    if fd >= 0:
-                        poll.register(fd, select.POLLIN)
-                poll.poll(1000 * pause)
-        except BaseException:
-            self._runs = False
-            raise
-
-    def _round(self) -> float | None:
-        """Look after each share once; return after how many seconds again, or None for never."""
-        with self.lock:
-            if self._pipe is not None:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._pipe[0], 4096)
-            now = time.monotonic()
-            for share in list(self._shares):
-                try:
-                    stays = share.tick(now)
-                except Exception:
-                    logger.exception("Exception in the letters of a budget of the host")
-                    share.due, stays = now + AGAIN_IN, True
-                if not stays:
-                    share.end()
-                    del self._shares[share]
-            if not self._shares:
-                self._runs = False
-                return None
-            return max(0.0, min(share.due for share in self._shares) - now)
-
-    def close(self) -> None:
-        """The process ends: leave no mailbox behind.  The kernel frees the leases."""
-        with self.lock:
-            for share in self._shares:
-                share.end()
-            self._shares.clear()
-
-    def after_fork_in_child(self) -> None:
-        """Only the forking thread is here; all shares begin anew when they are used."""
-        self.lock = threading.RLock()
-        shares, self._shares = self._shares, {}
-        self._runs = False
-        for fd in self._pipe or ():
-            os.close(fd)
-        self._pipe = None
-        for share in shares:
-            share.after_fork_in_child()
-
-
-postman = Postman()
-"""The process's."""
-atexit.register(postman.close)
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=lambda: postman.lock.acquire(),
-        after_in_parent=lambda: postman.lock.release(),
-        after_in_child=postman.after_fork_in_child,
-    )
 
 
 def program() -> str:

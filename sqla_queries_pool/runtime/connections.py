@@ -41,6 +41,8 @@ class Connections:
         """id(handle) of connections that were detached and are, as far as one can see, open."""
         self.last_open = -math.inf
         """When one was closed last, by the pool's clock: until then, at least, the database was there."""
+        self.on_closed: Callable[[], None] = _nothing
+        """Called when one is closed or let go of, in any thread; never waits."""
 
     def find(self, handle: Any) -> Any:
         """Return the slot of a DBAPI connection, None if it is not in the pool."""
@@ -89,6 +91,7 @@ class Connections:
         del self.by_handle[id(handle)]
         slot.handle = slot.socket = slot.poll = slot.begun = None
         slot.suspect = True
+        self.on_closed()
         if slot.state is not CLOSING:  # else the one that closes it says so once, for this and for its slot
             reason, slot.reason = slot.reason or INVALIDATED, None
             self._section.post(self._ledger.totals.closed, reason)
@@ -97,6 +100,7 @@ class Connections:
         """Nobody can close a slot's connection: the driver may, when it is collected."""
         self.by_handle.pop(id(slot.handle), None)
         slot.handle = slot.socket = slot.poll = slot.begun = None
+        self.on_closed()
 
     def let_go(self, slot: Slot) -> None:
         """The holder of a connection detaches it: it is its own from now on, and closes it."""
@@ -107,6 +111,7 @@ class Connections:
         key = id(handle)
         self.by_handle.pop(key, None)  # before the slot forgets it: nothing may keep the key of the dead
         slot.handle = slot.socket = slot.begun = None
+        self.on_closed()
 
         def died(_: weakref.ref[Any]) -> None:
             self.detached.pop(key, None)
@@ -166,6 +171,9 @@ class Connections:
         counted |= {slot.instead_of for slot in counted if slot.instead_of is not None}
         slots = list(self.by_handle.values())
         return [slot for slot in slots if slot not in counted and slot.handle is not None]
+
+
+def _nothing() -> None: ...
 
 
 def logger_of(entry: Any) -> Any:

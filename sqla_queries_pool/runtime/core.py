@@ -116,6 +116,7 @@ class Core:
     def _use_share(self) -> None:
         self.checkouts.share = self.share
         self.effects.before_reserving = self.room
+        self.connections.on_closed = _nothing if self.share is None else self.share.closed
 
     def _entry_died(self, ref: EntryRef) -> None:
         if ref.slot.state is HELD and ref.slot.holder is not None:
@@ -284,6 +285,9 @@ class Core:
         self._build(self.section.label, ledger)
         self.effects.do(work)
         return [*slots, *entries]
+
+
+def _nothing() -> None: ...
 
 
 def _ignore(_: Core, __: object) -> None: ...
