@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+
+
+import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -511,3 +514,8 @@ def has_all_of_the_host(pool: Any) -> bool:
     """Does the process know that it has all that it may use of its share?"""
     part: Any = core(pool).share
     return bool(part._nothing_to_do and part._has_all)
+
+
+def sleeps_for(pool: Any) -> float:
+    """After how many seconds the thread looks after its share, if nothing happens."""
+    return core(pool).share.due - time.monotonic()

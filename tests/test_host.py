@@ -28,6 +28,7 @@ from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.__main__ import main
 from sqla_queries_pool.exporters import prometheus
 from sqla_queries_pool.host import lease
+from sqla_queries_pool.host.lease import Folder, folders_of
 
 pytestmark = pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets")
 
@@ -320,6 +321,29 @@ def test_what_is_kept_open_and_what_is_set_by_hand(
     assert pool.statistics().limit == 1
     with pytest.raises(exc.ArgumentError, match="needs a limit"):
         PoolManager.set_max_size(pool.pid, None)
+    engine.dispose()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no inotify")
+def test_an_idle_process_sleeps_until_something_happens(
+    pg_url: str, tmp_path: Path, eventually: Eventually
+) -> None:
+    """It has a connection, and so a lease; when somebody deletes the folder, it locks a new file at once."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, idle_ttl=None)
+    with engine.connect():
+        pass
+    eventually(lambda: inside.sleeps_for(engine) > 100, "it sleeps")
+    (outer,) = tmp_path.iterdir()
+    shutil.rmtree(outer)
+    eventually(lambda: outer.is_dir(), "it is made again", 2)
+    (folder,) = map(Folder.at, folders_of(str(tmp_path)))
+    eventually(lambda: inside.sleeps_for(engine) > 100, "it sleeps")
+    os.utime(Path(folder.path) / "slot.0", (0, 0))
+    assert folder.lock(0) is None
+    pool: Any = engine.pool
+    PoolManager.set_idle_ttl(pool.pid, 0.1)
+    eventually(lambda: folder.lock(0) is not None, "it was told of the close", 10)
+    folder.close()
     engine.dispose()
 
 

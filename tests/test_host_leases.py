@@ -36,6 +36,7 @@ from sqla_queries_pool.host.letters import (
     read,
     write,
 )
+from sqla_queries_pool.host.watch import Watch
 
 pytestmark = pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets")
 
@@ -156,6 +157,28 @@ def test_a_folder_that_was_deleted_is_made_again(folder: Folder) -> None:
     mine.release()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
+def test_what_happens_in_a_folder_and_on_the_way_to_it_is_seen(tmp_path: Path) -> None:
+    """And nothing else."""
+    (home := tmp_path / "above" / "home").mkdir(parents=True)
+    watch = Watch(str(home))
+    (tmp_path / "beside").mkdir()
+    assert not watch.seen()
+    for act in (
+        (home / "one").touch,
+        (home / "one").unlink,
+        lambda: home.rename(tmp_path / "above" / "away"),
+        lambda: (tmp_path / "above").rename(tmp_path / "beyond"),
+        (tmp_path / "beyond" / "away").rmdir,
+    ):
+        act()
+        assert watch.seen()
+        assert not watch.seen()
+    watch.close()
+    with pytest.raises(OSError, match="nowhere"):
+        Watch(str(tmp_path / "nowhere"))
+
+
 # -- letters ---------------------------------------------------------------------------------------------
 
 LETTERS = (
@@ -227,14 +250,27 @@ def test_a_lease_in_the_mailbox_of_one_that_dies_is_free(folder: Folder, other: 
     mine, writer, reader = locked(folder, 3), Mailbox(folder, 4), Mailbox(other, 4)
     assert writer.send(reader.name, Passed(3), mine.fd) == SENT
     mine.close()
+    assert writer.is_read(reader.name)
     reader.close()
     locked(folder, 3).release()
+    assert not writer.is_read(reader.name)
     assert writer.send(reader.name, Take(1)) == GONE
     folder.remove(reader.name)
     assert writer.send(reader.name, Take(1)) == GONE
     assert list(folder.boxes()) == [writer.name]
     writer.remove()
     assert list(folder.boxes()) == []
+
+
+def test_who_is_asked_whether_it_lives_is_not_woken(folder: Folder) -> None:
+    """There is no letter."""
+    box = Mailbox(folder, 4)
+    assert box.is_read(box.name)
+    assert box.receive() is None
+    box.close()
+    other = Mailbox(folder, 4)
+    assert not other.is_read(box.name)
+    other.remove()
 
 
 def test_a_mailbox_that_is_full_says_so(folder: Folder) -> None:

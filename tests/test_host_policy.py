@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from sqla_queries_pool.host.letters import Letter, Passed
+from sqla_queries_pool.host.letters import Ask, Letter, Passed
 from sqla_queries_pool.host.policy import IDLE_FOR, Member, Own, Post
 
 STEP = 0.005
@@ -347,3 +347,13 @@ def test_a_promise_that_nothing_comes_of_ends() -> None:
     host.run(2.5)
     assert not slow.member.promises
     assert slow.member.limit == 2
+
+
+def test_one_that_did_not_look_for_long_knows_what_it_wants_when_it_is_asked() -> None:
+    """It was idle, and is busy now: an ask of one that has about as many gets nothing."""
+    member = Member()
+    for number in range(4):
+        member.got(Lock(number), 0.0)
+    member.look(Own(4, 4, 0, 0, 0.0, 8), 0.0)
+    asks = Ask(3, 4.0, 0.1, False)
+    assert member.heard("other", asks, Own(4, 0, 4, 4, 0.1, 8), 300.0) == []
