@@ -218,6 +218,25 @@ def test_what_another_user_puts_in_the_place_of_the_folder_changes_nothing(
 
 
 @pytest.mark.exhaustive
+def test_containers_that_share_a_volume_share_the_budget(host: Hosts) -> None:
+    """Each has process ids of its own, and both the same one."""
+    user = [] if os.geteuid() == 0 else ["--user", "--map-root-user"]
+    container = ["unshare", *user, "--pid", "--fork", "--mount-proc"]
+    if shutil.which("unshare") is None or subprocess.run([*container, "true"], check=False).returncode:
+        pytest.skip("there are no process namespaces")
+    one = host(3)
+    first, second = one.start(2, inside=container)
+    assert first.do("take", 3) == 3
+    second.begin("take", 2)
+    first.do("release")
+    assert second.result() == 2
+    assert first.do("take", 1) == 1
+    assert [worker.do("state")["pid"] for worker in (first, second)] == [1, 1]
+    assert one.peak == 3
+    assert not one.refused()
+
+
+@pytest.mark.exhaustive
 def test_a_folder_that_can_be_made_again_is_no_second_budget(host: Hosts, eventually: Eventually) -> None:
     """Whoever makes it: what the others have is locked in it before anybody else may lock anything."""
     one = host(3)

@@ -96,8 +96,8 @@ class Share:
         self._box: Mailbox | None = None
         self._watch: Watch | None = None
         """Tells that something has happened in the folder; None where it has to be looked for."""
-        self._happened = False
-        """Has something, since the last look?"""
+        self._watch_tried = self._happened = False
+        """Has one been tried for this folder?  Has something happened since the last look?"""
         self._nothing_to_do = False
         """Has a checkout that begins to wait nothing to do here?  Where the thread knows that checkouts wait,
         and where the process has all that it may use.  Written with ``postman.lock``."""
@@ -301,7 +301,7 @@ class Share:
             self._failed(problem)
             return
         self._problem = None
-        if new or self._watch is None:
+        if new or not self._watch_tried:
             self._watch_folder()
         budget = self.budget
         if any(lease.is_orphan or lease.number >= budget for lease in self._member.leases):
@@ -320,7 +320,7 @@ class Share:
     def _watch_folder(self) -> None:
         if self._watch is not None:
             self._watch.close()
-        self._watch = None
+        self._watch, self._watch_tried = None, True
         with contextlib.suppress(OSError):  # then it is looked at all the time
             self._watch = Watch(self._folder.path)
             # Once more, for what happened before.
@@ -418,7 +418,7 @@ class Share:
         box, self._box = self._box, None
         if box is not None:
             box.remove()
-        watch, self._watch = self._watch, None
+        watch, self._watch, self._watch_tried = self._watch, None, False
         if watch is not None:
             watch.close()
 
