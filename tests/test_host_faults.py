@@ -169,7 +169,7 @@ def test_a_file_system_without_locks_is_an_error_at_once(tmp_path: Path) -> None
 # -- under running processes -----------------------------------------------------------------------------
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_disk_that_is_full_by_now_takes_nothing_away(
     disk: Callable[[int], Disk], host: Hosts, eventually: Eventually
 ) -> None:
@@ -267,7 +267,7 @@ def test_processes_that_are_killed_all_the_time_cost_the_others_nothing(
     workers = one.start(8)
     for worker in workers:
         worker.do("load", 4, 0.005)
-    for _ in range(8):
+    for _ in range(6):
         victim = workers.pop(draw.randrange(len(workers)))
         victim.kill()
         workers += one.start()

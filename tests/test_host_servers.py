@@ -211,11 +211,11 @@ def test_the_children_of_a_celery_worker_share(
 def test_processes_of_multiprocessing_share(
     method: str, host: Host, environment: dict[str, str], tmp_path: Path, eventually: Eventually
 ) -> None:
-    """However they are started: four at once, and the one that has started them, with three connections."""
+    """However they are started: three at once, and the one that has started them, with three connections."""
     said = run_to_its_end(
-        [sys.executable, "-W", "error", str(tmp_path / "main.py"), method, "4"], environment
+        [sys.executable, "-W", "error", str(tmp_path / "main.py"), method, "3"], environment
     )
-    assert len(set(json.loads(said))) == 4
+    assert len(set(json.loads(said))) == 3
     assert_kept(host, eventually)
 
 
