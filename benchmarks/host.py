@@ -211,9 +211,11 @@ class Bench:
             sum(each["connects"] for each in told) / seconds,
             sum(each["errors"] for each in told),
         )
+        # Of those that were killed nobody knows what they have done.
+        done = " " * 22 if "killed" in name else f"{found.rate:7.0f}/s  Jain {found.jain:.2f}  "
         print(
-            f"{found.name:52} {found.rate:7.0f}/s  Jain {found.jain:.2f}  backends {found.peak:3}  "
-            f"longest {found.longest:5.2f} s  connects {found.connects:5.1f}/s  errors {found.errors}",
+            f"{found.name:52} {done}backends {found.peak:3}  longest {found.longest:5.2f} s  "
+            f"connects {found.connects:5.1f}/s  errors {found.errors}",
             flush=True,
         )
 
