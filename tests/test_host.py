@@ -76,12 +76,13 @@ def test_eight_busy_processes_share_twelve(host: Hosts, eventually: Eventually) 
     assert one.peak == 12
 
 
-def test_what_is_idle_goes_to_who_waits(host: Hosts) -> None:
+def test_what_is_idle_goes_to_who_waits(host: Hosts, eventually: Eventually) -> None:
     """One process has used all; another gets all as soon as it wants them."""
     one = host(4)
     first, second = one.start(2)
     one.watch()
     assert first.do("take", 4) == 4
+    eventually(lambda: one.peak == 4, "all are seen")
     second.begin("take", 4)
     first.do("release")
     assert second.result() == 4
@@ -179,7 +180,7 @@ def test_the_largest_size_counts(host: Hosts, eventually: Eventually) -> None:
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
-def test_a_forked_child_has_leases_of_its_own(host: Hosts) -> None:
+def test_a_forked_child_has_leases_of_its_own(host: Hosts, eventually: Eventually) -> None:
     """The parent's stay, whatever the child does."""
     one = host(4)
     one.watch()
@@ -191,7 +192,7 @@ def test_a_forked_child_has_leases_of_its_own(host: Hosts) -> None:
     assert state["open"] == 2
     assert parent.do("take", 2) == 4
     assert parent.do("state")["connect_errors"] == 0
-    assert one.peak == 4
+    eventually(lambda: one.peak == 4, "all are seen, and never one more")
 
 
 def test_a_timeout_says_that_another_process_has_them(host: Hosts, eventually: Eventually) -> None:
