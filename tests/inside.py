@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-
-
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
