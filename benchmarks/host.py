@@ -325,7 +325,9 @@ def main() -> None:
     """Measure, and print a line for each."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="measure each way for so long (5)")
-    parser.add_argument("--warm-up", type=float, default=2.0, help="after so long (2)")
+    parser.add_argument(
+        "--warm-up", type=float, default=3.0, help="after so long (3): connections have spread"
+    )
     parser.add_argument("--only", default="", help="measure those whose name contains this")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     chosen = parser.parse_args()
