@@ -197,6 +197,11 @@ def worker(pool: Any) -> Any:
     return core(pool).effects._worker
 
 
+def opener(pool: Any) -> Any:
+    """The thread that opens, renews and resets."""
+    return core(pool).opener
+
+
 def housekeeper(pool: Any = Core) -> Any:
     """The thread that looks after pools."""
     return Core.housekeeper if pool is Core else core(pool).upkeep._housekeeper

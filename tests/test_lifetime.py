@@ -155,7 +155,7 @@ def test_one_that_is_out_is_renewed_when_it_comes_home(
     fairy.close()
     eventually(lambda: driver.numbers() == [2] and quiet(pool), "it is renewed")
     assert threads[0] is threading.current_thread()
-    assert threads[1].name == "sqla_queries_pool worker"
+    assert threads[1].name == "sqla_queries_pool opener"
     assert_whole(pool, eventually)
 
 

@@ -6,9 +6,14 @@ under the pool's lock.  It returns the work of closing.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from .ledger import DISPOSED, ENDED, REMOVED, Ledger
 from .slots import HELD, IDLE, LOCKED, OPENING, Attachment, Slot
-from .work import Work
+from .work import Close, Work
+
+GRACE = 0.1
+"""Seconds for which a checkout waits for a close that takes long."""
 
 
 def close_all(ledger: Ledger) -> Work | Slot:
@@ -75,3 +80,21 @@ def retire_all(ledger: Ledger) -> Work:
         if attachment is not ledger.by_hand:
             work += dispose(ledger, attachment) + retire(ledger, attachment)
     return work
+
+
+def late(ledger: Ledger, more: Iterable[Close], now: float) -> list[Close]:
+    """A checkout waits: return the closes that have kept checkouts waiting for long enough.
+
+    :param more: what is closed to be opened again.
+    """
+    items = [*more, *(item for ref in ledger.closing.values() if (item := ref()) is not None)]
+    for item in items:
+        if item.awaited is None:
+            item.awaited = now
+    return [item for item in items if item.awaited is not None and now - item.awaited >= GRACE]
+
+
+def cut(ledger: Ledger, slot: Slot, now: float) -> Work:
+    """The socket of a connection is shut down: its slot is free.  It counts as closed when it is closed."""
+    ledger.lifetimes.end(slot)
+    return ledger.closed(slot, None, now)

@@ -17,16 +17,25 @@ class Wake(NamedTuple):
     waiter: Waiter
 
 
+NOT_BEGUN = -1
+"""The claim to a close that nobody has begun."""
+
+
 class Close:
     """Work: close a connection, then report :meth:`Ledger.closed`.  The ledger sees whether it got lost."""
 
-    __slots__ = ("__weakref__", "entry", "reason", "slot")
+    __slots__ = ("__weakref__", "awaited", "claim", "entry", "reason", "slot")
 
     def __init__(self, slot: Slot, entry: Any, reason: str) -> None:
         self.slot = slot
         self.entry = entry
         """What SQLAlchemy closes, None where that has died: then the socket alone is closed."""
         self.reason = reason
+        self.claim = [NOT_BEGUN]
+        """Who takes it with ``pop`` ends the connection's socket.  :data:`NOT_BEGUN`, or a duplicate of its
+        descriptor while listeners run; see runtime/closer.py."""
+        self.awaited: float | None = None
+        """When a checkout first waited while this was to be done, by the pool's clock."""
 
 
 class Reset(NamedTuple):

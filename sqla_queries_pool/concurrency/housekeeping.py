@@ -1,7 +1,7 @@
-"""What happens when nobody calls: one thread that looks after pools when something is due, and one
-per pool that closes.
+"""What happens when nobody calls: one thread that looks after pools when something is due, and two
+per pool, one that closes, and one that opens.
 
-Both are daemon threads that exist only while there is something to do.  They are fed through
+All are daemon threads that exist only while there is something to do.  They are fed through
 ``queue.SimpleQueue``, whose ``put`` may be called from a finalizer in any thread at any moment, so
 nothing here can block or deadlock a check-in.
 """
@@ -157,10 +157,13 @@ class Housekeeper:
 
 
 class Worker:
-    """Runs one pool's closes, one after the other, so that a socket that blocks stops no other pool."""
+    """Runs one pool's jobs, one after the other, so that a socket that blocks stops no other pool.
 
-    def __init__(self) -> None:
-        self._thread = _PartTimeThread("sqla_queries_pool worker", self._work)
+    :param name: of its thread.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._thread = _PartTimeThread(name, self._work)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Run ``job`` soon; callable from a finalizer."""
@@ -176,6 +179,6 @@ class Worker:
             try:
                 job()
             except BaseException:  # a listener's, and there is nobody else to tell
-                logger.exception("Exception while closing connections")
+                logger.exception("Exception in the background")
             # Not before the next job: nothing of this one may stay alive in a local variable.
             del job

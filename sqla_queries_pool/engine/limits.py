@@ -127,9 +127,9 @@ class Check:
     begin = _again
 
     def sweep(self) -> None:
-        """Have the question asked where this engine's connections are used: by the worker, or in the loop."""
+        """Have the question asked where this engine's connections are used: by the opener, or in the loop."""
         if (attachment := self._attachment()) is not None:
-            attachment.runtime.submit(self._core.worker, self._ask)
+            attachment.runtime.submit(self._core.opener, self._ask)
 
     def _ask(self) -> None:
         pool, attachment, core = self._pool(), self._attachment(), self._core

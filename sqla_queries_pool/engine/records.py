@@ -42,6 +42,11 @@ class Record(ConnectionRecord):
         """Where its engine logs, at the level of its ``echo_pool``."""
         return self.owner.logger
 
+    @property
+    def heard(self) -> bool:
+        """Do listeners hear of its close?  They may take as long as they like."""
+        return bool(self.owner.dispatch.close)
+
     def reset(self) -> None:
         """Roll back, through the dialect."""
         dbapi_connection = self.dbapi_connection

@@ -8,15 +8,17 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeAlias
 
-from ..budget import choice
+from ..budget import choice, closing
 from ..budget.audit import UNDER_WAY
 from ..budget.choice import PATIENCE, SPARE
 from ..budget.ledger import GAVE_WAY, Ledger
 from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot, Waiter
-from ..budget.work import Wake, Work
+from ..budget.work import Close, Wake, Work
+from ..concurrency.threads import THREADS
 from ..host.share import Share
 from ..labels import checkout_label
 from .clock import STOOD_STILL
+from .closer import Closer
 from .connections import Connections
 from .critical_section import CriticalSection
 from .garbage import GC_AFTER, collect_garbage
@@ -51,18 +53,27 @@ class Checkouts:
         self.share: Share | None = None
         """The pool's part in a budget of the host, where it has one."""
 
-    def use(self, section: CriticalSection, ledger: Ledger, connections: Connections, upkeep: Upkeep) -> None:
+    def use(
+        self,
+        section: CriticalSection,
+        ledger: Ledger,
+        connections: Connections,
+        upkeep: Upkeep,
+        closer: Closer,
+    ) -> None:
         """Use these from now on.
 
         :param section: the pool's critical section.
         :param ledger: the pool's ledger.
-        :param connections: closes what gave way.
+        :param connections: the open connections.
         :param upkeep: mends what keeps a slot from a waiter.
+        :param closer: closes what gave way, and frees what takes long to close.
         """
         self._section = section
         self._ledger = ledger
         self._connections = connections
         self._upkeep = upkeep
+        self._closer = closer
         self._lock = section.lock
         self._attempt = section.attempt
         self._inbox = section.inbox
@@ -135,7 +146,11 @@ class Checkouts:
                 pause = gc_after if alone else SPARE
                 if attachment.pace.price or attachment.queue_target < math.inf:
                     pause = min(pause, choice.look_in(ledger, waiter, self._clock()))
-                self._sleep(waiter, min(pause, timeout))
+                if ledger.closing or self._closer.renewals:
+                    self._closer.hurry()  # its time counts from now on
+                    pause = min(pause, closing.GRACE)
+                if waiter.answer is None:
+                    self._sleep(waiter, min(pause, timeout))
             if rejected is None and waiter.answer is None:
                 times = (begin + after for after in looks(alone, gc_after))
                 rejected = self._look_while_waiting(
@@ -178,6 +193,9 @@ class Checkouts:
         while True:
             now, deadline = time.monotonic(), given + waiter.stood_still
             section.run(ledger.insist, waiter, self._clock(), now >= deadline)
+            closes = ledger.closing or self._closer.renewals
+            if closes and waiter.answer is None:
+                self._closer.hurry()
             if waiter.answer is None and attachment.queue_target < math.inf:
                 rejected = section.decide(ledger.reject, waiter, self._clock())
                 if rejected is not None:
@@ -198,6 +216,8 @@ class Checkouts:
             while look <= now:
                 look = next(times)
             pause = min(look - now, choice.look_in(ledger, waiter, self._clock()))
+            if closes:
+                pause = min(pause, closing.GRACE)
             if ledger.backoff.refusals and (until := ledger.backoff.retry_at - self._clock()) > 0:
                 pause = min(pause, max(0.01, until))
             self._sleep(waiter, min(pause, deadline - time.monotonic()))
@@ -289,7 +309,9 @@ class Checkouts:
         """Close what gave way, before the permit is used: at no time are there two sockets."""
         entry, permit.evicts = permit.evicts, None
         if entry is not None:
-            self._connections.close(entry.slot, entry, GAVE_WAY)
+            home = permit.slot.home() if permit.slot.home is not None else None
+            pause = (THREADS if home is None else home.runtime).pause
+            self._closer.give_way(Close(entry.slot, entry, GAVE_WAY), pause)
 
     def let_go(self, slot: Slot) -> None:
         """The holder of a connection detaches it: it is its own from now on, and does not count."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..budget.ledger import Ledger
 from ..budget.slots import CLOSING, Slot
+from ..budget.work import Close
 from ..logs import logger
 from ..sockets import liveness
 from ..sockets.lingering import LONGEST, Lingering
@@ -39,6 +40,8 @@ class Connections:
         """id(handle) -> slot, for as long as the slot refers to the handle."""
         self.detached: dict[int, weakref.ref[Any] | None] = {}
         """id(handle) of connections that were detached and are, as far as one can see, open."""
+        self.cut: set[Slot] = set()
+        """Slots that are free, and whose connection is shut down, but not closed yet: see closer.py."""
         self.last_open = -math.inf
         """When one was closed last, by the pool's clock: until then, at least, the database was there."""
         self.on_closed: Callable[[], None] = _nothing
@@ -132,13 +135,11 @@ class Connections:
         liveness.hang_up(slot.socket, socket.SHUT_WR)
         self._section.decide(self._ledger.suspect, self._section.clock())
 
-    def close(self, slot: Slot, entry: Any, reason: str) -> None:
-        """Close a slot's connection: as SQLAlchemy does where there is a record, and in any case.
-
-        :param entry: what its holder had in hand; None where that has died.
-        """
-        slot.reason = reason
-        logger_of(entry).info("%s: closing %r: %s", self._section.label, slot, reason)
+    def close(self, item: Close) -> None:
+        """Close a slot's connection: as SQLAlchemy does where there is a record, and in any case."""
+        slot, entry = item.slot, item.entry
+        slot.reason = item.reason
+        logger_of(entry).info("%s: closing %r: %s", self._section.label, slot, item.reason)
         try:
             if entry is not None and entry is not slot and slot.process == os.getpid():
                 entry.close()
@@ -170,6 +171,7 @@ class Connections:
         counted = set(self._ledger.slots.copy())
         counted |= {slot.instead_of for slot in counted if slot.instead_of is not None}
         slots = list(self.by_handle.values())
+        counted |= self.cut.copy()
         return [slot for slot in slots if slot not in counted and slot.handle is not None]
 
 

@@ -23,6 +23,7 @@ from . import unreturned
 from .admission import Admission
 from .checkout import Checkouts
 from .clock import clock as default_clock
+from .closer import Closer
 from .connections import Connections
 from .critical_section import CriticalSection
 from .effects import Effects
@@ -102,15 +103,26 @@ class Core:
         self.section = section = CriticalSection(label, self._clock)
         self.recent_snapshot: Recent[Any] = Recent()
         """The last snapshot that was made for an error: see insight/report.py."""
-        self.worker = worker = Worker()
+        worker = Worker("sqla_queries_pool worker")
+        self.opener = opener = Worker("sqla_queries_pool opener")
+        """Waits for the server, in the background: opens, renews, resets and asks."""
         self.connections = Connections(section, ledger, Lingering(self.housekeeper.schedule))
         self.admission = Admission(section, ledger, self.connections)
+        closer = Closer(section, ledger, self.connections, worker)
         self.upkeep = Upkeep(section, ledger, self.connections, worker, self.housekeeper, self._on_vacant)
         self.effects = Effects(
-            section, ledger, self.connections, self.admission, worker, self.upkeep.schedule, self._leaked
+            section,
+            ledger,
+            self.connections,
+            self.admission,
+            closer,
+            worker,
+            opener,
+            self.upkeep.schedule,
+            self._leaked,
         )
         self.idling = Idling(ledger, section, self.housekeeper, self._idle)
-        self.checkouts.use(section, ledger, self.connections, self.upkeep)
+        self.checkouts.use(section, ledger, self.connections, self.upkeep, closer)
         self._use_share()
 
     def _use_share(self) -> None:

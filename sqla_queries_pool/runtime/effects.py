@@ -15,6 +15,7 @@ from ..budget.work import Close, Due, Fill, Leaked, Renew, Reset, Resetter, Retu
 from ..concurrency.housekeeping import Worker
 from ..logs import logger
 from .admission import Admission
+from .closer import Closer
 from .connections import LIFETIME, Connections, logger_of
 from .critical_section import CriticalSection
 
@@ -27,6 +28,8 @@ class Effects:
 
     :param section: the pool's critical section, which hands the work over.
     :param ledger: the pool's ledger, which is told when work is done.
+    :param worker: closes.
+    :param opener: opens, renews and resets: what waits for the server.
     :param remind: has somebody call :meth:`.Ledger.expire` in so many seconds.
     :param on_leak: called when a connection is out for long, or was returned after all.
     """
@@ -37,7 +40,9 @@ class Effects:
         ledger: Ledger,
         connections: Connections,
         admission: Admission,
+        closer: Closer,
         worker: Worker,
+        opener: Worker,
         remind: Callable[[float], None],
         on_leak: Callable[[Leaked | Returned], None],
     ) -> None:
@@ -45,7 +50,11 @@ class Effects:
         self._ledger = ledger
         self._connections = connections
         self._admission = admission
+        self._closer = closer
         self._worker = worker
+        self._opener = opener
+        self._filling: weakref.WeakSet[Attachment] = weakref.WeakSet()
+        """For whose ``min_size`` the opener has something to do: one job each, however long it takes."""
         self._remind = remind
         self._on_leak = on_leak
         section.effects = self
@@ -63,12 +72,11 @@ class Effects:
                 elif isinstance(item, Due):
                     self._remind(item.at - self._section.clock())
                 elif isinstance(item, Close):
-                    self._close(item)
+                    self._closer.close(item)
                 elif isinstance(item, Renew):
                     self._begin_renewal(item)
                 elif isinstance(item, Fill):
-                    fill = functools.partial(self._fill, item.attachment)
-                    item.attachment.runtime.submit(self._worker, fill)
+                    self._begin_filling(item.attachment)
                 elif isinstance(item, Reset):
                     self.reset(item.slot, if_stale=True)
                 else:
@@ -78,20 +86,14 @@ class Effects:
             raise
 
     def do_soon(self, work: Work) -> None:
-        """Do at once what takes no time; the worker closes and resets."""
+        """Do at once what takes no time; the worker closes, the opener waits for the server."""
         self.do([item for item in work if isinstance(item, AT_ONCE)])
-        slow: Work = [item for item in work if not isinstance(item, AT_ONCE)]
-        if slow:
-            self._worker.submit(lambda: self.do(slow))
-
-    def _close(self, item: Close) -> None:
-        slot, was_open = item.slot, item.slot.handle is not None
-        try:
-            self._connections.close(slot, item.entry, item.reason)
-        finally:
-            if slot.handle is None:  # else the next look for something to mend has it closed again
-                slot.reason = None
-                self._section.post(self._ledger.closed, slot, item.reason if was_open else None)
+        closes: Work = [item for item in work if isinstance(item, Close)]
+        if closes:
+            self._worker.submit(lambda: self.do(closes))
+        asks: Work = [item for item in work if not isinstance(item, (*AT_ONCE, Close))]
+        if asks:
+            self._opener.submit(lambda: self.do(asks))
 
     def reset(self, slot: Slot, if_stale: bool = False) -> None:
         """Take a session's lock, roll back what it left, then give the connection back; or close it."""
@@ -130,17 +132,14 @@ class Effects:
 
     def _begin_renewal(self, item: Renew) -> None:
         home = item.slot.home() if item.slot.home is not None else None
-        if home is None or not home.runtime.submit(self._worker, functools.partial(self._renew, item)):
+        if home is None or not home.runtime.submit(self._opener, functools.partial(self._renew, item)):
             # Nothing can be opened in the background: the next checkout does.
-            self._worker.submit(functools.partial(self._renew, item, reopen=False))
+            self._opener.submit(functools.partial(self._renew, item, reopen=False))
 
     def _renew(self, item: Renew, reopen: bool = True) -> None:
         section, slot, entry = self._section, item.slot, item.entry
-        slot.reason = LIFETIME
-        logger_of(entry).info("%s: closing %r: %s", section.label, slot, LIFETIME)
         try:
-            entry.close()
-            if reopen:
+            if self._closer.close_to_renew(Close(slot, entry, LIFETIME)) and reopen:
                 entry.get_connection()
         except Exception as error:
             self._admission.refused(error)
@@ -149,8 +148,15 @@ class Effects:
         finally:
             section.run(self._ledger.renewed, slot, entry, item.since, section.clock())
 
+    def _begin_filling(self, attachment: Attachment) -> None:
+        if attachment not in self._filling:
+            self._filling.add(attachment)
+            if not attachment.runtime.submit(self._opener, functools.partial(self._fill, attachment)):
+                self._filling.discard(attachment)
+
     def _fill(self, attachment: Attachment) -> None:
         """Open what an engine's ``min_size`` asks for, as far as there is room."""
+        self._filling.discard(attachment)
         section, ledger, opener = self._section, self._ledger, attachment.opener()
         try:
             while opener is not None and not attachment.runtime.ending:

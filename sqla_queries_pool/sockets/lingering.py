@@ -69,6 +69,14 @@ class Lingering:
             elif fd >= 0:
                 self._follow(fd, seconds)
 
+    def cut(self, fd: int, seconds: float) -> None:
+        """Shut a connection down while something else is to be done before its close.
+
+        :param fd: of :func:`duplicate`; it belongs to this object from now on.
+        :param seconds: for which the server is waited for.
+        """
+        self._follow(fd, seconds)
+
     def _follow(self, fd: int, seconds: float) -> None:
         # A close ends the stream; with a duplicate open it has to be said.
         with contextlib.suppress(OSError), borrowed(fd) as end:
@@ -134,6 +142,22 @@ class Lingering:
 
     def __del__(self) -> None:
         self.forget()
+
+
+def duplicate(socket_: Any) -> int:
+    """Return a descriptor of its own for a connection, -1 where it can't be had.
+
+    :param socket_: its :attr:`.Slot.socket`, which nobody closes meanwhile.
+    """
+    try:
+        return os.dup(socket_.fileno()) if AVAILABLE else -1
+    except Exception:  # it is closed already, or the driver has no descriptor to tell
+        return -1
+
+
+def let_go(fd: int) -> None:
+    """Close what :func:`duplicate` returned."""
+    os.close(fd)
 
 
 def _fileno(socket_: Any) -> int:
