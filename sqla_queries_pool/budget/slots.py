@@ -61,6 +61,9 @@ through :meth:`LedgerState.move` alone, which holds them to this table.  But the
 path, in :meth:`Ledger.take` and :meth:`Ledger.give`, are written out: a call would cost a checkout and its
 return a frame each, and tests/test_fast_path.py counts those.  A forked child removes its parent's slots."""
 
+UNKNOWN = "unknown"
+"""What an engine does that has opened no connection yet."""
+
 REJECTED = QUEUE_FULL, OVERLOAD = "queue-full", "overload"
 """Why the pool rejects a checkout."""
 
@@ -261,6 +264,7 @@ class Attachment:
         "idle_in_transaction_after",
         "leak_after",
         "lifo",
+        "liveness",
         "locked",
         "max_waiting",
         "min_size",
@@ -304,6 +308,8 @@ class Attachment:
         """Weak: how the engine opens a connection by a permit, where the pool does so in its stead."""
         self.ping_after = ping_after
         """Seconds; a connection that was idle for as long is suspect."""
+        self.liveness = UNKNOWN
+        """How it is seen whether its idle connections are alive: one of sockets/liveness.py's words."""
         self.leak_after = leak_after
         """Seconds after which one that is out is reported."""
         self.idle_in_transaction_after = idle_in_transaction_after

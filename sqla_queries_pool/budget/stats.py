@@ -257,9 +257,11 @@ class Statistics:
     wait_time: Histogram = field(repr=False)
     use_time: Histogram = field(repr=False)
     connect_time: Histogram = field(repr=False)
-    liveness: str = "poll"
-    """How one sees whether an idle connection is alive: ``poll`` its socket, or ``ping`` the server, where
-    the platform lacks the calls."""
+    liveness: str = "unknown"
+    """How it is seen whether an idle connection is alive.  ``poll``: its socket is looked at before each use,
+    and the server is pinged where that does not tell.  ``ping``: the server is pinged, before each use or
+    after the connection was idle for some time, for nothing can be seen in between.  ``none``: nothing is
+    done.  ``unknown``: none was opened yet.  Of a pool whose engines differ, all of them: ``ping, poll``."""
     host: HostStatistics | None = None
     """The budget that it shares with other processes of the host; None without ``share``."""
     idle_in_transaction: tuple[LabelledTime, ...] = field(default=(), repr=False)

@@ -37,7 +37,7 @@ def alive(record: Any, deadline: float) -> bool:
     if record.attachment.ping_after == 0:
         slot.suspect = True
     if slot.poll(0):
-        verdict = liveness.look(slot.socket, slot.poll)
+        verdict = liveness.look(slot.socket, slot.poll, pool._core.failures)
         if verdict is liveness.DEAD:
             return False
         # What another database's server has sent may mean anything.
@@ -49,7 +49,7 @@ def alive(record: Any, deadline: float) -> bool:
 def _start_timeout(record: Any, deadline: float) -> liveness.PingTimeout:
     """Have the connection hung up if a ping takes too long."""
     pool = record.owner
-    timeout = liveness.PingTimeout(record.slot.socket)
+    timeout = liveness.PingTimeout(record.slot.socket, pool._core.failures)
     longest = pool.settings.ping_timeout
     if longest is not None:
         left = max(deadline - time.monotonic(), LEAST_PING)

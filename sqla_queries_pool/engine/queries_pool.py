@@ -16,6 +16,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
@@ -23,7 +24,7 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from .. import logs, parameters
 from ..budget.audit import Audit
-from ..budget.slots import HELD, IDLE, LOCKED, OPENING, Attachment, Permit, Quota, Slot
+from ..budget.slots import HELD, IDLE, LOCKED, OPENING, UNKNOWN, Attachment, Permit, Quota, Slot
 from ..budget.stats import Statistics
 from ..errors import ParameterError
 from ..insight import deadlock, stacks
@@ -34,6 +35,7 @@ from ..parameters import Unstated
 from ..pool import Pool
 from ..pool.manager import attach
 from ..runtime.jitter import lifetime
+from ..sockets import liveness
 from ..sockets.drivers import UNSEEN_FOR, is_seen
 from ..sockets.lingering import LONGEST
 from . import failover, identity, seams
@@ -250,8 +252,7 @@ class QueriesPool(SQLAlchemyPool):
                 took = time.monotonic() - begin
                 core.admission.last_error = None
                 socket = self._sides.socket(dbapi_connection)
-                if attachment.ping_after > UNSEEN_FOR and not self._is_seen(socket):
-                    attachment.ping_after = UNSEEN_FOR
+                self._note_liveness(attachment, socket)
                 core.connections.opened(
                     record.slot,
                     dbapi_connection,
@@ -275,10 +276,21 @@ class QueriesPool(SQLAlchemyPool):
 
         return connect
 
-    def _is_seen(self, socket: Any) -> bool:
-        """Need a connection that was idle for a moment not be pinged?  One of SQLite's can't be lost."""
-        never = self.settings.ping_after is None or getattr(self._dialect, "name", None) in (None, "sqlite")
-        return never or is_seen(socket)
+    def _note_liveness(self, attachment: Attachment, socket: Any) -> None:
+        """A connection was opened: what can be done to see whether such a one is alive?"""
+        seen, name, before = is_seen(socket), getattr(self._dialect, "name", None), attachment.liveness
+        # One of SQLite's can't be lost.
+        never = self.settings.ping_after is None or name in (None, "sqlite")
+        if not seen and not never:
+            attachment.ping_after = min(attachment.ping_after, UNSEEN_FOR)
+        attachment.liveness = liveness.way(seen, attachment.ping_after if name else math.inf)
+        if not seen and before == UNKNOWN and name not in (None, "sqlite"):
+            after = attachment.ping_after
+            then = "nothing" if after == math.inf else f"a ping of what was idle for {after:g} s"
+            why = f"{then} tells whether a connection is alive, and ping_timeout and close_timeout do nothing"
+            self._core.failures(
+                f"see the sockets of the driver {getattr(self._dialect, 'driver', name)}", why
+            )
 
     def _check_limits(self, attachment: Attachment) -> None:
         core = self._core
@@ -314,8 +326,11 @@ class QueriesPool(SQLAlchemyPool):
     # -- what it says of itself -------------------------------------------------------------------
 
     def statistics(self) -> Statistics:
-        """Return what the whole pool has now, and has done; takes no lock."""
-        return self._shared.statistics()
+        """Return what the whole pool has now, and has done; takes no lock.
+
+        ``liveness`` is this engine's own.
+        """
+        return replace(self._shared.statistics(), liveness=liveness.of_all(self._sides.all()))
 
     def snapshot(self) -> Snapshot:
         """Return the holders and the waiting checkouts of the whole pool; takes no lock."""

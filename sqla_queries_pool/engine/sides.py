@@ -157,7 +157,7 @@ class LoopSides:
 
     def socket(self, handle: Any) -> Any:
         try:
-            return LoopSocket(handle, tasks.running())
+            return LoopSocket(handle, tasks.running(), self._core.failures)
         except exc.MissingGreenlet:  # one that was detached, and is closed where no loop runs
             return handle
 

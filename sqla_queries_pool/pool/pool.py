@@ -215,7 +215,8 @@ class Pool:
         if record is None or socket is None:
             return
         record.invalidate(soft=True)
-        liveness.hang_up(socket)  # a thread that waits for an answer in there has the driver's own lock
+        # A thread that waits for an answer in there has the driver's own lock.
+        liveness.hang_up(socket, failed=self.core.failures)
         self.core.connections.close_socket(socket)
         if slot.state is IDLE:  # it was returned just then
             self.core.section.run(closing.close_one, self.core.ledger, slot)
@@ -398,7 +399,7 @@ class Pool:
             wait_time=waited,
             use_time=used,
             connect_time=connects,
-            liveness="poll" if liveness.AVAILABLE else "ping",
+            liveness=liveness.of_all(self.core.ledger.everyone()),
             host=None if self.core.share is None else self.core.share.statistics(),
             idle_in_transaction=self.core.idling.times(),
         )

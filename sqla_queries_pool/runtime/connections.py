@@ -12,7 +12,7 @@ from typing import Any
 from ..budget.ledger import Ledger
 from ..budget.slots import CLOSING, Slot
 from ..budget.work import Close
-from ..logs import logger
+from ..logs import Failures, logger
 from ..sockets import liveness
 from ..sockets.lingering import LONGEST, Lingering
 from .critical_section import CriticalSection
@@ -30,12 +30,16 @@ class Connections:
     :param section: the pool's critical section.
     :param ledger: the pool's ledger, for its totals.
     :param lingering: waits for the server to let go of what was closed.
+    :param failures: is told what could not be done.
     """
 
-    def __init__(self, section: CriticalSection, ledger: Ledger, lingering: Lingering) -> None:
+    def __init__(
+        self, section: CriticalSection, ledger: Ledger, lingering: Lingering, failures: Failures
+    ) -> None:
         self._section = section
         self._ledger = ledger
         self.lingering = lingering
+        self._failures = failures
         self.by_handle: dict[int, Any] = {}
         """id(handle) -> slot, for as long as the slot refers to the handle."""
         self.detached: dict[int, weakref.ref[Any] | None] = {}
@@ -132,7 +136,7 @@ class Connections:
         """A connection was found dead before it was used: older ones are suspect."""
         slot.reason = DEAD
         self._section.post(self._ledger.totals.one_more, "dead")
-        liveness.hang_up(slot.socket, socket.SHUT_WR)
+        liveness.hang_up(slot.socket, socket.SHUT_WR, self._failures)
         self._section.decide(self._ledger.suspect, self._section.clock())
 
     def close(self, item: Close) -> None:

@@ -17,7 +17,7 @@ from ..concurrency.recent import Recent
 from ..concurrency.threads import THREADS
 from ..errors import ParameterError
 from ..host.share import Share
-from ..logs import logger
+from ..logs import Failures, logger
 from ..sockets.lingering import Lingering
 from . import unreturned
 from .admission import Admission
@@ -106,7 +106,10 @@ class Core:
         worker = Worker("sqla_queries_pool worker")
         self.opener = opener = Worker("sqla_queries_pool opener")
         """Waits for the server, in the background: opens, renews, resets and asks."""
-        self.connections = Connections(section, ledger, Lingering(self.housekeeper.schedule))
+        self.failures = failures = Failures(label)
+        """Says what could not be done to a socket."""
+        lingering = Lingering(self.housekeeper.schedule, failures)
+        self.connections = Connections(section, ledger, lingering, failures)
         self.admission = Admission(section, ledger, self.connections)
         closer = Closer(section, ledger, self.connections, worker)
         self.upkeep = Upkeep(section, ledger, self.connections, worker, self.housekeeper, self._on_vacant)

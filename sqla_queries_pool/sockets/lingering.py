@@ -9,19 +9,21 @@ open waits for it where there would be one too many otherwise.  So a close never
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import select
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Final
 
 from ..try_lock import TryLock
-from .liveness import AVAILABLE, borrowed, hang_up
+from .liveness import AVAILABLE, Failed, borrowed, hang_up, unheard
 
 LONGEST = 1.0
 """Seconds for which the server is waited for."""
+FOLLOW: Final = "wait for the server to let go of what was closed"
 _SLICE = 0.05
 """Seconds after which an open that waits counts again: fewer may be open by then, too."""
 
@@ -34,10 +36,12 @@ class Lingering:
     closed would soon be that of a new connection, whose bytes a look would take away.
 
     :param schedule: has :meth:`sweep` called in so many seconds.
+    :param failed: is told where a connection can't be followed.
     """
 
-    def __init__(self, schedule: Callable[[Lingering, float], None]) -> None:
+    def __init__(self, schedule: Callable[[Lingering, float], None], failed: Failed = unheard) -> None:
         self._schedule = schedule
+        self._failed = failed
         self._ends: dict[int, float] = {}
         """The duplicate of a descriptor -> until when it is waited for, by ``time.monotonic``."""
         self._scheduled = False
@@ -57,9 +61,13 @@ class Lingering:
             if AVAILABLE:
                 own = socket_.fileno()
                 if not _takes_more(own):
-                    hang_up(socket_, socket.SHUT_WR)  # else a driver that says goodbye blocks
+                    # Else a driver that says goodbye blocks.
+                    hang_up(socket_, socket.SHUT_WR, self._failed)
                 fd = os.dup(own) if seconds > 0 else -1
-        except Exception:  # it is closed already, or the driver has no descriptor to tell
+        except OSError as error:
+            if error.errno != errno.EBADF:
+                self._failed(FOLLOW, error)
+        except Exception:  # it is closed already; or there is none, which liveness says
             pass
         try:
             yield
@@ -79,8 +87,12 @@ class Lingering:
 
     def _follow(self, fd: int, seconds: float) -> None:
         # A close ends the stream; with a duplicate open it has to be said.
-        with contextlib.suppress(OSError), borrowed(fd) as end:
-            end.shutdown(socket.SHUT_WR)
+        try:
+            with borrowed(fd) as end:
+                end.shutdown(socket.SHUT_WR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # the server was first
+                self._failed(FOLLOW, error)
         if _is_gone(fd):
             os.close(fd)
             return

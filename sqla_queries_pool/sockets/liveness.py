@@ -8,13 +8,17 @@ for the driver.
 from __future__ import annotations
 
 import contextlib
+import errno
+import math
 import os
 import select
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
+
+from ..budget.slots import UNKNOWN, Attachment
 
 AVAILABLE: Final = hasattr(select, "poll") and hasattr(socket, "MSG_DONTWAIT")
 """Has the platform the calls?  Windows has no ``poll``; ``select`` knows no descriptor above 1023."""
@@ -23,14 +27,43 @@ Poll = Callable[[int], Any]
 """Called with 0, returns something true if there may be news: then :func:`look`."""
 
 ALIVE, DEAD, DOUBT = "alive", "dead", "in doubt"
+POLL, PING, NONE = "poll", "ping", "none"
+"""What is done to see whether an idle connection is alive; :attr:`.Statistics.liveness` explains them."""
 
 _HUNG_UP = getattr(select, "POLLRDHUP", 0) | getattr(select, "POLLHUP", 0) | getattr(select, "POLLERR", 0)
 _UNASKED: Final = b"ANS"
 """Types of messages that a healthy server sends unasked: notification, notice, parameter status.
 https://www.postgresql.org/docs/current/protocol-message-formats.html"""
 _PEEKED: Final = 8192
+_CLOSED: Final = (errno.EBADF, errno.ENOTCONN)
+SHUT_DOWN: Final = "shut a connection down"
 _anything: Final[Poll] = str  # the same: what it returns, "0", may be news
 _nothing: Final[Poll] = dict[int, Any]().get  # without a frame of Python's; what it returns, None, is no news
+
+
+Failed = Callable[[str, object], None]
+"""Called with what could not be done, and why: :class:`.Failures`."""
+
+
+def unheard(_: str, __: object) -> None:
+    """Nobody is told."""
+
+
+def way(seen: bool, ping_after: float) -> str:
+    """Return what is done to see whether a connection is alive.
+
+    :param seen: does its driver tell its socket?
+    :param ping_after: seconds after which an idle one is pinged, 0 for always, ``inf`` for never.
+    """
+    if seen and ping_after:
+        return POLL if AVAILABLE else PING
+    return PING if ping_after < math.inf else NONE
+
+
+def of_all(attachments: Iterable[Attachment]) -> str:
+    """Return what is done for some engines, each word once."""
+    words = {attachment.liveness for attachment in attachments} - {UNKNOWN}
+    return ", ".join(sorted(words)) or UNKNOWN
 
 
 def poll_of(handle: Any) -> Poll:
@@ -53,11 +86,13 @@ def poll_of(handle: Any) -> Poll:
     return poll.poll
 
 
-def look(handle: Any, poll: Poll) -> str:
+def look(handle: Any, poll: Poll, failed: Failed = unheard) -> str:
     """Return whether a connection is alive, dead or in doubt, which takes a ping to tell.
 
     Dead is one that the server has hung up on, or said an error to: it says why before it hangs up.
     In doubt is what can't be read: under TLS everything is encrypted, and one look reads 8 KB.
+
+    :param failed: is told of a socket that can't be read at all.
     """
     if not AVAILABLE:
         return DOUBT
@@ -79,20 +114,41 @@ def look(handle: Any, poll: Poll) -> str:
         return ALIVE  # it was read meanwhile
     except ConnectionError:
         return DEAD
-    except OSError:  # no socket at all
+    except OSError as error:  # no socket at all
+        failed("look at a socket, so the server is pinged", error)
         return DOUBT
 
 
-def hang_up(handle: Any, how: int = socket.SHUT_RDWR) -> None:
+def hang_up(handle: Any, how: int = socket.SHUT_RDWR, failed: Failed = unheard) -> bool:
     """Shut the socket down, without a word to the server and without closing the descriptor.
 
     A read from it or a write to it, in the driver or in TLS, finds its end at once; so what follows
     on a connection that is half dead, its close for one, can't block.
 
     :param how: ``SHUT_WR`` where somebody wants to see the server's end of it, too.
+    :param failed: is told where it can't be done, unless it is closed already.
+    :return: is it shut down, or closed?
     """
-    with contextlib.suppress(Exception), borrowed(handle.fileno()) as end:
-        end.shutdown(how)
+    if handle is None:  # it was closed meanwhile
+        return True
+    try:
+        fd = handle.fileno()
+    except AttributeError:
+        failed(SHUT_DOWN, "its driver does not tell its socket")
+        return False
+    except Exception:  # closed
+        return True
+    try:
+        with borrowed(fd) as end:
+            end.shutdown(how)
+    except OSError as error:
+        if error.errno not in _CLOSED:
+            failed(SHUT_DOWN, error)
+            return False
+    except Exception as error:  # it is no descriptor
+        failed(SHUT_DOWN, error)
+        return False
+    return True
 
 
 def traffic(handle: Any) -> tuple[int, ...] | None:
@@ -134,10 +190,13 @@ class PingTimeout:
 
     A driver that waits for an answer can't be told to stop waiting, least of all by another thread; but its
     socket can be ended under it.
+
+    :param failed: is told where it can't.
     """
 
-    def __init__(self, handle: Any) -> None:
+    def __init__(self, handle: Any, failed: Failed = unheard) -> None:
         self._handle: Any = handle
+        self._failed = failed
         self._lock = threading.Lock()
         self.expired = False
         """Has it hung up?"""
@@ -147,7 +206,7 @@ class PingTimeout:
         with self._lock:
             if self._handle is not None:
                 self.expired = True
-                hang_up(self._handle)
+                hang_up(self._handle, failed=self._failed)
 
     def neglected(self) -> None:
         """The housekeeper's thread has died."""

@@ -13,8 +13,9 @@ import socket
 from collections.abc import Callable
 from typing import Any, Protocol
 
+from ..logs import logger
 from .async_drivers import AsyncDriver, known
-from .liveness import hang_up
+from .liveness import Failed, hang_up, unheard
 
 
 class OfLoop(Protocol):
@@ -38,12 +39,14 @@ class LoopSocket:
 
     :param handle: SQLAlchemy's adapted connection.
     :param runtime: that of its loop.
+    :param failed: is told what can't be done.
     """
 
-    __slots__ = ("_closed", "_driver", "_fd", "_handle", "_runtime", "drivers_own")
+    __slots__ = ("_closed", "_driver", "_failed", "_fd", "_handle", "_runtime", "drivers_own")
 
-    def __init__(self, handle: Any, runtime: OfLoop) -> None:
+    def __init__(self, handle: Any, runtime: OfLoop, failed: Failed = unheard) -> None:
         self._fd = -1
+        self._failed = failed
         self._closed = False
         self._handle = handle
         self._runtime = runtime
@@ -79,13 +82,16 @@ class LoopSocket:
             elif not self._runtime.soon(self._end):
                 self._driver.bury(self.drivers_own)
         finally:
-            hang_up(self, socket.SHUT_WR)  # the loop may be blocked, and the duplicate keeps the stream open
+            # The loop may be blocked, and the duplicate keeps the stream open.
+            hang_up(self, socket.SHUT_WR, self._failed)
             self._closed = True
 
     def _end(self) -> None:
         assert self._driver is not None
-        with contextlib.suppress(Exception):  # closed meanwhile
+        try:
             self._runtime.finish(self._driver.end(self.drivers_own))
+        except Exception as error:  # closed meanwhile, mostly; its socket is shut down anyway
+            logger.debug("exception while ending a connection of an event loop: %r", error)
 
     def __del__(self) -> None:
         if self._fd >= 0:
