@@ -100,9 +100,15 @@ def test_no_failure_is_swallowed(pipe: Any) -> None:
     assert said[-1] == FOLLOW
 
 
-def test_what_cannot_be_seen_is_logged_once_for_a_pool(caplog: pytest.LogCaptureFixture) -> None:
+def test_what_cannot_be_seen_is_logged_once_for_a_pool(
+    pg_url: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With what that means; another engine of the pool says nothing new."""
     caplog.set_level(logging.INFO, NAME)
+    monkeypatch.setattr(liveness, "AVAILABLE", False)
+    told(pg_url)
+    assert "could not look at sockets on this platform: each checkout pings" in caplog.text
+    caplog.clear()
     driver, pool_id = FakeDriver(), new_pid()
     for _ in range(2):
         engine = create_engine(

@@ -91,7 +91,7 @@ def moved(before: Statistics, after: Statistics) -> dict[str, Any]:
         if isinstance(new, dict):
             new = {reason: n - old.get(reason, 0) for reason, n in new.items() if n != old.get(reason, 0)}
             old = {}
-        if old != new:
+        if old != new and field.name != "liveness":  # no number
             found[field.name] = new if isinstance(new, dict) else new - old
     return found
 

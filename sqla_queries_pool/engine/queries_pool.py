@@ -284,7 +284,11 @@ class QueriesPool(SQLAlchemyPool):
         if not seen and not never:
             attachment.ping_after = min(attachment.ping_after, UNSEEN_FOR)
         attachment.liveness = liveness.way(seen, attachment.ping_after if name else math.inf)
-        if not seen and before == UNKNOWN and name not in (None, "sqlite"):
+        if before != UNKNOWN or name in (None, "sqlite"):
+            return
+        if seen and not liveness.AVAILABLE:
+            self._core.failures("look at sockets on this platform", "each checkout pings")
+        elif not seen:
             after = attachment.ping_after
             then = "nothing" if after == math.inf else f"a ping of what was idle for {after:g} s"
             why = f"{then} tells whether a connection is alive, and ping_timeout and close_timeout do nothing"

@@ -310,8 +310,8 @@ class Checkouts:
         entry, permit.evicts = permit.evicts, None
         if entry is not None:
             home = permit.slot.home() if permit.slot.home is not None else None
-            pause = (THREADS if home is None else home.runtime).pause
-            self._closer.give_way(Close(entry.slot, entry, GAVE_WAY), pause)
+            runtime = THREADS if home is None else home.runtime
+            self._closer.give_way(Close(entry.slot, entry, GAVE_WAY), runtime)
 
     def let_go(self, slot: Slot) -> None:
         """The holder of a connection detaches it: it is its own from now on, and does not count."""

@@ -17,13 +17,13 @@ from __future__ import annotations
 
 import functools
 import time
-from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..budget import closing
 from ..budget.ledger import Ledger
 from ..budget.work import NOT_BEGUN, Close
 from ..concurrency.housekeeping import Worker
+from ..concurrency.threads import THREADS
 from ..sockets.drivers import is_seen
 from ..sockets.lingering import LONGEST, duplicate, let_go
 from .connections import LIFETIME, Connections, logger_of
@@ -86,24 +86,25 @@ class Closer:
             own = self._is_own(item, armed)
         return own
 
-    def give_way(self, item: Close, pause: Callable[[Iterable[int], float], None]) -> None:
+    def give_way(self, item: Close, runtime: Any) -> None:
         """Close what gave way to a checkout, which waits for that: for its listeners not for long.
 
-        :param pause: waits for so many seconds, as the checkout does.
+        :param runtime: the checkout's.
         """
         slot = item.slot
+        heard = getattr(item.entry, "heard", False) and is_seen(slot.socket)
         home = slot.home() if slot.home is not None else None
-        job = functools.partial(self.close, item, counts=False)
-        heard = home is not None and getattr(item.entry, "heard", False) and is_seen(slot.socket)
-        if home is None or not heard or not home.runtime.submit(self._worker, job):
-            job()
+        in_own_loop = home is not None and home.runtime is runtime is not THREADS
+        if not heard or in_own_loop:  # there a listener may await, and nothing may block
+            self.close(item, counts=False)
             return
+        self._worker.submit(functools.partial(self.close, item, counts=False))
         begin, look = time.monotonic(), _FIRST_LOOK
         try:
             while slot.handle is not None and slot not in self._connections.cut:
                 if time.monotonic() - begin >= closing.GRACE and self.cut(item):
                     return
-                pause((), look)
+                runtime.pause((), look)
                 look = min(2 * look, _LONGEST_LOOK)
         except BaseException:  # the slot is another's next
             self.cut(item, force=True)

@@ -19,8 +19,8 @@ from .closer import Closer
 from .connections import LIFETIME, Connections, logger_of
 from .critical_section import CriticalSection
 
-AT_ONCE = (Wake, Due, Leaked, Returned)
-"""Work that takes no time."""
+AT_ONCE = (Wake, Due, Leaked, Returned, Renew, Fill)
+"""Work that takes no time, or is but begun."""
 
 
 class Effects:
@@ -86,14 +86,14 @@ class Effects:
             raise
 
     def do_soon(self, work: Work) -> None:
-        """Do at once what takes no time; the worker closes, the opener waits for the server."""
+        """Do at once what takes no time; the worker closes, the opener resets."""
         self.do([item for item in work if isinstance(item, AT_ONCE)])
         closes: Work = [item for item in work if isinstance(item, Close)]
         if closes:
             self._worker.submit(lambda: self.do(closes))
-        asks: Work = [item for item in work if not isinstance(item, (*AT_ONCE, Close))]
-        if asks:
-            self._opener.submit(lambda: self.do(asks))
+        resets: Work = [item for item in work if isinstance(item, Reset)]
+        if resets:
+            self._opener.submit(lambda: self.do(resets))
 
     def reset(self, slot: Slot, if_stale: bool = False) -> None:
         """Take a session's lock, roll back what it left, then give the connection back; or close it."""
