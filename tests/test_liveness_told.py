@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -70,7 +71,7 @@ def pipe() -> Iterator[Any]:
 
     class Handle:
         def fileno(self) -> int:
-            return ends[0]
+            return ends[1]
 
         def close(self) -> None:
             pass
@@ -95,9 +96,16 @@ def test_no_failure_is_swallowed(pipe: Any) -> None:
     PingTimeout(pipe, failed).sweep()
     assert [said.pop() for _ in range(3)] == [SHUT_DOWN] * 3
     lingering = Lingering(lambda *_: None, failed)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1, hard))
+    try:
+        with lingering.closing(pipe, 1.0):
+            assert said.pop() == FOLLOW  # no descriptor is left for it
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     with lingering.closing(pipe, 1.0):
         pipe.__class__.fileno = lambda self: -1
-    assert said[-1] == FOLLOW
+    assert said == [FOLLOW]
 
 
 def test_what_cannot_be_seen_is_logged_once_for_a_pool(

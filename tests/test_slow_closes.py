@@ -225,7 +225,7 @@ def test_a_listener_may_use_the_connection(pg_url: str, pool_class: type[Pool]) 
 
 def test_a_statement_of_a_listener_is_waited_for(slow: Callable[..., tuple[Engine, Listener]]) -> None:
     """The server would go on with it, and count it: no slot is free before it has ended."""
-    engine, listener = slow()
+    engine, listener = slow(close_timeout=0.3)
     listener.stop.go()
     before: list[Any] = []
 
@@ -233,7 +233,7 @@ def test_a_statement_of_a_listener_is_waited_for(slow: Callable[..., tuple[Engin
     def close(raw: Any, _: Any) -> None:
         if not before:
             with raw.cursor() as cursor:
-                before.append(cursor.execute("SELECT pg_sleep(0.4)") or cursor.rowcount)
+                before.append(cursor.execute("SELECT pg_sleep(0.9)") or cursor.rowcount)
 
     engine.connect().close()
     closing = Thread(engine.pool.dispose)

@@ -292,9 +292,8 @@ class QueriesPool(SQLAlchemyPool):
             after = attachment.ping_after
             then = "nothing" if after == math.inf else f"a ping of what was idle for {after:g} s"
             why = f"{then} tells whether a connection is alive, and ping_timeout and close_timeout do nothing"
-            self._core.failures(
-                f"see the sockets of the driver {getattr(self._dialect, 'driver', name)}", why
-            )
+            what = f"see the sockets of the driver {getattr(self._dialect, 'driver', name)}"
+            self._core.failures(what, why)
 
     def _check_limits(self, attachment: Attachment) -> None:
         core = self._core
