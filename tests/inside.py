@@ -23,7 +23,8 @@ from sqla_queries_pool.demo import embedded
 from sqla_queries_pool.engine import attempt
 from sqla_queries_pool.host.postman import postman as the_postman
 from sqla_queries_pool.insight import deadlock
-from sqla_queries_pool.runtime import garbage, unreturned
+from sqla_queries_pool.runtime import closer, garbage, unreturned
+from sqla_queries_pool.runtime import upkeep as upkeep_module
 from sqla_queries_pool.runtime.core import Core
 from sqla_queries_pool.sockets import liveness
 from sqla_queries_pool.try_lock import TryLock
@@ -195,6 +196,12 @@ def set_clock(pool: Any, clock: Callable[[], float]) -> None:
 def worker(pool: Any) -> Any:
     """The thread that closes its connections."""
     return core(pool).effects._worker
+
+
+def catch_up_after(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    """How long the worker may be in a listener before others' connections are shut down."""
+    for module in (closer, upkeep_module):
+        monkeypatch.setattr(module, "CATCH_UP", seconds)
 
 
 def opener(pool: Any) -> Any:

@@ -143,6 +143,25 @@ def test_neither_does_an_idle_ttl(slow: Callable[..., tuple[Engine, Listener]]) 
     served(engine)
 
 
+def test_a_listener_that_never_ends_keeps_no_other_connection_open(
+    pg_observer: Observer, slow: Callable[..., tuple[Engine, Listener]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The worker is in the listener, and nobody waits; what else was idle for too long is shut down."""
+    inside.catch_up_after(monkeypatch, 0.05)
+    engine, listener = slow(2, idle_ttl=0.05)
+    other, another = slow(2, idle_ttl=0.05)
+    another.stop.go()
+    engine.connect().close()
+    listener.stop.reached()
+    other.connect().close()
+    backends = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
+    eventually(lambda: pg_observer.query(backends, engine.url.username) == [(1,)], "it is shut down", 5)
+    assert not another.seen
+    listener.stop.go()
+    eventually(lambda: another.seen, "its listener is called in the end")
+    assert_whole(pool_of(engine), eventually)
+
+
 def test_neither_does_a_return_that_closes(slow: Callable[..., tuple[Engine, Listener]]) -> None:
     """The one that returns an old connection closes it, and waits for the listener alone."""
     engine, listener = slow()
@@ -164,7 +183,7 @@ def test_an_eviction_waits_for_no_listener_of_the_other_engine(
     served(another)
     listener.stop.go()
     eventually(lambda: listener.seen and listener.seen[0].closed, "it is closed, after its listener")
-    assert pool_of(engine).statistics().evictions == 1
+    eventually(lambda: pool_of(engine).statistics().evictions == 1, "it is counted, once")
     assert_whole(pool_of(engine), eventually)
 
 

@@ -83,7 +83,7 @@ def retire_all(ledger: Ledger) -> Work:
 
 
 def late(ledger: Ledger, more: Iterable[Close], now: float) -> list[Close]:
-    """A checkout waits: return the closes that have kept checkouts waiting for long enough.
+    """Somebody waits for closes: return those that have been waited for for long enough.
 
     :param more: what is closed to be opened again.
     """

@@ -24,7 +24,7 @@ NOT_BEGUN = -1
 class Close:
     """Work: close a connection, then report :meth:`Ledger.closed`.  The ledger sees whether it got lost."""
 
-    __slots__ = ("__weakref__", "awaited", "claim", "entry", "reason", "slot")
+    __slots__ = ("__weakref__", "awaited", "claim", "entry", "queued", "reason", "slot")
 
     def __init__(self, slot: Slot, entry: Any, reason: str) -> None:
         self.slot = slot
@@ -35,7 +35,9 @@ class Close:
         """Who takes it with ``pop`` ends the connection's socket.  :data:`NOT_BEGUN`, or a duplicate of its
         descriptor while listeners run; see runtime/closer.py."""
         self.awaited: float | None = None
-        """When a checkout first waited while this was to be done, by the pool's clock."""
+        """When somebody first waited for this to be done, by the pool's clock."""
+        self.queued = False
+        """Is it the worker's to do, among others?"""
 
 
 class Reset(NamedTuple):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ..budget import closing
@@ -29,6 +30,8 @@ from ..sockets.lingering import LONGEST, duplicate, let_go
 from .connections import LIFETIME, Connections, logger_of
 from .critical_section import CriticalSection
 
+CATCH_UP = 5.0
+"""Seconds after which the housekeeper looks whether a listener keeps the worker from other closes."""
 _FIRST_LOOK, _LONGEST_LOOK = 0.0005, 0.02
 """Seconds after which a checkout looks whether what gives way to it is closed: mostly it is soon."""
 _EXECUTES = 1
@@ -50,6 +53,10 @@ class Closer:
         self._worker = worker
         self.renewals: set[Close] = set()
         """What is being closed to be opened again: it is held, by nobody."""
+        self._listened: Close | None = None
+        """Whose listeners keep the worker."""
+        self.remind: Callable[[float], None] = _nothing
+        """Has :meth:`catch_up` called in so many seconds."""
 
     def close(self, item: Close, counts: bool = True) -> None:
         """Close a connection, unless another does, and report that it is closed.
@@ -61,12 +68,23 @@ class Closer:
         slot, was_open = item.slot, item.slot.handle is not None
         armed = self._arm(item)
         try:
-            self._connections.close(item)
+            self._close(item)
         finally:
             # If it is open yet, the next look for something to mend has it closed again.
             if self._is_own(item, armed) and counts and slot.handle is None:
                 slot.reason = None
                 self._section.post(self._ledger.closed, slot, item.reason if was_open else None)
+
+    def _close(self, item: Close) -> None:
+        if not (item.queued and _is_heard(item)):
+            self._connections.close(item)
+            return
+        self._listened = item
+        self.remind(CATCH_UP)
+        try:
+            self._connections.close(item)
+        finally:
+            self._listened = None
 
     def close_to_renew(self, item: Close) -> bool:
         """Close a connection that is to be opened again; return whether its slot is still there for that.
@@ -92,12 +110,13 @@ class Closer:
         :param runtime: the checkout's.
         """
         slot = item.slot
-        heard = getattr(item.entry, "heard", False) and is_seen(slot.socket)
+        heard = _is_heard(item) and is_seen(slot.socket)
         home = slot.home() if slot.home is not None else None
         in_own_loop = home is not None and home.runtime is runtime is not THREADS
         if not heard or in_own_loop:  # there a listener may await, and nothing may block
             self.close(item, counts=False)
             return
+        item.queued = True
         self._worker.submit(functools.partial(self.close, item, counts=False))
         begin, look = time.monotonic(), _FIRST_LOOK
         try:
@@ -117,6 +136,22 @@ class Closer:
         section = self._section
         for item in section.decide(closing.late, self._ledger, self.renewals.copy(), section.clock()):
             self.cut(item)
+
+    @staticmethod
+    def queued(items: Iterable[Any]) -> None:
+        """These are the worker's to do, one after the other."""
+        for item in items:
+            item.queued = True
+
+    def catch_up(self) -> bool:
+        """Cut what waits behind a close whose listener keeps the worker; return whether there is one."""
+        if self._listened is None:
+            return False
+        section = self._section
+        for item in section.decide(closing.late, self._ledger, (), section.clock()):
+            if item.queued and NOT_BEGUN in item.claim:
+                self.cut(item)
+        return True
 
     def cut(self, item: Close, force: bool = False) -> bool:
         """Free a slot before its connection is closed; return False where that can't be.
@@ -149,14 +184,15 @@ class Closer:
 
     def _finish(self, item: Close) -> None:
         """Close what was cut before anybody had begun to close it."""
+        item.queued = True
         try:
-            self._connections.close(item)
+            self._close(item)
         finally:
             self._connections.cut.discard(item.slot)
 
     def _arm(self, item: Close) -> bool:
         """Let it be cut, if listeners may take long."""
-        end = duplicate(item.slot.socket) if getattr(item.entry, "heard", False) else -1
+        end = duplicate(item.slot.socket) if _is_heard(item) else -1
         if end >= 0:
             item.claim.append(end)
         return end >= 0
@@ -171,6 +207,13 @@ class Closer:
             self._connections.cut.discard(item.slot)
             return False
         return True
+
+
+def _nothing(_: float) -> None: ...
+
+
+def _is_heard(item: Close) -> bool:
+    return getattr(item.entry, "heard", False) is True
 
 
 def _taken(item: Close) -> bool:

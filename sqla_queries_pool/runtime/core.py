@@ -112,7 +112,10 @@ class Core:
         self.connections = Connections(section, ledger, lingering, failures)
         self.admission = Admission(section, ledger, self.connections)
         closer = Closer(section, ledger, self.connections, worker)
-        self.upkeep = Upkeep(section, ledger, self.connections, worker, self.housekeeper, self._on_vacant)
+        self.upkeep = Upkeep(
+            section, ledger, self.connections, worker, closer, self.housekeeper, self._on_vacant
+        )
+        closer.remind = self.upkeep.schedule
         self.effects = Effects(
             section,
             ledger,

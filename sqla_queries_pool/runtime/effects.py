@@ -90,6 +90,7 @@ class Effects:
         self.do([item for item in work if isinstance(item, AT_ONCE)])
         closes: Work = [item for item in work if isinstance(item, Close)]
         if closes:
+            self._closer.queued(closes)
             self._worker.submit(lambda: self.do(closes))
         resets: Work = [item for item in work if isinstance(item, Reset)]
         if resets:

@@ -18,6 +18,7 @@ from ..budget.slots import Attachment
 from ..concurrency.housekeeping import Housekeeper, Worker
 from ..logs import logger
 from ..sockets import liveness
+from .closer import CATCH_UP, Closer
 from .connections import DEAD, Connections
 from .critical_section import CriticalSection
 
@@ -45,6 +46,7 @@ class Upkeep:
     :param ledger: the pool's ledger.
     :param connections: the open connections.
     :param worker: closes what takes time.
+    :param closer: is asked whether it does.
     :param housekeeper: the thread that calls :meth:`sweep`.
     :param on_vacant: called when there were no slots and no engines for a while.
     """
@@ -59,6 +61,7 @@ class Upkeep:
         ledger: Ledger,
         connections: Connections,
         worker: Worker,
+        closer: Closer,
         housekeeper: Housekeeper,
         on_vacant: Callable[[], None],
     ) -> None:
@@ -66,6 +69,7 @@ class Upkeep:
         self._ledger = ledger
         self._connections = connections
         self._worker = worker
+        self._closer = closer
         self._housekeeper = housekeeper
         self._on_vacant = on_vacant
         self._mended: deque[str] = deque(maxlen=100)
@@ -74,6 +78,8 @@ class Upkeep:
         """What looked wrong last time, and since when."""
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again, by the pool's clock."""
+        self._catch_up_at = -math.inf
+        """When the closer is to be asked again, by the pool's clock."""
         self._look_at = -math.inf
         """When a waiter may look for something to mend again, by ``time.monotonic``: a look goes through all
         connections."""
@@ -99,6 +105,9 @@ class Upkeep:
                 self.schedule(2 * UNDER_WAY)
                 self._mend_at = -math.inf
         section.effects.do_soon(section.decide(ledger.expire, section.clock()))
+        if self._closer.catch_up() and section.clock() >= self._catch_up_at:
+            self._catch_up_at = section.clock() + CATCH_UP
+            self.schedule(CATCH_UP)
         if ledger.vacant(section.clock()):
             self._on_vacant()
 
