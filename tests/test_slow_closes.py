@@ -117,6 +117,14 @@ def test_a_dispose_in_another_thread_keeps_no_checkout_waiting(
     assert_whole(pool_of(engine), eventually)
 
 
+def test_a_checkout_that_may_not_wait_is_served(slow: Callable[..., tuple[Engine, Listener]]) -> None:
+    """As with QueuePool, which counts nothing that is being closed."""
+    engine, listener = slow()
+    inside.set_timeout(engine.pool, 0.0)
+    disposed(engine, listener)
+    served(engine)
+
+
 def test_neither_do_those_that_are_closed_after_it(slow: Callable[..., tuple[Engine, Listener]]) -> None:
     """The listener runs for all, one after the other, but their slots are free before."""
     engine, listener = slow(3)

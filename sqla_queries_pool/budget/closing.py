@@ -82,16 +82,17 @@ def retire_all(ledger: Ledger) -> Work:
     return work
 
 
-def late(ledger: Ledger, more: Iterable[Close], now: float) -> list[Close]:
-    """Somebody waits for closes: return those that have been waited for for long enough.
+def late(ledger: Ledger, more: Iterable[Close], patience: float, now: float) -> list[Close]:
+    """Somebody waits for closes: return those that were waited for for long enough.
 
     :param more: what is closed to be opened again.
+    :param patience: for how many seconds.
     """
     items = [*more, *(item for ref in ledger.closing.values() if (item := ref()) is not None)]
     for item in items:
         if item.awaited is None:
             item.awaited = now
-    return [item for item in items if item.awaited is not None and now - item.awaited >= GRACE]
+    return [item for item in items if item.awaited is not None and now - item.awaited >= patience]
 
 
 def cut(ledger: Ledger, slot: Slot, now: float) -> Work:

@@ -195,7 +195,7 @@ class Checkouts:
             section.run(ledger.insist, waiter, self._clock(), now >= deadline)
             closes = ledger.closing or self._closer.renewals
             if closes and waiter.answer is None:
-                self._closer.hurry()
+                self._closer.hurry(now >= deadline)
             if waiter.answer is None and attachment.queue_target < math.inf:
                 rejected = section.decide(ledger.reject, waiter, self._clock())
                 if rejected is not None:

@@ -22,9 +22,11 @@ from typing import Any
 
 from ..budget import closing
 from ..budget.ledger import Ledger
+from ..budget.slots import Slot
 from ..budget.work import NOT_BEGUN, Close
 from ..concurrency.housekeeping import Worker
 from ..concurrency.threads import THREADS
+from ..sockets import liveness
 from ..sockets.drivers import is_seen
 from ..sockets.lingering import LONGEST, duplicate, let_go
 from .connections import LIFETIME, Connections, logger_of
@@ -95,7 +97,7 @@ class Closer:
         slot.reason = LIFETIME
         logger_of(entry).info("%s: closing %r: %s", self._section.label, slot, LIFETIME)
         item.claim.clear()
-        armed = own = self._arm(item)
+        armed = self._arm(item)
         self.renewals.add(item)
         try:
             entry.close()
@@ -110,7 +112,7 @@ class Closer:
         :param runtime: the checkout's.
         """
         slot = item.slot
-        heard = _is_heard(item) and is_seen(slot.socket)
+        heard = _is_heard(item) and _has_socket(slot)
         home = slot.home() if slot.home is not None else None
         in_own_loop = home is not None and home.runtime is runtime is not THREADS
         if not heard or in_own_loop:  # there a listener may await, and nothing may block
@@ -131,11 +133,17 @@ class Closer:
 
     # -- what takes long ---------------------------------------------------------------------------
 
-    def hurry(self) -> None:
-        """A checkout waits: cut what has kept checkouts waiting for long enough.  Never waits."""
-        section = self._section
-        for item in section.decide(closing.late, self._ledger, self.renewals.copy(), section.clock()):
+    def hurry(self, last: bool = False) -> None:
+        """A checkout waits: cut what has kept checkouts waiting for long enough.  Never waits.
+
+        :param last: it is about to give up: for however long.
+        """
+        for item in self._late(self.renewals.copy(), 0.0 if last else closing.GRACE):
             self.cut(item)
+
+    def _late(self, more: Iterable[Close], patience: float) -> list[Close]:
+        section = self._section
+        return section.decide(closing.late, self._ledger, more, patience, section.clock())
 
     @staticmethod
     def queued(items: Iterable[Any]) -> None:
@@ -147,8 +155,7 @@ class Closer:
         """Cut what waits behind a close whose listener keeps the worker; return whether there is one."""
         if self._listened is None:
             return False
-        section = self._section
-        for item in section.decide(closing.late, self._ledger, (), section.clock()):
+        for item in self._late((), closing.GRACE):
             if item.queued and NOT_BEGUN in item.claim:
                 self.cut(item)
         return True
@@ -161,7 +168,7 @@ class Closer:
         :param force: also then.
         """
         slot, worker = item.slot, self._worker
-        if slot.handle is not None and not is_seen(slot.socket):
+        if slot.handle is not None and not _has_socket(slot):
             return False
         if not force and _executes(slot.handle):
             return False
@@ -210,6 +217,10 @@ class Closer:
 
 
 def _nothing(_: float) -> None: ...
+
+
+def _has_socket(slot: Slot) -> bool:
+    return liveness.AVAILABLE and is_seen(slot.socket)
 
 
 def _is_heard(item: Close) -> bool:
