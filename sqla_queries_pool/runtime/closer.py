@@ -1,4 +1,4 @@
-"""Closes connections; and where that takes long, has checkouts wait for the server alone (design 39).
+"""Closes connections; and where that takes long, has checkouts wait for the server alone (design 40).
 
 SQLAlchemy calls the ``close`` listeners before it closes a connection, so that they can use it, and they may
 take as long as they like.  A checkout may need the slot before that.  It gives a close
