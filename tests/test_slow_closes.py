@@ -53,10 +53,7 @@ def slow(pg_url: str, pg_observer: Observer) -> Iterator[Callable[..., tuple[Eng
         pg_observer.query(f"ALTER ROLE {role} CONNECTION LIMIT {max_size}")
         engine = create_engine(
             url.set(drivername=f"postgresql+{driver}"),
-            poolclass=QueriesPool,
-            max_size=max_size,
-            pool_timeout=10,
-            **options,
+            **{"poolclass": QueriesPool, "max_size": max_size, "pool_timeout": 10} | options,
         )
         made.append((engine, Listener(engine)))
         return made[-1]
@@ -252,7 +249,7 @@ def test_a_listener_may_use_the_connection(pg_url: str, pool_class: type[Pool]) 
 
 def test_a_statement_of_a_listener_is_waited_for(slow: Callable[..., tuple[Engine, Listener]]) -> None:
     """The server would go on with it, and count it: no slot is free before it has ended."""
-    engine, listener = slow(close_timeout=0.3)
+    engine, listener = slow(poolclass=inside.pool_class(close_timeout=0.3))
     listener.stop.go()
     before: list[Any] = []
 

@@ -291,7 +291,7 @@ class QueriesPool(SQLAlchemyPool):
         elif not seen:
             after = attachment.ping_after
             then = "nothing" if after == math.inf else f"a ping of what was idle for {after:g} s"
-            why = f"{then} tells whether a connection is alive, and ping_timeout and close_timeout do nothing"
+            why = f"{then} tells whether a connection is alive, and ping_timeout does nothing"
             what = f"see the sockets of the driver {getattr(self._dialect, 'driver', name)}"
             self._core.failures(what, why)
 
