@@ -185,6 +185,7 @@ class Closer:
         if end >= 0:
             self._connections.lingering.cut(end, LONGEST)
         self._section.post(closing.cut, self._ledger, slot)
+        self._connections.on_closed()
         if not begun:
             worker.submit(functools.partial(self._finish, item))
         return True
