@@ -87,10 +87,12 @@ def retold(error: Exception) -> Exception:
     copy.copy() takes off the original: psycopg 3).
     """
     text = str(error)
-    try:
-        same = type(error)(text)
-        if str(same) == text:
-            return same
-    except Exception:  # one that is made of something else
-        pass
+    plain = all(isinstance(argument, (int, str)) for argument in error.args)
+    for arguments in (error.args, (text,)) if plain else ((text,),):  # MySQL's drivers have a number in there
+        try:
+            same = type(error)(*arguments)
+            if str(same) == text:
+                return same
+        except Exception:  # one that is made of something else
+            pass
     return QueriesException(f"{type(error).__name__}: {text}")
