@@ -250,10 +250,11 @@ def test_with_asyncpg_an_open_waits_for_the_servers_end_of_a_close(
         await task
         assert pool_of(engine.sync_engine).statistics().connect_errors == 0
         full = create_async_engine(url, poolclass=NullPool)
-        with pytest.raises(exc.DBAPIError) as caught:
+        with pytest.raises(Exception, match="too many connections") as caught:
             await full.connect().start()
-        assert caught.value.orig is not None
-        assert is_full(caught.value.orig)
+        assert is_full(
+            getattr(caught.value, "orig", caught.value)
+        )  # SQLAlchemy's first 2.0 leaves it as it is
         await connection.close()
         await engine.dispose()
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import importlib.util
 import signal
 import socket
@@ -19,6 +21,7 @@ from hazards import driver_connection_of, eventually, new_pid, pool_of
 from mariadb_server import DRIVERS, MariaDB, needs_server
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, exc, make_url
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sqla_queries_pool import PoolManager, QueriesPool
@@ -379,3 +382,107 @@ def test_the_server_never_counts_more_than_the_limit(
     statistics = pool_of(engine).statistics()
     assert statistics.connects > 10 * size
     assert statistics.connect_errors == 0
+
+
+# -- asyncio ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["aiomysql", "asyncmy"])
+def url(request: pytest.FixtureRequest, server: MariaDB) -> str:
+    """With each driver for asyncio that is there; the user has room for three connections."""
+    pytest.importorskip(request.param)
+    kill_all(server)
+    return server.url(request.param, "three")
+
+
+async def fill_there(engine: AsyncEngine) -> None:
+    """Have three idle connections."""
+    async with engine.connect(), engine.connect(), engine.connect():
+        pass
+
+
+def test_a_killed_session_is_found_in_a_loop(server: MariaDB, url: str) -> None:
+    """Without a ping: the socket tells."""
+
+    async def main() -> None:
+        engine = create_async_engine(url, poolclass=QueriesPool, ping_after=None)
+        for _ in range(2):
+            await fill_there(engine)
+            assert await asyncio.to_thread(kill_all, server) == 3
+            for _ in range(3):
+                async with engine.connect() as connection:
+                    await connection.exec_driver_sql("SELECT 1")
+        await engine.dispose()
+
+    asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_a_ping_in_a_loop_ends(server: MariaDB, url: str) -> None:
+    """After ping_timeout; then the pool connects again."""
+
+    async def main() -> None:
+        engine = create_async_engine(proxy.url(url), poolclass=QueriesPool, ping_after=0, ping_timeout=0.2)
+        async with engine.connect():
+            pass
+        proxy.blackhole()
+        connection = engine.connect()
+        task = asyncio.ensure_future(connection.start())
+        while pool_of(engine.sync_engine).statistics().dead == 0:
+            await asyncio.sleep(0.01)
+        proxy.pass_on()
+        await task
+        await connection.close()
+        await engine.dispose()
+
+    with Proxy(server.host, server.port) as proxy:
+        asyncio.run(asyncio.wait_for(main(), 20))
+
+
+def test_in_a_loop_the_limit_is_hard_and_the_server_hears_a_goodbye(server: MariaDB, url: str) -> None:
+    """And the server's refusal is told by its number."""
+
+    async def use(engine: AsyncEngine) -> None:
+        for _ in range(5):
+            async with engine.connect() as connection:
+                await connection.invalidate()
+
+    async def main() -> None:
+        engine = create_async_engine(url, poolclass=QueriesPool, max_size=3)
+        async with engine.connect():
+            pass
+        await asyncio.gather(*[use(engine) for _ in range(6)])
+        assert pool_of(engine.sync_engine).statistics().connects > 10
+        assert pool_of(engine.sync_engine).statistics().connect_errors == 0
+        async with engine.connect(), engine.connect(), engine.connect():
+            with pytest.raises(exc.OperationalError) as caught:
+                await create_async_engine(url, poolclass=NullPool).connect().start()
+            assert caught.value.orig is not None
+            assert is_full(caught.value.orig)
+        await engine.dispose()
+
+    with administrator(server) as query:
+        before = query("SHOW STATUS LIKE 'Aborted_clients'")
+        asyncio.run(asyncio.wait_for(main(), 20))
+        eventually(lambda: not others(query), "they end")
+        assert query("SHOW STATUS LIKE 'Aborted_clients'") == before
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # a loop's own, after a bare close
+@pytest.mark.parametrize("how", ["run", "bare close"])
+def test_a_loop_that_ends_leaves_no_connection(server: MariaDB, url: str, how: str) -> None:
+    """However it ends: with time to close them, or without."""
+    engine = create_async_engine(url, poolclass=QueriesPool)
+    if how == "run":
+        asyncio.run(fill_there(engine))
+    else:
+        loop = asyncio.new_event_loop()
+        loop.run_until_complete(fill_there(engine))
+        loop.close()
+        del loop  # who is told of its end is told by the collector
+
+    def gone() -> bool:
+        gc.collect()
+        return pool_of(engine.sync_engine).statistics().open == 0 and not others(query)
+
+    with administrator(server) as query:
+        eventually(gone, "they end")

@@ -17,6 +17,9 @@ _TERMINATE: Final = b"X\x00\x00\x00\x04"
 """The message with which a client of PostgreSQL says goodbye.
 https://www.postgresql.org/docs/current/protocol-message-formats.html"""
 
+_QUIT: Final = b"\x01\x00\x00\x00\x01"
+"""The same of MySQL: ``COM_QUIT``."""
+
 
 class AsyncDriver(NamedTuple):
     """What is known of one driver."""
@@ -66,6 +69,39 @@ def _end_psycopg(connection: Any) -> None:
     connection.pgconn.finish()
 
 
+def _mysqls(transport_of: Callable[[Any], Any], forget: Callable[[Any], None]) -> AsyncDriver:
+    """Return what is known of a driver of MySQL, none of which has a public way to its socket.
+
+    :param transport_of: the transport of a connection.
+    :param forget: lets a connection forget it, so that it does not complain when it is collected.
+    """
+
+    def end(connection: Any) -> None:
+        # close() says nothing to the server, which counts such a session as aborted (Aborted_clients).
+        with contextlib.suppress(Exception):
+            transport_of(connection).write(_QUIT)
+        connection.close()
+
+    def bury(connection: Any) -> None:
+        transport = transport_of(connection)
+        with contextlib.suppress(Exception):  # "Event loop is closed"
+            transport.close()
+        if (lost := getattr(transport, "_call_connection_lost", None)) is not None:
+            with contextlib.suppress(Exception):  # it has done so
+                lost(None)
+        forget(connection)
+
+    return AsyncDriver(lambda connection: _of_transport(transport_of(connection)), end, bury)
+
+
+def _forget_aiomysqls(connection: Any) -> None:
+    connection._writer = connection._reader = None
+
+
+def _forget_asyncmys(connection: Any) -> None:
+    connection._transport = None
+
+
 def _end_aiosqlite(connection: Any) -> Any:
     return connection.stop()  # its thread closes the connection, and then says so in the loop
 
@@ -77,6 +113,8 @@ def _no_descriptor(_: Any) -> int:
 _KNOWN: Final = {
     "asyncpg": AsyncDriver(lambda c: _of_transport(c._transport), _end_asyncpg, _bury_asyncpg),
     "psycopg": AsyncDriver(lambda c: int(c.fileno()), _end_psycopg, _end_psycopg),
+    "aiomysql": _mysqls(lambda c: c._writer.transport, _forget_aiomysqls),
+    "asyncmy": _mysqls(lambda c: c._transport, _forget_asyncmys),
     "aiosqlite": AsyncDriver(_no_descriptor, _end_aiosqlite, _end_aiosqlite),
 }
 
