@@ -25,7 +25,7 @@ from .errors import (
     TooManyRequests,
 )
 from .insight.snapshot import Diagnosis, Holder, Snapshot, Waiting, snapshot
-from .labels import checkout_label, labelled
+from .labels import checkout_label, checkouts, labelled
 from .pool import Connection, Pool, PoolManager
 
 __all__ = [
@@ -58,6 +58,7 @@ __all__ = [
     "TooManyRequests",
     "Waiting",
     "checkout_label",
+    "checkouts",
     "labelled",
     "snapshot",
 ]

@@ -17,8 +17,8 @@ import sqla_queries_pool
 PACKAGE = Path(sqla_queries_pool.__file__).parent
 NAME = PACKAGE.name
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("budget", "errors", "labels", "logs", "try_lock"),
-    ("concurrency", "host", "parameters", "sockets"),
+    ("budget", "errors", "logs", "try_lock"),
+    ("concurrency", "host", "labels", "parameters", "sockets"),
     ("runtime",),
     ("pool",),
     ("exporters", "insight"),

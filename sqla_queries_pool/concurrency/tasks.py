@@ -22,7 +22,9 @@ import contextvars
 import functools
 import gc
 import itertools
+import math
 import threading
+import time
 import weakref
 from asyncio import AbstractEventLoop, Future, Task
 from collections.abc import AsyncGenerator, Callable, Iterable
@@ -34,6 +36,7 @@ from sqlalchemy.util.concurrency import await_only, greenlet_spawn
 from ..budget.slots import Attachment, Entry
 from ..logs import logger
 from .housekeeping import Worker
+from .late import TooLate, pass_on
 
 _T = TypeVar("_T")
 FOREVER = 1e9
@@ -282,20 +285,29 @@ class Loop:
 
     # -- tasks of ours -----------------------------------------------------------------------------
 
-    def open(self, opening: Callable[[], _T], unwanted: Callable[[_T], None]) -> _T:
+    def open(
+        self, opening: Callable[[], _T], unwanted: Callable[[_T], None], deadline: float = math.inf
+    ) -> _T:
         """Run what opens a connection in a task of its own, and return it.
 
         Cancelled, the caller leaves, and the opening goes on: not every driver can be stopped in the middle,
         and until it is over the connection counts.
 
         :param unwanted: is called with what was opened then.
+        :param deadline: when the caller leaves, too; by ``time.monotonic``.
+        :raises TooLate: the time is over.
         """
         in_background = asyncio.current_task() in self._unfinished
         task = self._start_ours(opening) if in_background else self._start(opening)
         try:
+            if deadline < math.inf:
+                await_only(asyncio.wait({task}, timeout=max(0.0, deadline - time.monotonic())))
+                if not task.done():
+                    raise TooLate
+                return task.result()
             return await_only(asyncio.shield(task))
         except BaseException:
-            task.add_done_callback(functools.partial(_pass_on, unwanted))
+            task.add_done_callback(functools.partial(pass_on, unwanted))
             raise
 
     def _start(self, function: Callable[[], _T]) -> Task[_T]:
@@ -389,12 +401,6 @@ async def _close_idle(loop: Loop, users: Iterable[UsesLoop]) -> None:
         user.loop_ends(loop)
     for _ in range(TURNS):
         await asyncio.sleep(0)
-
-
-def _pass_on(unwanted: Callable[[Any], None], task: Task[Any]) -> None:
-    """A checkout was cancelled while its connection was opened; which was logged where it failed."""
-    if not task.cancelled() and task.exception() is None:
-        unwanted(task.result())
 
 
 async def _nothing() -> None: ...

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextvars
+import functools
 import gc
+import math
 import select
 import threading
+import time
 import weakref
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as NotDone
 from typing import Any, ClassVar, TypeVar
 
 from ..budget.slots import Attachment, Entry
 from .housekeeping import Worker
+from .late import TooLate, pass_on
 
 _T = TypeVar("_T")
 
@@ -137,9 +144,33 @@ class Threads:
         """Return a new waiter: the caller."""
         return ThreadWaiter(attachment, here.caller, label)
 
-    def open(self, opening: Callable[[], _T], _: Callable[[_T], None]) -> _T:
-        """Run what opens a connection, and return it."""
-        return opening()
+    def open(
+        self, opening: Callable[[], _T], unwanted: Callable[[_T], None], deadline: float = math.inf
+    ) -> _T:
+        """Run what opens a connection, and return it.
+
+        A driver's connect can't be stopped from outside.  So with a deadline it runs in a thread of its own;
+        when the time is over its caller leaves, and the opening goes on.
+
+        :param unwanted: is called with what was opened then.
+        :param deadline: by ``time.monotonic``.
+        :raises TooLate: the time is over.
+        """
+        if deadline == math.inf:
+            return opening()
+        future: Future[_T] = Future()
+        run = functools.partial(contextvars.copy_context().run, _keep, future, opening)
+        threading.Thread(target=run, name="sqla_queries_pool-opening", daemon=True).start()
+        try:
+            return future.result(max(0.0, deadline - time.monotonic()))
+        except BaseException as error:
+            if future.done() and future.exception() is error:
+                raise
+            # It may be done by now: then this is called at once.
+            future.add_done_callback(functools.partial(pass_on, unwanted))
+            if isinstance(error, NotDone):
+                raise TooLate from None
+            raise
 
     def submit(self, worker: Worker, job: Callable[[], None]) -> bool:
         """Have ``job`` run in the background; return False where it can't be."""
@@ -160,6 +191,15 @@ class Threads:
     def collect(self) -> None:
         """Collect all garbage."""
         gc.collect()
+
+
+def _keep(future: Future[_T], opening: Callable[[], _T]) -> None:
+    try:
+        result = opening()
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(result)
 
 
 THREADS = Threads()

@@ -11,13 +11,14 @@ from typing import Any
 
 from sqlalchemy import exc
 
-from ..budget.slots import Permit, Rejected, Waiter
+from ..budget.slots import Permit, Rejected, Slot, Waiter
+from ..concurrency.late import TooLate
 from ..errors import PoolDeadlock
 from ..insight import deadlock, stacks
 from ..insight.diagnosis import rejected
 from ..insight.report import checkout_timeout
 from ..insight.snapshot import Diagnosis
-from ..labels import checkout_label
+from ..labels import checkout_deadline, checkout_label
 from ..pool.manager import everywhere
 from . import probe
 from .failover import STANDBY
@@ -50,8 +51,17 @@ class Attempt:
         self._timeout = math.inf if timeout is None else timeout
         self._since = self._core.now()
         """Since when it waits, by the pool's clock: its place in the queue."""
-        self._deadline = time.monotonic() + self._timeout
+        begin = time.monotonic()
+        self._deadline = begin + self._timeout
         """When its time is over, by ``time.monotonic``."""
+        self._whose = ""
+        """Who has stated :attr:`_deadline`, where there was a choice."""
+        stated = checkout_deadline.get()
+        if stated is not None:
+            self._whose = f"timeout={timeout:g} of the engine" if timeout is not None else ""
+            if stated.at < self._deadline:
+                self._deadline, self._whose = stated.at, stated.whose
+                self._timeout = max(0.0, round(stated.at - begin, 3))
         self._stages = Stages()
         self._refusal: Exception | None = None
         """The last error of the server that it could not use."""
@@ -79,8 +89,13 @@ class Attempt:
                 slot.label, slot.stack = checkout_label.get(), self._found
                 if isinstance(entry, Permit):
                     self._stages.enter(OPENING)
-                    return open_connection(self._pool, entry, self._deadline)
+                    return open_connection(self._pool, entry, self._deadline, self._leaves_at)
                 return self._usable(entry)
+            except TooLate:
+                self._core.section.decide(_leave, entry.slot, self._pool._sides.here.runtime.here.caller)
+                late = self._timed_out()
+                self._stages.note(late, self._core.section.label)
+                raise late from late.__cause__
             except Refused as error:
                 again, self._refusal = True, error.refusal or self._refusal
             except Exception as error:
@@ -99,6 +114,11 @@ class Attempt:
             raise Refused(None)
         return entry
 
+    @property
+    def _leaves_at(self) -> float:
+        """When it leaves what it has begun, by ``time.monotonic``: where a block has stated a deadline."""
+        return self._deadline if self._whose else math.inf
+
     def _timed_out(self) -> Exception:
         return self._got_nothing(self._timeout, self._deadlock, early=False)
 
@@ -109,7 +129,8 @@ class Attempt:
         :param found: why, where that is known.
         :param early: did it stop before its timeout, for that reason?
         """
-        error = checkout_timeout(self._pool._shared, self._pool._sides.here, seconds, found, early)
+        whose = "" if early else self._whose
+        error = checkout_timeout(self._pool._shared, self._pool._sides.here, seconds, found, early, whose)
         level = logging.WARNING if isinstance(error, PoolDeadlock) else logging.INFO
         self._pool.logger.log(level, "%s", error.args[0].partition("\n")[0])
         return error
@@ -147,6 +168,12 @@ class Attempt:
         enough = record.attachment.ping_after and pool._recycle < 0
         if enough and not slot.suspect and not slot.poll(0) and not slot.suspect:
             return record
+        if self._whose:
+            return _opened(pool, functools.partial(self._made_usable, record), self._leaves_at)
+        return self._made_usable(record)
+
+    def _made_usable(self, record: Record) -> Record:
+        pool, slot = self._pool, record.slot
         try:
             if record.dbapi_connection is not None:
                 self._stages.enter(PROBING)
@@ -180,23 +207,35 @@ class Attempt:
             record.invalidate(exc.DisconnectionError("found dead before it was used"))
 
 
-def open_connection(pool: Any, permit: Permit, deadline: float = math.inf) -> Record:
+def _leave(slot: Slot, caller: Any) -> None:
+    """What a caller has begun goes on without it; inside the section, for it may be another's by now."""
+    if slot.holder is caller:
+        slot.holder = None
+
+
+def open_connection(
+    pool: Any, permit: Permit, deadline: float = math.inf, leaves_at: float = math.inf
+) -> Record:
     """Open a connection by a permit; the caller holds it then.
 
     :param deadline: until when it may wait for another loop that opens the first one, by ``time.monotonic``.
+    :param leaves_at: when its caller leaves, by the same clock.
+    :raises TooLate: its caller has left: what is opened goes to the next one.
     :raises Refused: the server has refused, and it is worth trying again; or the time was over.
     :raises Exception: the driver's; the slot was given back.
     """
-    return _opened(pool, functools.partial(_open, pool, permit, deadline))
+    return _opened(pool, functools.partial(_open, pool, permit, deadline), leaves_at)
 
 
-def _opened(pool: Any, opening: Callable[[], Record]) -> Record:
+def _opened(pool: Any, opening: Callable[[], Record], leaves_at: float = math.inf) -> Record:
     """Have the runtime open a connection.  Where its caller leaves meanwhile, it goes to the next one."""
 
     def unwanted(record: Record) -> None:
         pool._core.checkouts.give_unused(record.attachment, record)
 
-    record: Record = pool._sides.runtime.open(opening, unwanted)
+    if pool._identity.in_memory:  # SQLite's may be used in the thread alone that has opened it
+        leaves_at = math.inf
+    record: Record = pool._sides.runtime.open(opening, unwanted, leaves_at)
     return record
 
 

@@ -26,12 +26,14 @@ def checkout_timeout(
     timeout: float,
     found: Diagnosis | None = None,
     early: bool = True,
+    whose: str = "",
 ) -> CheckoutTimeout:
     """Return the error for a checkout that got no connection; its cause is the last connect error.
 
     :param timeout: for how many seconds it waited.
     :param found: a deadlock, or why the pool rejected it.
     :param early: did it stop waiting for that reason before its timeout?
+    :param whose: who has stated the timeout, where there was a choice.
     """
     early = early and found is not None
     deadlock = found is not None and found.kind not in REJECTED
@@ -54,7 +56,8 @@ def checkout_timeout(
     advice = f"Most likely {likely.cause}. {likely.remedy}"
     if found is None or deadlock:
         kind: type[CheckoutTimeout] = PoolDeadlock if early else CheckoutTimeout
-        what = f"had no connection within {timeout:{'.1f' if early else 'g'}} s: "
+        stated = f" ({whose})" if whose else ""
+        what = f"had no connection within {timeout:{'.1f' if early else 'g'}} s{stated}: "
     else:
         kind = TooManyRequests
         what = f"rejected a checkout after {timeout:.1f} s because {found.cause}: "
