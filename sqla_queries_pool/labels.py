@@ -1,4 +1,4 @@
-"""What application code says of its checkouts: what they are for, and until when they are of use.
+"""What application code says of its checkouts: what they are for, of which class, and until when.
 
 Context variables: each thread and each task has its own, and a task inherits those of the one that starts it.
 A checkout that finds an idle connection reads the label alone.
@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from typing import Final, NamedTuple
 
+from .budget.slots import OTHER
 from .errors import ParameterError
 
 
@@ -27,6 +28,10 @@ class Deadline(NamedTuple):
 
 checkout_label: Final[ContextVar[str | None]] = ContextVar("sqla_queries_pool.checkout_label", default=None)
 """A request id, an endpoint, the name of a job: what is checked out while it is set carries it."""
+checkout_caller: Final[ContextVar[str | None]] = ContextVar("sqla_queries_pool.checkout_caller", default=None)
+"""The class of callers that the innermost block has stated."""
+known_classes: Final[set[str]] = set()
+"""All classes that an engine of this process has stated: a name that is misspelt is an error at once."""
 checkout_deadline: Final[ContextVar[Deadline | None]] = ContextVar(
     "sqla_queries_pool.checkout_deadline", default=None
 )
@@ -34,7 +39,9 @@ checkout_deadline: Final[ContextVar[Deadline | None]] = ContextVar(
 
 
 @contextlib.contextmanager
-def checkouts(*, timeout: float | None = None, label: str | None = None) -> Iterator[None]:
+def checkouts(
+    *, timeout: float | None = None, label: str | None = None, caller: str | None = None
+) -> Iterator[None]:
     """Say something of all checkouts of a block, in this thread or task.
 
     Blocks nest.  What an inner one does not state is as in the outer one; a deadline can only become earlier.
@@ -42,8 +49,15 @@ def checkouts(*, timeout: float | None = None, label: str | None = None) -> Iter
     :param timeout: seconds from now in which checkouts may wait, open and ping; 0 for not at all.  Where an
         engine's own ``timeout`` ends earlier, that counts.  None states nothing.
     :param label: what to show of them; shown where reports are, so no secret.  None states nothing.
-    :raises ParameterError: the timeout is no number of seconds.
+    :param caller: their class, one of an engine's ``classes``, or ``other`` for none of them; a pool that
+        does not know it counts them to the engine's own ``caller``.  None states nothing.
+    :raises ParameterError: the timeout is no number of seconds; engines have classes, and none has this.
     """
+    if caller not in (None, OTHER) and known_classes and caller not in known_classes:
+        known = ", ".join(sorted(known_classes))
+        raise ParameterError(
+            f"checkouts(caller={caller!r}) is not valid: no engine has that class, but {known}"
+        )
     with contextlib.ExitStack() as stack:
         if timeout is not None:
             deadline, outer = _deadline(timeout, label), checkout_deadline.get()
@@ -51,6 +65,8 @@ def checkouts(*, timeout: float | None = None, label: str | None = None) -> Iter
                 stack.callback(checkout_deadline.reset, checkout_deadline.set(deadline))
         if label is not None:
             stack.callback(checkout_label.reset, checkout_label.set(label))
+        if caller is not None:
+            stack.callback(checkout_caller.reset, checkout_caller.set(caller))
         yield
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 import enum
 import math
 import os
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 from sqlalchemy.pool.base import ResetStyle
@@ -26,6 +27,12 @@ class Unstated(enum.Enum):
 
 
 UNSTATED: Final = Unstated.UNSTATED
+
+_CLASS: Final = re.compile(r"[\w.-]{1,40}")
+_CLASSES: Final = (
+    "{'web': {'min': 6, 'weight': 4}, 'background': {'max': 4}}, or in a text "
+    "web:min=6,weight=4;background:max=4, or None"
+)
 
 QUEUEPOOL_SIZE: Final = 5
 """QueuePool's default ``pool_size``."""
@@ -149,6 +156,67 @@ def queuepool_max_size(pool_size: object, max_overflow: object) -> int | Unstate
     if size + overflow == math.inf:
         raise _error("pool_size", pool_size, "a smaller number of connections, or 0 for no limit")
     return int(size + overflow)
+
+
+def caller(name: str, value: object) -> str | None:
+    """Return the name of a class of callers, or None.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    if value is None or (isinstance(value, str) and _CLASS.fullmatch(value)):
+        return value
+    raise _error(name, value, "the name of a class: letters, digits, '_', '-' and '.', or None")
+
+
+def classes(name: str, value: object) -> dict[str, dict[str, float]] | None:
+    """Return what is stated of each class of callers, or None.
+
+    :param value: a dictionary of dictionaries, or text: ``web:min=6,weight=4;background:max=4``.
+    :raises ParameterError: for anything else, with the class and what to write.
+    """
+    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none")):
+        return None
+    stated = _classes_of_text(name, value) if isinstance(value, str) else value
+    if not isinstance(stated, Mapping) or not all(isinstance(terms, Mapping) for terms in stated.values()):
+        raise _error(name, value, _CLASSES)
+    return {caller(f"a class of {name}", each) or "": _terms(name, each, stated[each]) for each in stated}
+
+
+def _classes_of_text(name: str, value: str) -> dict[str, dict[str, str]]:
+    found: dict[str, dict[str, str]] = {}
+    for part in value.split(";"):
+        each, _, terms = part.partition(":")
+        each = each.strip()
+        if each in found:
+            raise ParameterError(f"{name}: the class {shown(each)} is given twice: remove one of them")
+        pairs = [term.partition("=") for term in terms.split(",") if term.strip()]
+        found[each] = {key.strip(): number.strip() for key, _, number in pairs}
+        if not each or len(found[each]) < len(pairs):
+            raise _error(name, value, _CLASSES)
+    return found
+
+
+def _terms(name: str, each: str, stated: Mapping[str, object]) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for key, value in stated.items():
+        number, where = _number(value), f"{name}: {key} of the class {each!r}"
+        whole = number is not None and float(number).is_integer()
+        if key == "weight":
+            if number is None or not number > 0:
+                raise _error(where, value, "a number above zero")
+            found[key] = number
+        elif key in ("min", "max"):
+            if number is None or not whole or number < (key == "max"):
+                least = "at least 1" if key == "max" else "zero or more"
+                raise _error(where, value, f"a whole number of connections, {least}")
+            found[key] = int(number)
+        else:
+            raise ParameterError(f"{name}: {shown(key)} of the class {each!r} is not known: write {_CLASSES}")
+    if found.get("min", 0) > found.get("max", math.inf):
+        raise ParameterError(
+            f"{name}: the class {each!r} has min={found['min']}, above its max={found['max']}: lower its min"
+        )
+    return found
 
 
 def one_of(name: str, value: object, words: tuple[str, ...]) -> str:

@@ -8,11 +8,11 @@ from __future__ import annotations
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
-from sqla_queries_pool.budget import closing, locks
+from sqla_queries_pool.budget import classes, closing, locks
 from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.budget.choice import PATIENCE, may_wait
 from sqla_queries_pool.budget.ledger import LOWERED, Ledger
@@ -21,6 +21,7 @@ from sqla_queries_pool.budget.queue import LONGEST, WORTH_IT
 from sqla_queries_pool.budget.slots import (
     HELD,
     LOCKED,
+    OTHER,
     TRANSITIONS,
     Attachment,
     EntryRef,
@@ -28,6 +29,7 @@ from sqla_queries_pool.budget.slots import (
     Quota,
     Rejected,
     Slot,
+    Terms,
 )
 from sqla_queries_pool.budget.work import Close, Due, Reset, Resetter, Wake
 
@@ -40,6 +42,7 @@ class Session:
     """Who locks connections through the queries API."""
 
 
+NO_CLASSES: Mapping[str, Terms] = {}
 STATE: Any = vars(Slot)["state"]
 """What the state of a slot is stored in."""
 SEEN: Counter[tuple[str, str]] = Counter()
@@ -90,6 +93,7 @@ class CheckedWaiter:
         self.since = self.stood_still = 0.0
         self.before = 0
         self.label: str | None = None
+        self.caller_class: str | None = None
         self.queue = queue
         """The waiters of the same engine, in order of arrival, as the tests count them."""
         self.opened = False
@@ -109,7 +113,8 @@ class CheckedWaiter:
         assert entry is not None
         assert self._answer is None, "answered twice"
         assert self in self.queue, "answered, but it does not wait"
-        assert self.queue[0] is self, "answered out of turn"
+        same = [waiter for waiter in self.queue if waiter.caller_class == self.caller_class]
+        assert same[0] is self, "answered out of turn"
         self.queue.remove(self)
         self._answer = entry
 
@@ -156,6 +161,8 @@ class Simulator:
         """What the process from which this one was forked had."""
         self.kept: list[Any] = []
         """What a test keeps alive."""
+        self.caller: str | None = None
+        """The class of the next checkouts; None for that of their engine."""
         self.sound = True
         """Did the last operation end, and was nothing found wrong after it?"""
         self.sweep()  # PoolManager.create does so, too
@@ -190,11 +197,16 @@ class Simulator:
         idle = any(a.idle for a in self.queues) or self.ledger.by_hand.idle
         for attachment, queue in self.queues.items():
             room = not attachment.quota.full and len(self.ledger.slots) < self.ledger.limit
-            stands = bool(queue) and self.now - self.moved[attachment][1] >= LONGEST
+            first = self.ledger.first(attachment)
+            # With classes another one may have moved meanwhile.
+            stands = first is queue[0] if queue else False
+            stands = stands and self.now - self.moved[attachment][1] >= LONGEST and not self.classes
             assert not (room and stands), "waits for what is out, and could have connected meanwhile"
             longest = max(PATIENCE, self.ledger.mean_connect)
-            patient = bool(queue) and self.now - queue[0].since >= longest
-            patient = patient and not may_wait(self.ledger, attachment, queue[0].holder, self.now)
+            patient = first is not None and (
+                self.now - first.since >= longest
+                and not may_wait(self.ledger, attachment, first.holder, self.now)
+            )
             assert not (patient and idle and not attachment.quota.full), "waits beside what is idle"
 
     def _run(self, operation: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -236,6 +248,8 @@ class Simulator:
         ledger = self.ledger
         check(ledger)
         everyone = [a for ref in ledger.attachments if (a := ref())]
+        for name, terms in self.classes.items():
+            assert len(self.used_by(name)) <= terms.max, f"class {name} has more than its ceiling"
         for attachment in everyone:
             queue = self.queues[attachment]
             assert list(attachment.queue) == queue, "the queue is not the one that formed"
@@ -290,16 +304,52 @@ class Simulator:
     # -- engines -----------------------------------------------------------------------------------
 
     def engine(
-        self, ceiling: float | None = None, ttl: float = 60.0, lifo: bool = True, quota: Quota | None = None
+        self,
+        ceiling: float | None = None,
+        ttl: float = 60.0,
+        lifo: bool = True,
+        quota: Quota | None = None,
+        stated: Mapping[str, Terms] = NO_CLASSES,
+        caller: str | None = None,
     ) -> Attachment:
         """Attach an engine; with ``quota`` one that was made by ``recreate()``."""
         attachment = Attachment(quota or Quota(ceiling), ttl, lifo)
+        attachment.classes, attachment.caller = stated, caller
+        if stated:
+            classes.use(self.ledger, lambda attachment: self.caller or attachment.caller or OTHER)
         self.queues[attachment] = []
         self.decide(self.ledger.attach, attachment, self._engine_died, self.now)
         return attachment
 
     def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
         self.inbox.append((self.ledger.detach, (ref,)))
+
+    # -- classes of callers ------------------------------------------------------------------------
+
+    @property
+    def classes(self) -> Mapping[str, Terms]:
+        """The classes that there are."""
+        return self.ledger.classes if isinstance(self.ledger, classes.ClassLedger) else NO_CLASSES
+
+    def used_by(self, name: str) -> list[Slot]:
+        """What a class has, or opens: counted otherwise than the ledger does."""
+        used = [s for s in self.ledger.slots if s.state in ("opening", HELD) and s.holder is not None]
+        return [slot for slot in used if slot.caller_class == name]
+
+    def _below_floor(self, attachment: Attachment, entry: Any) -> list[CheckedWaiter]:
+        """Those of whom one is to have what is returned now: of classes below their floors."""
+        ledger, slot = self.ledger, entry.slot
+        if self.refusals or slot.generation < attachment.retired or len(ledger.slots) > ledger.limit:
+            return []
+        found = []
+        for other, queue in self.queues.items():
+            fits = other.quota is attachment.quota or not other.quota.full
+            for waiter in queue if fits else ():
+                terms = self.classes.get(waiter.caller_class or OTHER, Terms())
+                used = [s for s in self.used_by(waiter.caller_class or OTHER) if s is not slot]
+                if len(used) < terms.min:
+                    found.append(waiter)
+        return found
 
     # -- slots -------------------------------------------------------------------------------------
 
@@ -311,7 +361,12 @@ class Simulator:
         out = any(slot.holder is not holder for slot in others)
         waits = fresh and out and self.ledger.mean_connect >= WORTH_IT and not self.refusals
         entry = self.decide(self.ledger.take, attachment, holder, self.now)
-        assert entry is None or not (fresh and queue), "a newcomer has overtaken a waiter"
+        same = [
+            w
+            for w in queue
+            if not self.classes or w.caller_class == (self.caller or attachment.caller or OTHER)
+        ]
+        assert entry is None or not (fresh and same), "a newcomer has overtaken a waiter"
         assert not (waits and isinstance(entry, Permit)), "opens another although one is out"
         return entry
 
@@ -361,7 +416,10 @@ class Simulator:
 
     def give(self, attachment: Attachment, entry: Any) -> None:
         """A check-in."""
+        urgent = [] if self.inbox else self._below_floor(attachment, entry)
         self.decide(self.ledger.give, attachment, entry, self.now)
+        served = [waiter for waiter in urgent if waiter.answer is not None]
+        assert served or not urgent, "a class below its floor waits, and another one was served"
 
     def use_permit(self, attachment: Attachment, permit: Permit) -> Record:
         """Open what it permits to open; the record is held."""

@@ -26,7 +26,17 @@ from ledger_fakes import CheckedWaiter, Handle, Record, Session, Simulator
 
 from sqla_queries_pool.budget import closing
 from sqla_queries_pool.budget.ledger import LOWERED, Ledger
-from sqla_queries_pool.budget.slots import CLOSING, HELD, IDLE, LOCKED, Attachment, NotHeld, Permit, Slot
+from sqla_queries_pool.budget.slots import (
+    CLOSING,
+    HELD,
+    IDLE,
+    LOCKED,
+    Attachment,
+    NotHeld,
+    Permit,
+    Slot,
+    Terms,
+)
 from sqla_queries_pool.budget.work import Close
 
 T = TypeVar("T")
@@ -34,6 +44,13 @@ which = st.integers(0, 23)
 ceilings = st.sampled_from([None, 1, 2, 3, 4, math.inf])
 limits = st.sampled_from([None, 1, 2, 3, 4, 5, math.inf])
 ttls = st.sampled_from([0.5, 5.0, 60.0, math.inf])
+statements: st.SearchStrategy[dict[str, Terms]] = st.sampled_from(
+    [
+        {},
+        {"a": Terms(min=1, weight=4), "b": Terms(max=1)},
+        {"a": Terms(min=2, max=3), "b": Terms(min=1, weight=0.5), "other": Terms(max=2)},
+    ]
+)
 
 
 def chosen(number: int, things: Sequence[T]) -> T:
@@ -96,17 +113,24 @@ class LedgerMachine(RuleBasedStateMachine):
         self.locks: list[Lock] = []
         self.connects_take = 0.0
         """Seconds."""
+        self.stated: dict[str, Terms] = {}
+        """The classes of callers that all engines state."""
 
     @initialize(
         limit=limits,
         several=st.lists(st.tuples(ceilings, ttls, st.booleans()), min_size=1, max_size=3),
         connects_take=st.sampled_from([0.0, 0.02, 0.4]),
+        stated=statements,
     )
     def begin(
-        self, limit: float | None, several: list[tuple[float | None, float, bool]], connects_take: float
+        self,
+        limit: float | None,
+        several: list[tuple[float | None, float, bool]],
+        connects_take: float,
+        stated: dict[str, Terms],
     ) -> None:
         """A pool has engines."""
-        self.connects_take = connects_take
+        self.connects_take, self.stated = connects_take, stated
         for ceiling, ttl, lifo in several:
             self.attach(ceiling, ttl, lifo)
         self.set_limit(limit)
@@ -121,6 +145,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def check_out(self, n: int, phases: int) -> None:
         """Take, or wait."""
         engine = chosen(n, self.engines)
+        self.simulator.caller = (None, "a", "b")[n // 8]
         entry = self.simulator.take(engine.attachment, object())
         if entry is None:
             entry = self.simulator.wait(engine.attachment)
@@ -209,7 +234,8 @@ class LedgerMachine(RuleBasedStateMachine):
         """It is, if the queue before it is as long as it may be, or is overloaded and it waited for long."""
         engine, waiter = chosen(n, self.waiting)
         before = list(self.simulator.queues[engine.attachment])
-        place = before.index(waiter) if waiter in before else -1
+        same = [other for other in before if other.caller_class == waiter.caller_class]
+        place = same.index(waiter) if waiter in same else -1
         away = self.simulator.reject(waiter, new)
         if away is not None:
             too_long = new and place >= engine.attachment.max_waiting
@@ -261,7 +287,7 @@ class LedgerMachine(RuleBasedStateMachine):
         if isinstance(entry, CheckedWaiter):
             self.waiting.append((engine, entry))
         else:
-            assert not queue, "overtakes a waiter"
+            assert self.stated or not queue, "overtakes a waiter"
             self.received(engine, entry, 3, since)
 
     def failed(self, opening: Opening) -> None:
@@ -459,7 +485,10 @@ class LedgerMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.engines) < 4)
     @rule(ceiling=ceilings, ttl=ttls, lifo=st.booleans())
     def attach(self, ceiling: float | None, ttl: float, lifo: bool) -> None:
-        self.engines.append(Engine(self.simulator.engine(ceiling, ttl, lifo)))
+        caller = "b" if lifo and self.stated else None
+        self.engines.append(
+            Engine(self.simulator.engine(ceiling, ttl, lifo, stated=self.stated, caller=caller))
+        )
         if not lifo:  # any of them, so that others have neither
             attachment = self.engines[-1].attachment
             attachment.max_waiting, attachment.queue_target = 2, 0.05
@@ -479,7 +508,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if engine.disposals:
             self.simulator.decide(closing.retire, self.ledger, old)
             engine.retire()
-        self.engines.append(Engine(self.simulator.engine(ttl=old.own_ttl, quota=old.quota)))
+        self.engines.append(
+            Engine(self.simulator.engine(ttl=old.own_ttl, quota=old.quota, stated=self.stated))
+        )
         del engine, old
         if dies or len(self.engines) > 5:
             self.drop(n, late)

@@ -87,7 +87,7 @@ def test_the_url_takes_all_of_them_and_gives_the_driver_none() -> None:
     values |= {option.name or name: "1" for name, option in OPTIONS.items() if "timeout" in name}
     values |= {"max_size": "5", "min_size": "1", "max_waiting": "1", "queue_target": "1", "pool_id": "x"}
     values |= {"on_deadlock": "warn", "pool_recycle": "60", "pool_reset_on_return": "commit", "idle_ttl": "1"}
-    values |= {"share": "none"}
+    values |= {"share": "none", "classes": "web:min=2,weight=4;background:max=4", "caller": "web"}
     for taken in ("pool_size", "max_overflow"):  # other words for max_size
         del values[taken]
     url = make_url("postgresql+psycopg2://me@host/shop").update_query_dict({"plugin": "queries", **values})
@@ -95,6 +95,7 @@ def test_the_url_takes_all_of_them_and_gives_the_driver_none() -> None:
     assert type(engine.pool) is QueriesPool
     assert engine.url.query == {}
     assert (engine.pool.settings.leak_after, engine.pool.settings.on_deadlock) == (1.0, "warn")
+    assert engine.pool.settings.classes == {"web": {"min": 2, "weight": 4.0}, "background": {"max": 4}}
 
 
 def test_there_are_few_of_them() -> None:

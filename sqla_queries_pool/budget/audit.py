@@ -164,12 +164,13 @@ def check(ledger: Ledger, now: float = -math.inf) -> None:
 
 
 def _could_be_served(ledger: Ledger, now: float) -> bool:
-    if any(attachment.idle for attachment in ledger.queues):
+    firsts = [(a, first) for a in ledger.queues if (first := ledger.first(a)) is not None]
+    if any(attachment.idle for attachment, _ in firsts):
         return True
     if ledger.backoff.pausing(now):
         return False
-    for attachment in ledger.queues:
-        quota, first = attachment.quota, next(iter(attachment.queue))
+    for attachment, first in firsts:
+        quota = attachment.quota
         if may_wait(ledger, attachment, first.holder, now):
             continue
         if not quota.full and len(ledger.slots) < ledger.limit:

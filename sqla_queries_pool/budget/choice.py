@@ -33,7 +33,7 @@ def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: flo
 
     :param hollow: it has no connection: the waiter that gets it connects.
     """
-    own = next(iter(attachment.queue), None)
+    own = ledger.first(attachment)
     mine = attachment.quota
     # Its slot frees a place under its own quota, so engines of that quota are never too full.
     others = [
@@ -43,7 +43,18 @@ def next_for(ledger: LedgerState, attachment: Attachment, hollow: bool, now: flo
     ]
     if own is None and not hollow:  # then it stays, unless another engine's waiter may insist
         others = [w for w in others if w.attachment.kin(attachment) or may_insist(w, now)]
-    oldest = min(others, key=arrival, default=None)
+    return between(ledger, attachment, own, min(others, key=arrival, default=None), hollow, now)
+
+
+def between(
+    ledger: LedgerState,
+    attachment: Attachment,
+    own: Waiter | None,
+    oldest: Waiter | None,
+    hollow: bool,
+    now: float,
+) -> Waiter | None:
+    """Choose between an attachment's first waiter and the oldest of the others, for a slot of its own."""
     if own is None or oldest is None:
         return own or oldest
     first = oldest.since < own.since
@@ -72,7 +83,7 @@ def may_wait(ledger: LedgerState, attachment: Attachment, holder: Any, now: floa
     """
     if ledger.mean_connect < WORTH_IT or ledger.backoff.refusals:
         return False
-    if attachment.queue and attachment.pace.opens(len(attachment.queue), now):
+    if (wanting := ledger.wanting(attachment)) and attachment.pace.opens(wanting, now):
         return False
     return any(slot.holder is not holder for slot in ledger.held_of(attachment))
 
@@ -81,15 +92,15 @@ def look_in(ledger: LedgerState, waiter: Waiter, now: float) -> float:
     """Return after how many seconds a waiter asks again, because by then it may open a connection, or is
     rejected; ``inf`` for neither.  Takes no lock."""
     attachment, target, seconds = waiter.attachment, waiter.attachment.queue_target, math.inf
-    full = attachment.quota.full or len(ledger.slots) >= ledger.limit
+    full = attachment.quota.full or len(ledger.slots) >= ledger.limit or ledger.barred(waiter)
     if attachment.pace.price and not full and not ledger.backoff.refusals:
-        seconds = attachment.pace.look_in(len(attachment.queue), waiter.since, now)
+        seconds = attachment.pace.look_in(ledger.wanting(attachment), waiter.since, now)
     if target < math.inf:
-        seconds = min(seconds, attachment.pace.overdue_in(waiter.since, target, now))
+        seconds = min(seconds, ledger.pace_of(waiter).overdue_in(waiter.since, target, now))
     return seconds
 
 
-def why_rejected(waiter: Waiter, now: float, new: bool) -> Rejected | None:
+def why_rejected(ledger: LedgerState, waiter: Waiter, now: float, new: bool) -> Rejected | None:
     """Return why a waiter may not wait, or not for longer, or None.
 
     :param new: it has just joined, so the length of the queue counts.
@@ -97,13 +108,13 @@ def why_rejected(waiter: Waiter, now: float, new: bool) -> Rejected | None:
     attachment = waiter.attachment
     queue, target = attachment.queue, attachment.queue_target
     newest = new and len(queue) > attachment.max_waiting
-    if newest and list(queue).index(waiter) >= attachment.max_waiting:
+    if newest and ledger.ahead_of(waiter) >= attachment.max_waiting:
         return Rejected(
             QUEUE_FULL,
             f"the queue is full (max_waiting={attachment.max_waiting})",
         )
-    if now - waiter.since >= target and attachment.pace.overloaded(target, now):
-        behind = now - attachment.pace.in_time
+    if now - waiter.since >= target and ledger.pace_of(waiter).overloaded(target, now):
+        behind = now - ledger.pace_of(waiter).in_time
         return Rejected(
             OVERLOAD,
             f"the pool is overloaded (for {behind:.1f} s the queue was never empty and slower than "

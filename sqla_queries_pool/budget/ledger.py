@@ -144,12 +144,16 @@ class Ledger(LedgerState):
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
         if connects and not self.backoff.may_connect(now):
             waiter = None if hollow else next(iter(attachment.queue), None)
+        return self._pass_on(attachment, entry, waiter, now)
+
+    def _pass_on(self, attachment: Attachment, entry: Any, waiter: Waiter | None, now: float) -> Work:
+        """Give what was returned to a waiter, whichever engine's, or to the idle ones."""
         if waiter is None:
             return self._idle_again(attachment, entry, now)
         if waiter.attachment is attachment:
             # Direct hand-over: never idle in between, so no newcomer can overtake.
             return [self._answer(waiter, self._hold(entry, waiter.holder, now), now)]
-        self._remove(slot)
+        self._remove(entry.slot)
         permit = self._permit(waiter.attachment, waiter.holder, now, entry)
         return [self._answer(waiter, permit, now), *self.serve(now)]
 
@@ -184,7 +188,7 @@ class Ledger(LedgerState):
         self.backoff.may_connect(now)
         if attachment.queue:
             out = sum(1 for _ in self.held_of(attachment))
-            attachment.pace.opened(len(attachment.queue), out, self.mean_connect, now)
+            attachment.pace.opened(self.wanting(attachment), out, self.mean_connect, now)
         return self._permit(attachment, holder, now, evicts)
 
     def _permit(self, attachment: Attachment, holder: Any, now: float, evicts: Any) -> Permit:
@@ -230,8 +234,7 @@ class Ledger(LedgerState):
         if waiter not in queue:
             return []
         work: Work = []
-        while queue:
-            first = next(iter(queue))  # nobody overtakes, also not by insisting
+        while (first := self.first(waiter.attachment)) is not None:  # nobody overtakes, also not by insisting
             insist = last or choice.may_insist(first, now)
             permit = self._open(first.attachment, first.holder, now, insist, last)
             if permit is None:
@@ -250,7 +253,7 @@ class Ledger(LedgerState):
         """
         if waiter not in waiter.attachment.queue:
             return None
-        why = choice.why_rejected(waiter, now, new)
+        why = choice.why_rejected(self, waiter, now, new)
         if why is not None:
             self._leave_queue(waiter)
         return why
@@ -275,7 +278,7 @@ class Ledger(LedgerState):
             attachment.pace.was(len(attachment.queue), now)
             attachment.pace.served += entry.slot.state is HELD
         if attachment.queue_target < math.inf:
-            attachment.pace.was_served(waited, attachment.queue_target, now)
+            self.pace_of(waiter).was_served(waited, attachment.queue_target, now)
         self.mean_wait += (waited - self.mean_wait) / 16
         self.totals.waited.add(waited)
         return Wake(waiter)
@@ -545,7 +548,7 @@ class Ledger(LedgerState):
 
     def reserve(self, attachment: Attachment, now: float) -> Permit | None:
         """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
-        free = not attachment.quota.full and len(self.slots) < self.limit and not self.queues
+        free = not attachment.quota.full and len(self.slots) < self.limit and not self.heads()
         if not free or self._size(attachment) >= attachment.min_size or not self.backoff.may_connect(now):
             return None
         permit = self._permit(attachment, 0, now, None)

@@ -11,7 +11,7 @@ import math
 import os
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Final, NamedTuple, Protocol
 
 from .queue import Pace
@@ -64,6 +64,8 @@ return a frame each, and tests/test_fast_path.py counts those.  A forked child r
 UNKNOWN = "unknown"
 """What an engine does that has opened no connection yet."""
 
+OTHER = "other"
+"""The class of callers of those that state none; an engine may say what it may have, as of any class."""
 REJECTED = QUEUE_FULL, OVERLOAD = "queue-full", "overload"
 """Why the pool rejects a checkout."""
 
@@ -91,6 +93,22 @@ class Quota:
         return self.stated is not None and len(self.slots) >= self.stated
 
 
+class Terms(NamedTuple):
+    """What is stated of one class of callers (classes.py)."""
+
+    min: int = 0
+    """As many it may have before all others, while it needs them."""
+    max: float = math.inf
+    """More it never has."""
+    weight: float = 1.0
+    """Its share of what several classes want."""
+
+    def __str__(self) -> str:
+        return (
+            f"min={self.min}, max={'none' if self.max == math.inf else int(self.max)}, weight={self.weight:g}"
+        )
+
+
 class Rejected(NamedTuple):
     """What a waiter gets that may not wait, or not for longer: why its queue is too long, or too slow."""
 
@@ -106,6 +124,7 @@ class Slot:
     __slots__ = (
         "__weakref__",
         "begun",
+        "caller_class",
         "entry",
         "expires",
         "generation",
@@ -164,6 +183,8 @@ class Slot:
         self.label: str | None = None
         """What its holder calls its work (labels.py); written by the holder, for a waiter when it gets its
         answer, and left as it is on return."""
+        self.caller_class: str | None = None
+        """The class of its holder, written by the ledger where there are classes; as ``label``."""
         self.stack: Any = ()
         """Where it was checked out (stacks.py), with ``track_stacks``; as ``label``."""
         self.instead_of: Slot | None = None
@@ -229,6 +250,7 @@ class Waiter(Protocol):
     attachment: Attachment
     holder: Any
     label: str | None
+    caller_class: str | None
     since: float
     before: int
     stood_still: float
@@ -258,6 +280,8 @@ class Attachment:
     __slots__ = (
         "__weakref__",
         "answered",
+        "caller",
+        "classes",
         "generation",
         "hollow",
         "idle",
@@ -299,6 +323,10 @@ class Attachment:
         self.runtime: Any = None
         """What waits, opens and closes for it (concurrency/): threads, or one event loop.  The ledger
         compares it with others', and that is all."""
+        self.classes: Mapping[str, Terms] = {}
+        """The classes of callers that the engine states, for the whole pool."""
+        self.caller: str | None = None
+        """The class of its own checkouts, where they state none."""
         self.lifo = use_lifo
         self.min_size = min_size
         """How many connections are kept open, once it is warm."""

@@ -18,6 +18,7 @@ from typing import Any
 from .backoff import Backoff
 from .leaks import Leaks
 from .lifetimes import Lifetimes
+from .queue import Pace
 from .slots import (
     CLOSING,
     GONE,
@@ -32,7 +33,7 @@ from .slots import (
     Slot,
     Waiter,
 )
-from .stats import Totals
+from .stats import ClassStatistics, Totals
 from .work import Close, Due, Work
 
 SUSPECTED_FOR = 1.0
@@ -159,6 +160,36 @@ class LedgerState:
         for attachment in [a for a in self.queues if not a.queue]:
             del self.queues[attachment]
         return [next(iter(attachment.queue)) for attachment in self.queues]
+
+    # What a pool without classes of callers says; classes.py overrides it.
+
+    def first(self, attachment: Attachment) -> Waiter | None:
+        """The waiter of a queue that is served next."""
+        return next(iter(attachment.queue), None)
+
+    def barred(self, waiter: Waiter) -> bool:
+        """Does it wait for its own class?"""
+        return False
+
+    def could_serve(self, waiter: Waiter) -> list[Slot] | None:
+        """The slots of its class, where it waits for that."""
+        return None
+
+    def wanting(self, attachment: Attachment) -> int:
+        """How many of a queue could use one more."""
+        return len(attachment.queue)
+
+    def ahead_of(self, waiter: Waiter) -> int:
+        """How many of its queue have come before it."""
+        return list(waiter.attachment.queue).index(waiter)
+
+    def pace_of(self, waiter: Waiter) -> Pace:
+        """How those move that are served as it is."""
+        return waiter.attachment.pace
+
+    def class_statistics(self) -> dict[str, ClassStatistics]:
+        """What each class has and has done."""
+        return {}
 
     def _leave_queue(self, waiter: Waiter) -> None:
         attachment = waiter.attachment

@@ -210,6 +210,36 @@ class HostStatistics:
 
 
 @dataclass(frozen=True)
+class ClassStatistics:
+    """One class of callers: what is stated of it, what it has now, and how long it waited."""
+
+    min: int
+    max: int | None
+    """None for no ceiling."""
+    weight: float
+    held: int
+    """Connections that it has, or opens."""
+    waiting: int
+    """Blocked checkouts."""
+    wait_time: Histogram
+    """How long its checkouts waited that were served after a wait."""
+
+    @property
+    def waits(self) -> int:
+        """Checkouts that were served after a wait in the queue."""
+        return self.wait_time.count
+
+    @property
+    def is_full(self) -> bool:
+        """Has it as many as it may have?"""
+        return self.max is not None and self.held >= self.max
+
+    def __str__(self) -> str:
+        most = "" if self.max is None else f" of {self.max}"
+        return f"{self.held}{most}{f', {self.waiting} waiting' if self.waiting else ''}"
+
+
+@dataclass(frozen=True)
 class Statistics:
     """What one pool has now, and has done since the process began; :meth:`.Pool.statistics` makes it."""
 
@@ -267,6 +297,8 @@ class Statistics:
     idle_in_transaction: tuple[LabelledTime, ...] = field(default=(), repr=False)
     """For how long checkouts were in a transaction while nothing executed, by label, the worst first: of
     those that have ended and were found so.  With ``idle_in_transaction_after``."""
+    classes: Mapping[str, ClassStatistics] = field(default_factory=dict)
+    """The classes of callers by name; empty where no engine states ``classes``."""
 
     def as_dict(self) -> dict[str, Any]:
         """The same in what JSON knows."""
@@ -275,6 +307,9 @@ class Statistics:
             if isinstance(value, Histogram):
                 told[name] = value.as_dict()
         told["idle_in_transaction"] = [each.as_dict() for each in self.idle_in_transaction]
+        told["classes"] = {
+            name: dict(vars(each), wait_time=each.wait_time.as_dict()) for name, each in self.classes.items()
+        }
         if self.host is not None:
             told["host"] = dict(vars(self.host), processes=[dict(vars(p)) for p in self.host.processes])
         return told

@@ -119,7 +119,7 @@ class TaskWaiter:
 
     __slots__ = (
         *("_decline", "_future", "_loop", "_unclaimed", "_woken"),
-        *("answer", "attachment", "before", "holder", "label", "since", "stood_still"),
+        *("answer", "attachment", "before", "caller_class", "holder", "label", "since", "stood_still"),
     )
 
     attachment: Attachment
@@ -136,6 +136,8 @@ class TaskWaiter:
     """What it was given; written once, by the ledger, inside the critical section."""
     label: str | None
     """What its task calls what it does (labels.py)."""
+    caller_class: str | None
+    """The class of its checkout; written by the ledger, where there are classes."""
 
     def __init__(
         self,
@@ -148,6 +150,7 @@ class TaskWaiter:
         self.attachment = attachment
         self.holder = holder
         self.label = label
+        self.caller_class = None
         self.since = self.stood_still = 0.0
         self.answer = None
         self._loop = loop

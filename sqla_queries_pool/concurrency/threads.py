@@ -89,7 +89,10 @@ class ThreadWaiter:
     that an exception in the other thread has lost costs the waiter the rest of a slice, not its turn.
     """
 
-    __slots__ = ("_asleep", "answer", "attachment", "before", "holder", "label", "since", "stood_still")
+    __slots__ = (
+        *("_asleep", "answer", "attachment", "before", "caller_class", "holder", "label", "since"),
+        "stood_still",
+    )
 
     attachment: Attachment
     """The engine's side for which it waits."""
@@ -106,11 +109,14 @@ class ThreadWaiter:
 
     label: str | None
     """What its thread calls what it does (labels.py)."""
+    caller_class: str | None
+    """The class of its checkout; written by the ledger, where there are classes."""
 
     def __init__(self, attachment: Attachment, holder: Any, label: str | None = None) -> None:
         self.attachment = attachment
         self.holder = holder
         self.label = label
+        self.caller_class = None
         self.since = self.stood_still = 0.0
         self.answer = None
         self._asleep = threading.Lock()

@@ -24,7 +24,7 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from .. import logs, parameters
 from ..budget.audit import Audit
-from ..budget.slots import HELD, IDLE, LOCKED, OPENING, UNKNOWN, Attachment, Permit, Quota, Slot
+from ..budget.slots import HELD, IDLE, LOCKED, OPENING, UNKNOWN, Attachment, Permit, Quota, Slot, Terms
 from ..budget.stats import Statistics
 from ..errors import ParameterError
 from ..insight import deadlock, stacks
@@ -89,6 +89,8 @@ class QueriesPool(SQLAlchemyPool):
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
         share: str | None = Settings.share,
+        classes: dict[str, dict[str, float]] | None = Settings.classes,
+        caller: str | None = Settings.caller,
         check_limits: bool = Settings.check_limits,
         idle_in_transaction_after: float | None = Settings.idle_in_transaction_after,
         **kw: Any,
@@ -155,6 +157,9 @@ class QueriesPool(SQLAlchemyPool):
         if self._identity.in_memory:  # the database is gone with its last connection
             told |= {"idle_ttl": math.inf, "ping_after": math.inf}
         attachment = Attachment(quota, **told)
+        attachment.caller = self.settings.caller
+        stated: Any = self.settings.classes or {}
+        attachment.classes = {name: Terms(**terms) for name, terms in stated.items()}
         attachment.opener = weakref.WeakMethod(self._open)
         return attachment
 

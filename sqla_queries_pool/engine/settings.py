@@ -186,6 +186,24 @@ class Settings:
         ),
     ] = None
 
+    classes: Annotated[
+        dict[str, dict[str, float]] | None,
+        Option(
+            parameters.classes,
+            "Classes of callers that share the pool: of each its 'min', as many connections it may have "
+            "before others, its 'max', as many it has at most, and its 'weight', its share of what several "
+            "want; None for none. All engines of a database have the classes that any of them states.",
+        ),
+    ] = None
+
+    caller: Annotated[
+        str | None,
+        Option(
+            parameters.caller,
+            "The class of this engine's checkouts, where checkouts(caller=…) says no other; None for none.",
+        ),
+    ] = None
+
     check_limits: Annotated[
         bool,
         Option(
@@ -287,6 +305,8 @@ class QueriesPoolOptions(TypedDict, total=False):
     max_waiting: int | None
     queue_target: float | None
     share: str | None
+    classes: dict[str, dict[str, float]] | None
+    caller: str | None
     check_limits: bool
     idle_in_transaction_after: float | None
     pool_recycle: float

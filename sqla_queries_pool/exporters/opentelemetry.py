@@ -30,11 +30,11 @@ except ModuleNotFoundError as error:
         "pip install 'sqla-queries-pool[opentelemetry]'"
     ) from error
 
-from ..budget.stats import BOUNDS, Histogram, Statistics
+from ..budget.stats import BOUNDS, ClassStatistics, Histogram, Statistics
 from ..pool import Pool, PoolManager
 
 PREFIX = "db.client.connection."
-NAME, STATE = f"{PREFIX}pool.name", f"{PREFIX}state"
+NAME, STATE, CLASS = f"{PREFIX}pool.name", f"{PREFIX}state", f"{PREFIX}class"
 LABEL, CALLER = f"{PREFIX}label", f"{PREFIX}caller"
 OBSERVED: tuple[tuple[str, str, str, Callable[[Statistics], float | None]], ...] = (
     ("max", "{connection}", "The maximum number of open connections allowed.", lambda pool: pool.limit),
@@ -56,6 +56,16 @@ OBSERVED: tuple[tuple[str, str, str, Callable[[Statistics], float | None]], ...]
         "{request}",
         "The number of current pending requests for an open connection.",
         lambda pool: pool.waiting,
+    ),
+)
+CLASSES: tuple[tuple[str, str, str, Callable[[ClassStatistics], float | None]], ...] = (
+    ("count", "{connection}", "The connections that a class of callers has.", lambda each: each.held),
+    ("max", "{connection}", "The most connections that a class of callers may have.", lambda each: each.max),
+    (
+        "pending_requests",
+        "{request}",
+        "The number of current pending requests of a class of callers.",
+        lambda each: each.waiting,
     ),
 )
 TIMES: tuple[tuple[str, str, Callable[[Statistics], Histogram]], ...] = (
@@ -129,6 +139,10 @@ class _Feed:
         )
         for name, unit, text, number in OBSERVED:
             meter.create_observable_up_down_counter(f"{PREFIX}{name}", [_observer(number)], unit, text)
+        for name, unit, text, of_class in CLASSES:
+            meter.create_observable_up_down_counter(
+                f"{PREFIX}class.{name}", [_class_observer(of_class)], unit, text
+            )
         meter.create_observable_up_down_counter(
             f"{PREFIX}count",
             [self._observe],
@@ -203,6 +217,18 @@ def _observer(
         for pool, attributes in _named():
             if (now := number(pool.statistics())) is not None:
                 yield Observation(now, attributes)
+
+    return observe
+
+
+def _class_observer(
+    number: Callable[[ClassStatistics], float | None],
+) -> Callable[[CallbackOptions], Iterable[Observation]]:
+    def observe(_: CallbackOptions) -> Iterator[Observation]:
+        for pool, attributes in _named():
+            for name, each in pool.statistics().classes.items():
+                if (now := number(each)) is not None:
+                    yield Observation(now, {**attributes, CLASS: name})
 
     return observe
 

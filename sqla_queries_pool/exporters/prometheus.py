@@ -113,6 +113,7 @@ class QueriesPoolCollector(Collector):
             yield counter
         yield _closes(pools)
         yield from _host(pools)
+        yield from _classes(pools)
         for name, text, times in HISTOGRAMS:
             histogram = HistogramMetricFamily(PREFIX + name, text, labels=LABELS)
             for pool in pools:
@@ -157,6 +158,35 @@ def _host(pools: Iterable[Statistics]) -> Iterator[Metric]:
             budget.add_metric(_labels(pool), pool.host.budget)
             leases.add_metric(_labels(pool), pool.host.mine)
     yield from (budget, leases)
+
+
+def _classes(pools: Iterable[Statistics]) -> Iterator[Metric]:
+    """Of pools that have classes of callers."""
+    labels = (*LABELS, "class")
+    held = GaugeMetricFamily(
+        f"{PREFIX}class_connections", "Connections that a class of callers has.", labels=labels
+    )
+    most = GaugeMetricFamily(
+        f"{PREFIX}class_connections_max", "The ceiling of a class of callers, +Inf for none.", labels=labels
+    )
+    waiting = GaugeMetricFamily(
+        f"{PREFIX}class_waiting_checkouts", "Checkouts of a class that wait now.", labels=labels
+    )
+    waits = HistogramMetricFamily(
+        f"{PREFIX}class_wait_seconds", "How long served checkouts of a class waited.", labels=labels
+    )
+    for pool in pools:
+        for name, each in pool.classes.items():
+            which = (*_labels(pool), name)
+            held.add_metric(which, each.held)
+            most.add_metric(which, math.inf if each.max is None else each.max)
+            waiting.add_metric(which, each.waiting)
+            waits.add_metric(which, _buckets(each.wait_time), each.wait_time.seconds)
+    yield from (held, most, waiting, waits)
+
+
+def _buckets(taken: Histogram) -> list[tuple[str, float]]:
+    return list(zip(LE, itertools.accumulate(taken.counts), strict=True))
 
 
 def _closes(pools: Iterable[Statistics]) -> Metric:

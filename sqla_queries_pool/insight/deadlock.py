@@ -110,6 +110,9 @@ def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
 def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
     """The slots of which any would do, if it was returned."""
     quota = waiter.attachment.quota
+    of_class = pool.core.ledger.could_serve(waiter)
+    if of_class is not None:
+        return of_class
     return list(quota.slots) if quota.full else pool.core.slots()
 
 

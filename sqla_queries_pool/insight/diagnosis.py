@@ -14,6 +14,9 @@ LONG = 10.0
 LONGER = 10.0
 """... and so many times as long as connections are used on average."""
 
+OF_NO_CLASS = ("nested-checkout", "refused", "slow-connect")
+"""What counts, whatever class a checkout is of."""
+
 NEVER_NEST = (
     "Don't check out a second connection while holding the first, or raise max_size above the number of "
     "threads or tasks that do."
@@ -78,6 +81,22 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
         "too-small",
         "all connections are in use, and none for long",
         "Raise max_size, which all engines of this database share, or return connections sooner.",
+    )
+
+
+def of_class(seen: Snapshot, name: str | None, likely: Diagnosis) -> Diagnosis:
+    """Return why a class got nothing: it has all that it may have, or what was found without looking at that.
+
+    :param name: the class of the checkout, None where the pool has none.
+    :param likely: what was found.
+    """
+    terms = seen.statistics.classes.get(name or "")
+    if terms is None or not terms.is_full or likely.kind in OF_NO_CLASS:
+        return likely
+    return Diagnosis(
+        "ceiling",
+        f"class {name} has reached its ceiling of {terms.max}",
+        "Raise its max in classes, or return connections sooner.",
     )
 
 

@@ -12,7 +12,7 @@ from ..logs import logger
 from ..pool import Pool
 from ..runtime.core import Core
 from . import stacks
-from .diagnosis import diagnose
+from .diagnosis import diagnose, of_class
 from .snapshot import MOST_HOLDERS, Diagnosis, Holder, holder_of, snapshot
 
 SHARED_FOR = 0.1
@@ -50,6 +50,8 @@ def checkout_timeout(
         # What the asker held when a shared snapshot was made, it may have returned since.
         asker = me.number if own_snapshot else 0
         likely = found if found is not None and deadlock else diagnose(seen, asker, me.parents)
+        if found is None and seen.statistics.classes:
+            likely = of_class(seen, pool.core.class_of(attachment), likely)
         numbers = dataclasses.replace(seen.statistics, waiting=waiting)
     lists, named = seen.lists, seen.named()  # before it is copied: what is shared is made once
     seen = dataclasses.replace(seen, statistics=numbers, diagnosis=found or likely)

@@ -104,7 +104,7 @@ class Diagnosis:
     """Why a checkout got nothing, most likely, and what to do about it."""
 
     kind: str
-    """One of ``deadlock queue-full overload refused nested-checkout slow-connect leak long-use
+    """One of ``deadlock queue-full overload refused nested-checkout slow-connect ceiling leak long-use
     host too-small``."""
     cause: str
     remedy: str
@@ -165,7 +165,8 @@ class Snapshot:
     def lists(self) -> str:
         """The holders and the waiting checkouts."""
         shared = self.statistics.host
-        lines = [*([str(shared)] if shared is not None else []), "Holders, longest first:"]
+        lines = [*([str(shared)] if shared is not None else []), *_classes(self.statistics)]
+        lines.append("Holders, longest first:")
         for n, holder in enumerate(self.holders[:MOST_HOLDERS]):
             times = "time" if holder.uses == 1 else "times"
             backend = f", backend {holder.backend_pid}" if holder.backend_pid else ""
@@ -196,6 +197,11 @@ class Snapshot:
             "last_connect_error": self.last_connect_error,
             "diagnosis": None if self.diagnosis is None else dataclasses.asdict(self.diagnosis),
         }
+
+
+def _classes(numbers: Statistics) -> list[str]:
+    each = [f"{name} {has}" for name, has in numbers.classes.items()]
+    return [f"Classes: {'; '.join(each)}"] if each else []
 
 
 def snapshot(pool: Pool, placed: int | None = None) -> Snapshot:

@@ -201,6 +201,7 @@ def _card(pool: Data) -> Markup:
         tag("div", *charts(pool), class_="charts"),
         tag("div", tables.holders(pool), tables.waiting(pool), class_="tables"),
         tables.host(n),
+        tables.classes(n),
         tables.idle_in_transaction(n),
         tables.timeouts(pool),
         _since_start(pool),

@@ -163,6 +163,25 @@ def idle_in_transaction(numbers: Data) -> Markup | None:
     )
 
 
+def classes(numbers: Data) -> Markup | None:
+    """The classes of callers, where the pool has some."""
+    if not numbers["classes"]:
+        return None
+    items = [
+        tag(
+            "li",
+            foreign(name),
+            tag("b", f" {each['held']:,}"),
+            f" of {each['max']:,} at most" if each["max"] is not None else None,
+            f", the first {each['min']:,} before others" if each["min"] else None,
+            tag("span", f", {each['waiting']:,} waiting", class_="warn") if each["waiting"] else None,
+            data_key=name,
+        )
+        for name, each in numbers["classes"].items()
+    ]
+    return tag("section", tag("h3", "Classes of callers"), tag("ul", *items, class_="timeouts"))
+
+
 def timeouts(pool: Data) -> Markup | None:
     """The last checkouts that got no connection, each with the holders at that moment."""
     last, more = pool["timeouts"], pool["more_timeouts"]

@@ -120,6 +120,7 @@ def _pool(pool: Data) -> RenderableType:
 
     parts: list[RenderableType] = [_bar(pool["statistics"]), _charts(pool)]
     parts += [_host(pool["statistics"]["host"])] if pool["statistics"].get("host") else []
+    parts += [_classes(pool["statistics"]["classes"])] if pool["statistics"].get("classes") else []
     parts += [_holders(pool)] if pool["holders"] else []
     parts += [_idle(idle)] if (idle := pool["statistics"].get("idle_in_transaction")) else []
     parts += [_timeout(then) for then in pool["timeouts"][:MOST_TIMEOUTS]]
@@ -156,6 +157,17 @@ def _host(shared: Data) -> RenderableType:
     )
     taken = sum(each["leases"] for each in shared["processes"])
     return Text(f"host: {taken} of {shared['budget']} taken: {who}", style="dim")
+
+
+def _classes(classes: Data) -> RenderableType:
+    from rich.text import Text
+
+    each = []
+    for name, has in classes.items():
+        most = "" if has["max"] is None else f" of {has['max']}"
+        waiting = f" ({has['waiting']} waiting)" if has["waiting"] else ""
+        each.append(f"{name} {has['held']}{most}{waiting}")
+    return Text(f"classes: {', '.join(each)}", style="dim")
 
 
 def _charts(pool: Data) -> RenderableType:

@@ -290,10 +290,12 @@ def attach(pid: str, label: str, attachment: Attachment, share: str | None = Non
 
     :param label: which database it is, for people.
     :param share: with which processes the engine shares its limit, None for none.
-    :raises ParameterError: other engines of this pool state another ``share``; it can't be had.
+    :raises ParameterError: other engines of this pool state another ``share``, or other classes; these can't
+        be had.
     """
     with PoolManager._lock:
         pool = PoolManager._pools.get(pid) or Pool(pid, UNSTATED, UNSTATED)
+        pool.core.agree(attachment)
         pool.core.join(share, attachment.quota.stated)
         if pid not in PoolManager._pools:
             PoolManager._register(pool)

@@ -402,6 +402,7 @@ class Pool:
             liveness=liveness.of_all(self.core.ledger.everyone()),
             host=None if self.core.share is None else self.core.share.statistics(),
             idle_in_transaction=self.core.idling.times(),
+            classes=self.core.ledger.class_statistics(),
         )
 
     @property

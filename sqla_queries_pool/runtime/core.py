@@ -8,15 +8,17 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from ..budget import closing
+from ..budget import classes, closing
 from ..budget.ledger import Ledger
-from ..budget.slots import HELD, REJECTED, Attachment, EntryRef, Numbers, Slot
+from ..budget.slots import HELD, OTHER, REJECTED, Attachment, EntryRef, Numbers, Slot
+from ..budget.state import DEFAULT_LIMIT
 from ..budget.work import Leaked, Returned, Work
 from ..concurrency.housekeeping import Housekeeper, Worker
 from ..concurrency.recent import Recent
 from ..concurrency.threads import THREADS
 from ..errors import ParameterError
 from ..host.share import Share
+from ..labels import checkout_caller, known_classes
 from ..logs import Failures, logger
 from ..sockets.lingering import Lingering
 from . import unreturned
@@ -181,6 +183,9 @@ class Core:
         """An engine begins to use the pool; the work is the caller's to have done."""
         before = self.ledger.limit
         attachment.runtime = attachment.runtime or THREADS
+        if attachment.classes:
+            known_classes.update(attachment.classes)
+            self.section.decide(classes.use, self.ledger, self.class_of)
         work = self.section.decide(self.ledger.attach, attachment, self._engine_died, self._clock())
         if self.share is not None:
             self.share.resized()
@@ -258,6 +263,26 @@ class Core:
                 "(max_connections). With max_size=… checkouts above it wait their turn instead.",
                 self.section.label,
             )
+
+    def agree(self, attachment: Attachment) -> None:
+        """An engine is about to attach: is what it says of classes of callers right, beside the others'?
+
+        :raises ParameterError: it is not.
+        """
+        everyone = [*self.ledger.everyone(), attachment]
+        sizes = [a.quota.stated for a in everyone if a.quota.stated is not None]
+        limit = self.stated_limit if self.stated_limit is not None else max(sizes, default=DEFAULT_LIMIT)
+        why = classes.objection([a.classes for a in everyone], [a.caller for a in everyone], limit)
+        if why is not None:
+            raise ParameterError(f"{self.section.label}: {why}")
+
+    def class_of(self, attachment: Attachment) -> str:
+        """The class to which the checkout belongs that asks now: its own, or its engine's."""
+        known = self.ledger.classes if isinstance(self.ledger, classes.ClassLedger) else {}
+        for name in (checkout_caller.get(), attachment.caller):
+            if name is not None and (name in known or name == OTHER):
+                return name
+        return OTHER
 
     def abandon(self, attachment: Attachment, then: Callable[[Attachment], None]) -> None:
         """The runtime of an attachment has ended: close all that it has, and let its waiters go.

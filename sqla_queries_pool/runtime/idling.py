@@ -37,8 +37,7 @@ class _Holding:
     __slots__ = ("key", "seconds", "told", "uses")
 
     def __init__(self, slot: Slot, uses: int) -> None:
-        # Slots get a class of callers with the classes themselves; until then nobody has one.
-        self.key: _Key = (slot.label, getattr(slot, "caller_class", None))
+        self.key: _Key = (slot.label, slot.caller_class)
         self.uses = uses
         self.seconds = 0.0
         self.told = False

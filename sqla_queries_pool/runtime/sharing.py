@@ -52,7 +52,7 @@ class SharedPool:
         ledger, now = self._core.ledger, self._core.now()
         everyone = list(ledger.everyone())
         n = ledger.numbers()
-        waiting = sum(_may_have(attachment) for attachment in everyone)
+        waiting = sum(_may_have(attachment, ledger.wanting(attachment)) for attachment in everyone)
         spare = 0
         if not waiting:
             spare = n.hollow + sum(
@@ -69,8 +69,8 @@ class SharedPool:
             section.effects.do_soon(work)
 
 
-def _may_have(attachment: Attachment) -> int:
+def _may_have(attachment: Attachment, wanting: int) -> int:
     """How many of those that wait could use one more: not those whose engine has all that it may have."""
     quota = attachment.quota
     room = math.inf if quota.stated is None else quota.stated - len(quota.slots)
-    return int(max(0, min(len(attachment.queue), room)))
+    return int(max(0, min(wanting, room)))
