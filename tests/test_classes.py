@@ -29,9 +29,9 @@ from sqla_queries_pool import (
 )
 from sqla_queries_pool.budget.slots import QUEUE_FULL, Attachment, Terms
 from sqla_queries_pool.exporters.prometheus import register
-from sqla_queries_pool.monitor.page import document
 from sqla_queries_pool.monitor.data import collect
 from sqla_queries_pool.monitor.history import History
+from sqla_queries_pool.monitor.page import document
 
 WEB = {"web": {"min": 1, "weight": 4.0}, "background": {"max": 2}}
 
@@ -260,7 +260,7 @@ def new() -> Iterator[Any]:
     yield make
     for engine in engines:
         engine.dispose()
-    assert engines[0].pool.audit().mended == ()
+    assert inside.shared(engines[0]).audit().mended == ()
 
 
 def message(engine: Any) -> str:

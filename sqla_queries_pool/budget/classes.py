@@ -184,7 +184,7 @@ class ClassLedger(Ledger):
         return self.used_by(name) if self._full(name) else None
 
     def wanting(self, attachment: Attachment) -> int:
-        waiting = Counter(waiter.caller_class or OTHER for waiter in attachment.queue)
+        waiting = Counter(waiter.caller_class or OTHER for waiter in list(attachment.queue))
         held = self.held_by_class()
         return int(sum(min(n, max(0, self.terms(name).max - held[name])) for name, n in waiting.items()))
 

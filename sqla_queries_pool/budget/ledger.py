@@ -241,8 +241,10 @@ class Ledger(LedgerState):
                 break
             work.append(self._answer(first, permit, now))
             # A waiter that is about to give up may have connections opened for those before it, to come to
-            # its turn.
-            if not (waiter.attachment.pace.granted or (last and waiter in queue)):
+            # its turn.  Also one that would be the next, if others were not of a class that is served first.
+            comes_to_its_turn = last or first.caller_class != waiter.caller_class
+            waits_for_it = waiter in queue and comes_to_its_turn and not self.barred(waiter)
+            if not (waiter.attachment.pace.granted or waits_for_it):
                 break
         return work
 

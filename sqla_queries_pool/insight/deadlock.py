@@ -120,7 +120,8 @@ def _all_held_by(threads: dict[Caller, Any], pool: Pool, waiter: Waiter) -> bool
     if not pool.core.upkeep.at_rest:
         return False
     share = pool.core.share
-    if share is not None and share.is_elsewhere and not waiter.attachment.quota.full:
+    its_own = waiter.attachment.quota.full or pool.core.ledger.barred(waiter)
+    if share is not None and share.is_elsewhere and not its_own:
         return False  # another process may give one
     found = _could_serve(pool, waiter)
     return bool(found) and all(_is_stuck(slot, threads) for slot in found)

@@ -63,6 +63,8 @@ class Holder:
     """Has its thread ended?  A task's end proves nothing: another task may return what it has."""
     caller: int | None = None
     """A number that all have in common that one thread, or one task, holds and waits for."""
+    caller_class: str | None = None
+    """The class of its checkout, where the pool has classes of callers."""
 
     @property
     def is_task(self) -> bool:
@@ -94,6 +96,8 @@ class Waiting:
     parents: tuple[int, ...] = ()
     """The same of the tasks that have started this one, the nearest first, as far as they use a pool: they
     may wait for it to end."""
+    caller_class: str | None = None
+    """As a holder's."""
 
     def __str__(self) -> str:
         return f"{named(self.name, self.label)} ({self.seconds:.1f} s)"
@@ -251,6 +255,7 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         now_at=() if session is not None else threads.at(caller),
         ended=session is None and caller is not None and caller.ended,
         caller=caller.number if session is None and caller is not None and not caller.ended else None,
+        caller_class=slot.caller_class if caller is not None else None,
     )
 
 
@@ -266,6 +271,7 @@ def waiting(pool: Pool, threads: stacks.Threads, placed: int | None = None) -> l
             now_at=threads.at(w.holder) if placed is None or number < placed else (),
             caller=w.holder.number,
             parents=w.holder.parents,
+            caller_class=w.caller_class,
         )
         for number, w in enumerate(sorted(pool.core.ledger.waiters(), key=lambda waiter: waiter.since))
     ]
