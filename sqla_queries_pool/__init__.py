@@ -5,7 +5,7 @@ share one limit, and idle connections go away by themselves.
 """
 
 from .budget.audit import Audit
-from .budget.stats import BOUNDS, Histogram, ManagerStatistics, Statistics
+from .budget.stats import BOUNDS, ClassStatistics, Histogram, ManagerStatistics, Statistics
 from .engine.queries_pool import QueriesPool
 from .engine.settings import QueriesPoolOptions
 from .errors import (
@@ -34,6 +34,7 @@ __all__ = [
     "Audit",
     "CheckoutReentered",
     "CheckoutTimeout",
+    "ClassStatistics",
     "Connection",
     "ConnectionBusyError",
     "ConnectionException",
