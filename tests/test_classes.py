@@ -169,11 +169,22 @@ def test_a_pool_of_few_connections_is_shared_by_weight_by_turns(limit: int) -> N
 
 def test_a_class_uses_all_that_no_other_one_wants() -> None:
     """And pays nothing for it later: it has its share at once when another one comes, and so has that."""
-    load = Load(2, web=Terms(), background=Terms())
+    load = Load(1, web=Terms(), background=Terms())
     load.come("background", 8)
     load.turns(50)
     load.come("web", 8)
-    assert load.turns(100)["web"] == pytest.approx(50, abs=2)
+    assert load.turns(20)["web"] == pytest.approx(10, abs=1)
+
+
+def test_what_a_class_holds_for_long_counts_into_its_share() -> None:
+    """Three of five are more than its fifth: it gets nothing more, however often others are served."""
+    load = Load(5, web=Terms(weight=4), background=Terms())
+    load.come("background", 3)
+    load.come("web", 4)
+    load.come("background", 2)
+    assert [load.give("web") for _ in range(2)] == ["web", "web"]
+    load.come("web", 10)
+    assert {load.give("web") for _ in range(10)} == {"web"}
 
 
 def test_inside_a_class_the_order_is_that_of_arrival() -> None:
@@ -192,14 +203,51 @@ def test_inside_a_class_the_order_is_that_of_arrival() -> None:
 def test_a_slot_of_another_engine_goes_to_a_class_below_its_floor_at_once() -> None:
     """Without the patience that engines have with each other: its connection is closed, another opened."""
     simulator = Simulator()
-    stated = {"web": Terms(min=1), "background": Terms()}
-    jobs = simulator.engine(1, stated=stated, caller="background")
-    web = simulator.engine(1, stated=stated, caller="web")
-    record = simulator.connected(jobs)
+    stated = {"web": Terms(min=2), "background": Terms()}
+    jobs = simulator.engine(4, stated=stated, caller="background")
+    web = simulator.engine(4, stated=stated, caller="web")
+    records = [simulator.connected(jobs) for _ in range(3)]
+    held = simulator.connected(web)
     mine, theirs = simulator.wait(jobs), simulator.wait(web)
-    simulator.give(jobs, record)
+    simulator.give(jobs, records.pop())
     assert theirs.answer is not None
     assert mine.answer is None
+    del held
+
+
+def test_a_slot_that_goes_to_another_class_lets_its_own_have_what_is_idle_elsewhere() -> None:
+    """A ceiling of one: the second of the class waits for the first, beside an idle connection."""
+    simulator = Simulator()
+    stated = {"web": Terms(), "background": Terms(max=1)}
+    a, b = simulator.engine(2, stated=stated), simulator.engine(2, stated=stated)
+    simulator.caller = "web"
+    idle = simulator.connected(a)
+    simulator.caller = "background"
+    record = simulator.connected(b)
+    job = simulator.wait(a)
+    simulator.give(a, idle)
+    simulator.caller = "web"
+    request = simulator.wait(b)
+    assert (job.answer, request.answer) == (None, None)
+    simulator.give(b, record)
+    assert request.answer is record
+    assert job.answer is idle
+
+
+def test_a_newcomer_does_not_overtake_one_of_its_class_to_what_has_become_spare() -> None:
+    """Another engine's connection has been idle for long enough by now; the first is the next to ask."""
+    simulator = Simulator()
+    stated = {"web": Terms(), "background": Terms()}
+    a, b = simulator.engine(2, stated=stated), simulator.engine(2, stated=stated)
+    simulator.caller = "web"
+    held, idle = simulator.connected(a), simulator.connected(b)
+    simulator.give(b, idle)
+    first = simulator.wait(a)
+    simulator.now += 0.06
+    assert simulator.take(a) is None
+    simulator.insist(first)
+    assert first.answer is not None
+    del held
 
 
 def test_each_class_has_a_queue_as_long_as_max_waiting() -> None:
@@ -282,14 +330,12 @@ def test_the_error_says_that_a_class_has_reached_its_ceiling(new: Any) -> None:
     """There are connections, and slots for more; the class has all that it may have."""
     engine = new(classes=WEB, caller="web")
     with checkouts(caller="background"):
-        held = [Thread(lambda: engine.connect()).join() for _ in range(1)]
         done = threading.Event()
 
         def job() -> None:
             with checkouts(caller="background"), engine.connect(), engine.connect():
                 done.wait(20)
 
-        held.clear()
         working = Thread(job)
         eventually(lambda: engine.pool.statistics().classes["background"].held == 2, "two jobs")
         error = message(engine)
@@ -338,7 +384,7 @@ def test_max_waiting_names_no_other_class(new: Any) -> None:
 
 def test_a_deadlock_within_a_ceiling_is_found_although_slots_are_free(new: Any) -> None:
     """Two jobs have one of two each, and each waits for another one."""
-    engine = new(classes=WEB, caller="background", on_deadlock="raise", deadlock_grace=0.05, pool_timeout=20)
+    engine = new(classes=WEB, caller="background", on_deadlock="raise", pool_timeout=20)
     both = threading.Barrier(2)
 
     def job() -> None:
@@ -346,6 +392,8 @@ def test_a_deadlock_within_a_ceiling_is_found_although_slots_are_free(new: Any) 
             both.wait(20)
             engine.connect().close()
 
+    with checkouts(caller="web"):
+        working = engine.connect()
     jobs = [Thread(job) for _ in range(2)]
     errors = []
     for each in jobs:
@@ -353,6 +401,7 @@ def test_a_deadlock_within_a_ceiling_is_found_although_slots_are_free(new: Any) 
             each.join()
         except PoolDeadlock as error:
             errors.append(error)
+    working.close()
     assert len(errors) == 1
 
 

@@ -589,6 +589,8 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
     """create_engine looks at the signature: nothing may hide in ``**kw`` but SQLAlchemy's own."""
     own = set(inspect.signature(QueriesPool.__init__).parameters) - {"self", "kw"}
     assert own == {
+        "caller",
+        "classes",
         "creator",
         "max_size",
         "idle_ttl",

@@ -185,10 +185,6 @@ def _classes(pools: Iterable[Statistics]) -> Iterator[Metric]:
     yield from (held, most, waiting, waits)
 
 
-def _buckets(taken: Histogram) -> list[tuple[str, float]]:
-    return list(zip(LE, itertools.accumulate(taken.counts), strict=True))
-
-
 def _closes(pools: Iterable[Statistics]) -> Metric:
     closes = CounterMetricFamily(
         f"{PREFIX}closes", "Connections that were closed, by reason.", labels=(*LABELS, "reason")
