@@ -102,6 +102,8 @@ def why_rejected(waiter: Waiter, now: float, new: bool) -> Rejected | None:
             QUEUE_FULL,
             f"the queue is full (max_waiting={attachment.max_waiting})",
         )
+    if attachment.quota.stopped:  # it waits for its end, or is the last to be served
+        return None
     if now - waiter.since >= target and attachment.pace.overloaded(target, now):
         behind = now - attachment.pace.in_time
         return Rejected(

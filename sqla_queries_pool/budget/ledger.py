@@ -30,10 +30,12 @@ from . import choice
 from .queue import mean as moving_mean
 from .slots import (
     CLOSING,
+    DRAINED,
     HELD,
     IDLE,
     LOCKED,
     OPENING,
+    SUSPENDED,
     Attachment,
     NotHeld,
     Permit,
@@ -41,7 +43,7 @@ from .slots import (
     Slot,
     Waiter,
 )
-from .state import DEFAULT_LIMIT, LedgerState
+from .state import DEFAULT_LIMIT, LedgerState, go_on
 from .stats import BOUNDS, SHORTEST
 from .work import Close, Fill, Renew, Reset, Resetter, Wake, Work
 
@@ -63,7 +65,8 @@ class Ledger(LedgerState):
     # -- the hot path ------------------------------------------------------------------------------
 
     def take(self, attachment: Attachment, holder: Any, now: float) -> Any:
-        """Return an entry for this engine, now held (or opening, if a :class:`Permit`), or None."""
+        """Return an entry for this engine, now held (or opening, if a :class:`Permit`), None, or why the
+        checkout is rejected."""
         if attachment.idle:
             entry = attachment.pop()
             slot = entry.slot
@@ -77,6 +80,8 @@ class Ledger(LedgerState):
             if out > self.peak_held:
                 self.peak_held = out
             return entry
+        if attachment.quota.stopped == DRAINED:
+            return Rejected(DRAINED, "its engine was drained")
         if attachment.hollow and not attachment.queue and self.backoff.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
         if attachment.queue:
@@ -132,7 +137,8 @@ class Ledger(LedgerState):
         """Pass on an entry that was returned: to a waiter, to be closed, or to the idle ones."""
         if len(self.slots) - len(self.closing) > self.limit:
             return [self.close(entry, LOWERED), *self.serve(now)]
-        if slot.generation < attachment.retired:
+        drains = attachment.quota.stopped == DRAINED and attachment.queue and slot.handle is not None
+        if slot.generation < attachment.retired and not drains:  # a drain serves those that wait already
             return [self.close(entry, DISPOSED), *self.serve(now)]
         if attachment.queue and len(self.queues) == 1 and slot.handle is not None:
             first = next(iter(attachment.queue))
@@ -168,7 +174,7 @@ class Ledger(LedgerState):
         :param last: it can't wait.
         """
         quota = attachment.quota
-        if self.backoff.pausing(now):
+        if self.backoff.pausing(now) or quota.stopped == SUSPENDED:
             return None
         if not last and choice.may_wait(self, attachment, holder, now):
             return None
@@ -409,6 +415,7 @@ class Ledger(LedgerState):
             quota.slots.clear()
             if (attachment := ref()) is not None:  # else its death is in a letter in the parent's inbox
                 attachment.make_fresh()
+                go_on(attachment)
                 child.attachments[ref] = quota
         return child, child.relimit(now) + child._vacancy(now)
 
@@ -545,7 +552,8 @@ class Ledger(LedgerState):
 
     def reserve(self, attachment: Attachment, now: float) -> Permit | None:
         """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
-        free = not attachment.quota.full and len(self.slots) < self.limit and not self.queues
+        room = not attachment.quota.full and len(self.slots) < self.limit
+        free = room and not self.queues and not attachment.quota.stopped
         if not free or self._size(attachment) >= attachment.min_size or not self.backoff.may_connect(now):
             return None
         permit = self._permit(attachment, 0, now, None)

@@ -64,8 +64,10 @@ return a frame each, and tests/test_fast_path.py counts those.  A forked child r
 UNKNOWN = "unknown"
 """What an engine does that has opened no connection yet."""
 
-REJECTED = QUEUE_FULL, OVERLOAD = "queue-full", "overload"
+REJECTED = QUEUE_FULL, OVERLOAD, DRAINED = "queue-full", "overload", "drained"
 """Why the pool rejects a checkout."""
+SUSPENDED = "suspended"
+"""Why checkouts wait although there may be room."""
 
 
 class NotHeld(RuntimeError):
@@ -75,7 +77,7 @@ class NotHeld(RuntimeError):
 class Quota:
     """What one engine may use and uses, across the pools that it had: dispose() makes a new one."""
 
-    __slots__ = ("slots", "split", "stated")
+    __slots__ = ("slots", "split", "stated", "stopped")
 
     def __init__(self, stated: float | None) -> None:
         self.stated = stated
@@ -85,6 +87,8 @@ class Quota:
         """Has the engine been used in more than one runtime?  Then not all of its slots are kin."""
         self.slots: set[Slot] = set()
         """All slots that count against the ceiling."""
+        self.stopped: str | None = None
+        """:data:`SUSPENDED` or :data:`DRAINED` where the engine hands nothing out; written by stopping.py."""
 
     @property
     def full(self) -> bool:
@@ -324,8 +328,9 @@ class Attachment:
         """Seconds; no checkout waits for longer while the queue is overloaded."""
         self.generation = 0
         """Given to new connections; dispose() ends one."""
-        self.retired = 0
-        """Connections of a generation below this one close when they are returned."""
+        self.retired: float = math.inf if quota.stopped else 0
+        """Connections of a generation below this one close when they are returned; ``inf`` while the engine
+        is stopped, so that a checkout on the short way, which does not ask, finds nothing idle."""
         self.ref: weakref.ref[Attachment] = weakref.ref(self)
         """What the slots and the ledger know it by; ``attach`` adds the callback."""
         self.make_fresh()

@@ -24,6 +24,7 @@ from .slots import (
     HELD,
     LOCKED,
     OUT,
+    SUSPENDED,
     TRANSITIONS,
     Attachment,
     EntryRef,
@@ -41,6 +42,14 @@ VACANT_FOR = 60.0
 """Seconds for which a pool without slots and engines is kept at most, but for one made by hand."""
 DEFAULT_LIMIT = 15.0
 """The limit where nobody set one (design 3)."""
+
+
+def go_on(attachment: Attachment) -> None:
+    """An engine is stopped no more; what was out meanwhile still closes when it is returned."""
+    if attachment.retired == math.inf:
+        attachment.generation += 1
+        attachment.retired = attachment.generation
+    attachment.quota.stopped = None
 
 
 class LedgerState:
@@ -155,10 +164,12 @@ class LedgerState:
     # -- queues, suspicion, ages -------------------------------------------------------------------
 
     def heads(self) -> list[Waiter]:
-        """The first waiter of each queue.  A queue that an interrupt has left behind empty is forgotten."""
+        """The first waiter of each queue that may be served.  A queue that an interrupt has left behind empty
+        is forgotten."""
         for attachment in [a for a in self.queues if not a.queue]:
             del self.queues[attachment]
-        return [next(iter(attachment.queue)) for attachment in self.queues]
+        served = [a for a in self.queues if a.quota.stopped != SUSPENDED]
+        return [next(iter(attachment.queue)) for attachment in served]
 
     def _leave_queue(self, waiter: Waiter) -> None:
         attachment = waiter.attachment

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..budget.slots import HELD, Slot, Waiter
+from ..budget.slots import HELD, SUSPENDED, Slot, Waiter
 from ..concurrency.tasks import TaskCaller
 from ..concurrency.threads import Caller
 from ..pool import Pool
@@ -114,7 +114,7 @@ def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
 
 
 def _all_held_by(threads: dict[Caller, Any], pool: Pool, waiter: Waiter) -> bool:
-    if not pool.core.upkeep.at_rest:
+    if not pool.core.upkeep.at_rest or waiter.attachment.quota.stopped == SUSPENDED:
         return False
     share = pool.core.share
     if share is not None and share.is_elsewhere and not waiter.attachment.quota.full:
