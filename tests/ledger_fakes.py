@@ -21,6 +21,7 @@ from sqla_queries_pool.budget.queue import LONGEST, WORTH_IT
 from sqla_queries_pool.budget.slots import (
     HELD,
     LOCKED,
+    SUSPENDED,
     TRANSITIONS,
     Attachment,
     EntryRef,
@@ -190,6 +191,8 @@ class Simulator:
         idle = any(a.idle for a in self.queues) or self.ledger.by_hand.idle
         for attachment, queue in self.queues.items():
             room = not attachment.quota.full and len(self.ledger.slots) < self.ledger.limit
+            if attachment.quota.stopped == SUSPENDED:
+                continue
             stands = bool(queue) and self.now - self.moved[attachment][1] >= LONGEST
             assert not (room and stands), "waits for what is out, and could have connected meanwhile"
             longest = max(PATIENCE, self.ledger.mean_connect)
@@ -311,7 +314,8 @@ class Simulator:
         out = any(slot.holder is not holder for slot in others)
         waits = fresh and out and self.ledger.mean_connect >= WORTH_IT and not self.refusals
         entry = self.decide(self.ledger.take, attachment, holder, self.now)
-        assert entry is None or not (fresh and queue), "a newcomer has overtaken a waiter"
+        rejected = isinstance(entry, Rejected)
+        assert entry is None or rejected or not (fresh and queue), "a newcomer has overtaken a waiter"
         assert not (waits and isinstance(entry, Permit)), "opens another although one is out"
         return entry
 
