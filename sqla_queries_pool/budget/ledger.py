@@ -174,6 +174,8 @@ class Ledger(LedgerState):
         :param last: it can't wait.
         """
         quota = attachment.quota
+        if choice.unreachable(self, attachment, now) and choice.probes(self, attachment, now):
+            return None
         if self.backoff.pausing(now) or quota.stopped == SUSPENDED:
             return None
         if not last and choice.may_wait(self, attachment, holder, now):
@@ -256,7 +258,7 @@ class Ledger(LedgerState):
         """
         if waiter not in waiter.attachment.queue:
             return None
-        why = choice.why_rejected(waiter, now, new)
+        why = choice.why_rejected(self, waiter, now, new)
         if why is not None:
             self._leave_queue(waiter)
         return why
@@ -276,6 +278,8 @@ class Ledger(LedgerState):
         entry.slot.label = waiter.label  # a task hears of it a turn of its loop later
         self._leave_queue(waiter)
         attachment, waited = waiter.attachment, now - waiter.since
+        if entry.slot.state is HELD:
+            self.served_at = now
         attachment.answered += 1
         if attachment.pace.price:
             attachment.pace.was(len(attachment.queue), now)
@@ -306,6 +310,7 @@ class Ledger(LedgerState):
         """A connection was opened, or reopened: its opener holds it."""
         self.opening.discard(slot)
         slot.instead_of = None
+        self.served_at = now
         if slot.state is OPENING:
             self.mean_connect = moving_mean(self.mean_connect, now - slot.since)
             self.move(slot, HELD)
@@ -330,6 +335,7 @@ class Ledger(LedgerState):
 
     def failed(self, slot: Slot, now: float) -> Work:
         """A connection could not be opened: the next waiter may try for itself."""
+        self.backoff.began(slot.since)
         return self._free(slot, now)
 
     def closed(self, slot: Slot, reason: str | None, now: float) -> Work:

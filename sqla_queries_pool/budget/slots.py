@@ -64,7 +64,7 @@ return a frame each, and tests/test_fast_path.py counts those.  A forked child r
 UNKNOWN = "unknown"
 """What an engine does that has opened no connection yet."""
 
-REJECTED = QUEUE_FULL, OVERLOAD, DRAINED = "queue-full", "overload", "drained"
+REJECTED = QUEUE_FULL, OVERLOAD, DRAINED, UNREACHABLE = "queue-full", "overload", "drained", "unreachable"
 """Why the pool rejects a checkout."""
 SUSPENDED = "suspended"
 """Why checkouts wait although there may be room."""
@@ -262,6 +262,7 @@ class Attachment:
     __slots__ = (
         "__weakref__",
         "answered",
+        "fail_fast_after",
         "generation",
         "hollow",
         "idle",
@@ -298,6 +299,7 @@ class Attachment:
         max_waiting: float = math.inf,
         queue_target: float = math.inf,
         idle_in_transaction_after: float = math.inf,
+        fail_fast_after: float = math.inf,
     ) -> None:
         self.quota = quota
         self.runtime: Any = None
@@ -326,9 +328,11 @@ class Attachment:
         """How long :attr:`queue` may be."""
         self.queue_target = queue_target
         """Seconds; no checkout waits for longer while the queue is overloaded."""
+        self.fail_fast_after = fail_fast_after
+        """Seconds without a connection after which checkouts that find nothing idle are rejected."""
         self.generation = 0
         """Given to new connections; dispose() ends one."""
-        self.retired: float = math.inf if quota.stopped else 0
+        self.retired: float = 0
         """Connections of a generation below this one close when they are returned; ``inf`` while the engine
         is stopped, so that a checkout on the short way, which does not ask, finds nothing idle."""
         self.ref: weakref.ref[Attachment] = weakref.ref(self)

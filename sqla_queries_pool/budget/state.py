@@ -97,6 +97,8 @@ class LedgerState:
         """What the pool itself has for a moment, to ask the server something.  It is held, by nobody."""
         self.lifetimes = Lifetimes()
         self.backoff = Backoff()
+        self.served_at = -math.inf
+        """When a connection was opened last, or handed from a checkout to one that waited."""
         self.leaks = Leaks()
         self.suspected_at = -math.inf
         """When all idle connections were last suspected together."""

@@ -97,7 +97,10 @@ class Attempt:
         entry = self._core.checkouts.wait(waiter, left, self._pool._gc_on_wait, watch, again)
         self._deadline += waiter.stood_still
         if isinstance(entry, Rejected):
-            raise self._got_nothing(self._core.now() - self._since, rejected(entry))
+            found = self._got_nothing(self._core.now() - self._since, rejected(entry))
+            if entry.kind == slots.UNREACHABLE:
+                found = self._refusal or self._known_refusal() or found
+            raise found
         if entry is waiter:  # its loop stood still, and another one got what it was given
             raise Refused(None)
         return entry

@@ -100,6 +100,7 @@ class QueriesPool(SQLAlchemyPool):
         on_deadlock: str = Settings.on_deadlock,
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
+        fail_fast_after: float | None = Settings.fail_fast_after,
         share: str | None = Settings.share,
         check_limits: bool = Settings.check_limits,
         idle_in_transaction_after: float | None = Settings.idle_in_transaction_after,

@@ -112,6 +112,8 @@ def rejected(why: Rejected) -> Diagnosis:
         return Diagnosis(why.kind, why.why, "Try again later, or raise max_waiting.")
     if why.kind == slots.DRAINED:
         return Diagnosis(why.kind, why.why, "The process is about to end. engine.pool.resume() undoes it.")
+    if why.kind == slots.UNREACHABLE:
+        return Diagnosis(why.kind, why.why, "Check the server. The first connect that succeeds ends it.")
     return Diagnosis(why.kind, why.why, "Try again later, reduce the load, or raise queue_target.")
 
 

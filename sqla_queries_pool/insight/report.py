@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ..budget.slots import DRAINED, REJECTED, SUSPENDED, Attachment, Slot
+from ..budget.slots import DRAINED, REJECTED, SUSPENDED, UNREACHABLE, Attachment, Slot
 from ..budget.work import Leaked, Returned
 from ..errors import CheckoutTimeout, PoolDeadlock, PoolDrained, TooManyRequests
 from ..logs import logger
@@ -18,6 +18,8 @@ from .snapshot import MOST_HOLDERS, Diagnosis, Holder, holder_of, snapshot
 SHARED_FOR = 0.1
 """Seconds for which one snapshot serves all errors of a pool.  Where hundreds wait, a snapshot takes tens of
 milliseconds, and reports must not make an overload worse."""
+KINDS = {DRAINED: PoolDrained, UNREACHABLE: CheckoutTimeout}
+"""The errors of checkouts that are rejected, but for ``TooManyRequests``."""
 
 
 def checkout_timeout(
@@ -58,9 +60,9 @@ def checkout_timeout(
         kind: type[CheckoutTimeout] = PoolDeadlock if early else CheckoutTimeout
         what = f"had no connection within {timeout:{'.1f' if early else 'g'}} s: "
     else:
-        kind = PoolDrained if found.kind == DRAINED else TooManyRequests
+        kind = KINDS.get(found.kind, TooManyRequests)
         what = f"rejected a checkout after {timeout:.1f} s because {found.cause}: "
-        advice = found.remedy if found.kind == DRAINED else f"{found.remedy} {advice}"
+        advice = found.remedy if found.kind in KINDS else f"{found.remedy} {advice}"
     ceiling = attachment.quota.stated
     own_limit = ceiling is not None and ceiling < (pool.max_size or math.inf)
     error = kind(

@@ -105,8 +105,8 @@ class Diagnosis:
     """Why a checkout got nothing, most likely, and what to do about it."""
 
     kind: str
-    """One of ``deadlock queue-full overload drained suspended refused nested-checkout slow-connect leak
-    long-use host too-small``."""
+    """One of ``deadlock queue-full overload drained suspended unreachable refused nested-checkout
+    slow-connect leak long-use host too-small``."""
     cause: str
     remedy: str
     details: str = ""
