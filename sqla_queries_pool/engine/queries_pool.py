@@ -50,7 +50,7 @@ from ..runtime.jitter import lifetime
 from ..sockets import liveness
 from ..sockets.drivers import UNSEEN_FOR, is_seen
 from ..sockets.lingering import LONGEST
-from . import failover, identity, seams
+from . import credentials, failover, identity, seams
 from .attempt import Attempt, Refused, open_connection
 from .limits import Check
 from .records import Proxy, Record
@@ -257,7 +257,7 @@ class QueriesPool(SQLAlchemyPool):
             core.admission.wait_for_room(self._close_timeout, attachment.runtime.pause)
             begin = time.monotonic()
             try:
-                dbapi_connection = create(record)
+                dbapi_connection = credentials.create(create, record, self.logger)
             except Exception as error:
                 core.admission.failed(error)
                 raise
