@@ -27,8 +27,10 @@ def create(connect: Callable[[Any], Any], record: Any, logger: Any) -> Any:
         return connect(record)
     except Exception as error:
         pool = getattr(record, "owner", None)
-        dialect = None if pool is None else pool._dialect
-        listeners: Any = None if dialect is None else dialect.dispatch.do_connect
+        events = getattr(
+            getattr(pool, "_dialect", None), "dispatch", None
+        )  # a pool without an engine has none
+        listeners = getattr(events, "do_connect", None)
         if not listeners or not is_authentication(error):
             raise
         logger.info("Credentials were refused, asking do_connect once more: %s", str(error).strip())
