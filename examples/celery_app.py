@@ -10,11 +10,11 @@ import os
 from pathlib import Path
 
 from celery import Celery
-from celery.signals import worker_init
+from celery.signals import worker_init, worker_process_shutdown
 from sqlalchemy import create_engine, func, select
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
-from sqla_queries_pool import QueriesPool
+from sqla_queries_pool import PoolManager, QueriesPool
 
 folder = Path(os.environ.get("CELERY_FOLDER", "celery-messages")).resolve()
 for name in ("queue", "control", "results"):
@@ -49,6 +49,13 @@ class Order(Base):
 def make_tables(**_: object) -> None:
     """In the parent, before it forks.  The connection that this took stays the parent's."""
     Base.metadata.create_all(engine)
+
+
+@worker_process_shutdown.connect
+def drain(**_: object) -> None:
+    """In a child, after its last task: let its connections end in peace, and say who has one yet."""
+    for stopped in PoolManager.drain(5):
+        print(stopped, flush=True)
 
 
 @app.task

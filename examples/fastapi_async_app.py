@@ -46,6 +46,7 @@ async def lifespan(app: FastAPI) -> AsyncIterator[None]:
     async with engine.begin() as connection:
         await connection.run_sync(SQLModel.metadata.create_all)
     yield
+    await engine.pool.drain(5)  # a task in the background may still have one
     await engine.dispose()
 
 

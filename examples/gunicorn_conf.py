@@ -8,3 +8,11 @@ Nothing is said of forking: a worker forgets by itself what its parent has conne
 
 workers = 2
 threads = 16  # per worker: up to max_size of them have a connection, the others wait for one
+
+
+def worker_exit(server, worker):
+    """After the last request of a worker: let its connections end in peace, and say who has one yet."""
+    from sqla_queries_pool import PoolManager  # here: the arbiter needs no pool
+
+    for stopped in PoolManager.drain(5):
+        worker.log.info("%s", stopped)

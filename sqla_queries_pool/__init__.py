@@ -19,6 +19,7 @@ from .errors import (
     ParameterError,
     PoolConnectionException,
     PoolDeadlock,
+    PoolDrained,
     PoolException,
     PoolFullError,
     QueriesException,
@@ -27,6 +28,7 @@ from .errors import (
 from .insight.snapshot import Diagnosis, Holder, Snapshot, Waiting, snapshot
 from .labels import checkout_label, checkouts, labelled
 from .pool import Connection, Pool, PoolManager
+from .pool.stopping import Stopped
 
 __all__ = [
     "BOUNDS",
@@ -48,6 +50,7 @@ __all__ = [
     "Pool",
     "PoolConnectionException",
     "PoolDeadlock",
+    "PoolDrained",
     "PoolException",
     "PoolFullError",
     "PoolManager",
@@ -56,6 +59,7 @@ __all__ = [
     "QueriesPoolOptions",
     "Snapshot",
     "Statistics",
+    "Stopped",
     "TooManyRequests",
     "Waiting",
     "checkout_label",

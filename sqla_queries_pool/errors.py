@@ -91,6 +91,13 @@ class TooManyRequests(CheckoutTimeout):
     """
 
 
+class PoolDrained(CheckoutTimeout):
+    """The pool rejected a checkout because its engine was drained, as before a process ends.
+
+    ``resume()`` makes the engine usable again.
+    """
+
+
 class PoolDeadlock(CheckoutTimeout):
     """Checkouts wait for each other, and nothing has moved for a second.
 

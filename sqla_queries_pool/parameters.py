@@ -91,7 +91,7 @@ def queue_target(name: str, value: object) -> float | None:
     """
     number = _number(value)
     if number is not None and not number > 0:
-        raise _error(name, value, "a number of seconds above zero, or None for no target")
+        raise _error(name, value, "a number of seconds above zero, or None for none")
     return number
 
 

@@ -22,6 +22,7 @@ from sqla_queries_pool.budget.slots import (
     HELD,
     LOCKED,
     OTHER,
+    SUSPENDED,
     TRANSITIONS,
     Attachment,
     EntryRef,
@@ -197,6 +198,8 @@ class Simulator:
         idle = any(a.idle for a in self.queues) or self.ledger.by_hand.idle
         for attachment, queue in self.queues.items():
             room = not attachment.quota.full and len(self.ledger.slots) < self.ledger.limit
+            if attachment.quota.stopped == SUSPENDED:
+                continue
             first = self.ledger.first(attachment)
             # With classes another one may have moved meanwhile.
             stands = first is queue[0] if queue else False
@@ -366,7 +369,8 @@ class Simulator:
             for w in queue
             if not self.classes or w.caller_class == (self.caller or attachment.caller or OTHER)
         ]
-        assert entry is None or not (fresh and same), "a newcomer has overtaken a waiter"
+        rejected = isinstance(entry, Rejected)
+        assert entry is None or rejected or not (fresh and same), "a newcomer has overtaken a waiter"
         assert not (waits and isinstance(entry, Permit)), "opens another although one is out"
         return entry
 

@@ -402,6 +402,7 @@ def test_the_children_of_a_celery_worker_have_connections_of_their_own(
     assert backends(pg_observer, pg_url) == {parents}.union(*of.values())
     worker.stop()
     assert "Traceback" not in worker.said()
+    assert worker.said().count(": drained, nothing is out after") == 3, worker.said()  # as many as children
     eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
 
 
@@ -492,6 +493,7 @@ def test_gunicorn_has_at_most_workers_times_max_size_connections(
     assert backends(pg_observer, pg_url) == parents.union(*of.values())
     program.stop()
     assert "Traceback" not in program.said()
+    assert program.said().count(": drained, nothing is out after") == WORKERS, program.said()
     eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
 
 

@@ -24,16 +24,19 @@ from hypothesis.stateful import (
 )
 from ledger_fakes import CheckedWaiter, Handle, Record, Session, Simulator
 
-from sqla_queries_pool.budget import closing
+from sqla_queries_pool.budget import closing, stopping
 from sqla_queries_pool.budget.ledger import LOWERED, Ledger
 from sqla_queries_pool.budget.slots import (
     CLOSING,
+    DRAINED,
     HELD,
     IDLE,
     LOCKED,
+    SUSPENDED,
     Attachment,
     NotHeld,
     Permit,
+    Rejected,
     Slot,
     Terms,
 )
@@ -68,6 +71,11 @@ class Engine:
         """Sockets that must not be handed out: opened before a completed dispose, as the machine counts."""
         self.born: dict[Handle, int] = {}
         """How often it had been disposed when the socket was opened."""
+
+    @property
+    def stopped(self) -> str | None:
+        """Is it suspended or drained?"""
+        return self.attachment.quota.stopped
 
     def retire(self) -> None:
         """A dispose is completed: what was born before it is to close, and nothing else."""
@@ -147,6 +155,9 @@ class LedgerMachine(RuleBasedStateMachine):
         engine = chosen(n, self.engines)
         self.simulator.caller = (None, "a", "b")[n // 8]
         entry = self.simulator.take(engine.attachment, object())
+        assert isinstance(entry, Rejected) == (engine.stopped == DRAINED)
+        if isinstance(entry, Rejected):
+            return
         if entry is None:
             entry = self.simulator.wait(engine.attachment)
         if isinstance(entry, CheckedWaiter):
@@ -286,7 +297,7 @@ class LedgerMachine(RuleBasedStateMachine):
         entry = self.simulator.wait(engine.attachment, since)
         if isinstance(entry, CheckedWaiter):
             self.waiting.append((engine, entry))
-        else:
+        elif not isinstance(entry, Rejected):
             assert self.stated or not queue, "overtakes a waiter"
             self.received(engine, entry, 3, since)
 
@@ -328,6 +339,35 @@ class LedgerMachine(RuleBasedStateMachine):
 
     # -- what is held ------------------------------------------------------------------------------
 
+    @rule(n=which, how=st.sampled_from([SUSPENDED, DRAINED, None, None]))
+    def is_stopped(self, n: int, how: str | None) -> None:
+        """An engine is suspended, drained, or resumed; a drained one is not suspended."""
+        self.stop(chosen(n, self.engines), how)
+
+    def everyone(self) -> set[Engine]:
+        """All engines, also those that were dropped and have something out."""
+        dropped = [*(o.engine for o in self.opening), *(e for e, _ in [*self.held, *self.waiting])]
+        return {*self.engines, *dropped}
+
+    def stop(self, engine: Engine, how: str | None) -> None:
+        """Suspend, drain or resume an engine, with all pools that it has had."""
+        quotas, was = [engine.attachment.quota], engine.stopped
+        if how is None:
+            self.simulator.decide(stopping.resume, self.ledger, quotas, self.simulator.now)
+        else:
+            self.simulator.decide(stopping.stop, self.ledger, quotas, how, self.simulator.now)
+        assert engine.stopped == (DRAINED if how and was == DRAINED else how)
+        for other in self.everyone():
+            if (how or was) and other.attachment.quota in quotas:  # what is out closes when it is returned
+                other.disposals += 1
+                other.retire()
+
+    @invariant()
+    def what_is_stopped_has_nothing_idle(self) -> None:
+        """A checkout on the short way asks nothing."""
+        for engine in self.engines:
+            assert not (engine.stopped and (engine.attachment.idle or engine.attachment.hollow))
+
     @precondition(lambda self: self.held)
     @rule(n=which)
     def check_in(self, n: int) -> None:
@@ -340,9 +380,9 @@ class LedgerMachine(RuleBasedStateMachine):
                 for item in self.simulator.todo
                 if isinstance(item, Close) and item.slot is record.slot
             ]
-            assert handle is None or handle in engine.retired or reasons == [LOWERED]
+            assert handle is None or handle in engine.retired or reasons == [LOWERED] or engine.stopped
         else:
-            assert handle not in engine.retired
+            assert handle not in engine.retired or engine.stopped == DRAINED  # handed to one that waits
 
     @precondition(lambda self: self.held)
     @rule()
@@ -579,6 +619,9 @@ class LedgerMachine(RuleBasedStateMachine):
         if not simulator.sound:
             return  # the failure is reported already
         simulator.settle()
+        for stopped in [engine for engine in self.everyone() if engine.stopped]:
+            self.stop(stopped, None)
+            del stopped
         simulator.now += 1.0
         simulator.all_insist()
         while self.waiting or self.opening or self.held or self.locks or simulator.todo:

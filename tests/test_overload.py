@@ -231,7 +231,7 @@ def test_max_waiting_is_a_whole_number(value: Any) -> None:
 @pytest.mark.parametrize("value", [0, -0.1, "soon", True, float("inf")])
 def test_queue_target_is_more_than_no_time(value: Any) -> None:
     """What it is, and what to write."""
-    text = r"queue_target=.*: write a number of seconds above zero, or None for no target"
+    text = r"queue_target=.*: write a number of seconds above zero, or None for none"
     with pytest.raises(ParameterError, match=text):
         QueriesPool(FakeDriver().connect, queue_target=value, pool_id=secrets.token_hex(4))
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .choice import SPARE, may_insist, may_wait
 from .ledger import Ledger
-from .slots import CLOSING, GONE, HELD, IDLE, LOCKED, OPENING, Slot
+from .slots import CLOSING, GONE, HELD, IDLE, LOCKED, OPENING, SUSPENDED, Slot
 from .work import Work
 
 
@@ -171,7 +171,7 @@ def _could_be_served(ledger: Ledger, now: float) -> bool:
         return False
     for attachment, first in firsts:
         quota = attachment.quota
-        if may_wait(ledger, attachment, first.holder, now):
+        if quota.stopped == SUSPENDED or may_wait(ledger, attachment, first.holder, now):
             continue
         if not quota.full and len(ledger.slots) < ledger.limit:
             return True

@@ -9,7 +9,7 @@ from collections.abc import Callable
 class Backoff:
     """The refusals of one pool's server and the pauses after them.  Times are by the pool's clock."""
 
-    __slots__ = ("probing", "refusals", "retry_after", "retry_at")
+    __slots__ = ("probing", "refusals", "refused_at", "retry_after", "retry_at", "since")
 
     def __init__(self) -> None:
         self.refusals = 0
@@ -17,6 +17,10 @@ class Backoff:
         it accepts connections."""
         self.probing = False
         """Is a checkout trying to connect after the last pause?"""
+        self.since = math.inf
+        """When the first connect began that was refused; ``inf`` while the server accepts connections."""
+        self.refused_at = -math.inf
+        """When it refused one last."""
         self.retry_after = 0.0
         """Seconds between attempts to connect, while there are refusals."""
         self.retry_at = -math.inf
@@ -27,6 +31,7 @@ class Backoff:
 
         :param pause: how long a pause is, in seconds, after so many refusals.
         """
+        self.since, self.refused_at = min(self.since, now), now
         if self.refusals and not self.probing:
             return  # it was connecting already when the pause began
         self.probing = False
@@ -48,8 +53,14 @@ class Backoff:
         self.retry_at = now + self.retry_after
         return True
 
+    def began(self, at: float) -> None:
+        """What the server has refused began at that time."""
+        if self.refusals:
+            self.since = min(self.since, at)
+
     def let_in(self) -> bool:
         """The server accepts connections again, or it is no use to wait for it; return whether it refused."""
         refused = self.refusals > 0
         self.refusals = 0
+        self.since = math.inf
         return refused

@@ -8,8 +8,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from .queue import WORTH_IT
-from .slots import OVERLOAD, QUEUE_FULL, Attachment, Rejected, Waiter
+from .queue import LATE, WORTH_IT
+from .slots import OVERLOAD, QUEUE_FULL, UNREACHABLE, Attachment, Rejected, Waiter
 from .state import LedgerState
 
 SPARE = 0.05
@@ -18,6 +18,8 @@ One that was returned just now is about to be used again, and moving its slot co
 (design 6)."""
 PATIENCE = 0.1
 """Seconds after which a waiter may have the slot of any other engine's idle connection."""
+LONGEST_PAUSE = 2.0
+"""Seconds; pauses after refusals are shorter, jitter included."""
 PATIENCE_FACTOR = 4.0
 """For how many mean waits, and for PATIENCE at least, another engine's waiter lets a connection's own
 engine go first although it came first itself."""
@@ -95,9 +97,36 @@ def look_in(ledger: LedgerState, waiter: Waiter, now: float) -> float:
     full = attachment.quota.full or len(ledger.slots) >= ledger.limit or ledger.barred(waiter)
     if attachment.pace.price and not full and not ledger.backoff.refusals:
         seconds = attachment.pace.look_in(ledger.wanting(attachment), waiter.since, now)
+    if attachment.fail_fast_after < math.inf:
+        after = attachment.fail_fast_after
+        began = [slot.since for slot in ledger.opening.copy()]
+        since = max(min([ledger.backoff.since, *began]), ledger.served_at)
+        if since + after > now:
+            seconds = min(seconds, LATE + since + after - now)
     if target < math.inf:
         seconds = min(seconds, ledger.pace_of(waiter).overdue_in(waiter.since, target, now))
     return seconds
+
+
+def unreachable(ledger: LedgerState, attachment: Attachment, now: float) -> bool:
+    """Has the server refused or swallowed connects for ``fail_fast_after`` seconds?
+
+    Since the first of them began, none was answered, and no checkout was served by one that was returned: a
+    server that is just full is not out of reach.  A refusal that is as old as that proves nothing any more.
+    """
+    after, backoff = attachment.fail_fast_after, ledger.backoff
+    if after == math.inf:
+        return False
+    known = backoff.refusals and now - backoff.refused_at < max(after, LONGEST_PAUSE)
+    since = min((slot.since for slot in ledger.opening), default=math.inf)
+    since = min(since, backoff.since) if known else since
+    return now - max(since, ledger.served_at) >= after
+
+
+def probes(ledger: LedgerState, attachment: Attachment, now: float) -> bool:
+    """Does a connect go on that may tell whether the server is back?  One that has taken as long as
+    ``fail_fast_after`` may hang for ever."""
+    return any(now - slot.since < attachment.fail_fast_after for slot in ledger.opening)
 
 
 def why_rejected(ledger: LedgerState, waiter: Waiter, now: float, new: bool) -> Rejected | None:
@@ -113,6 +142,13 @@ def why_rejected(ledger: LedgerState, waiter: Waiter, now: float, new: bool) -> 
             QUEUE_FULL,
             f"the queue is full (max_waiting={attachment.max_waiting})",
         )
+    if unreachable(ledger, attachment, now):
+        return Rejected(
+            UNREACHABLE,
+            f"the server has accepted no connection for fail_fast_after={attachment.fail_fast_after:g} s",
+        )
+    if attachment.quota.stopped:  # it waits for its end, or is the last to be served
+        return None
     if now - waiter.since >= target and ledger.pace_of(waiter).overloaded(target, now):
         behind = now - ledger.pace_of(waiter).in_time
         return Rejected(

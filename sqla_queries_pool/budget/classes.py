@@ -29,9 +29,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from . import choice
-from .ledger import Ledger
+from .ledger import DISPOSED, Ledger
 from .queue import Pace
-from .slots import HELD, OPENING, OTHER, Attachment, Slot, Terms, Waiter
+from .slots import DRAINED, HELD, OPENING, OTHER, SUSPENDED, Attachment, Slot, Terms, Waiter
 from .stats import ClassStatistics, Durations
 from .work import Wake, Work
 
@@ -83,7 +83,7 @@ class Turn:
     def __init__(self, ledger: ClassLedger) -> None:
         self._ledger = ledger
         self.held = ledger.held_by_class()
-        self.firsts = [(a, ledger.firsts(a)) for a in ledger.queues]
+        self.firsts = [(a, ledger.firsts(a)) for a in ledger.queues if a.quota.stopped != SUSPENDED]
         waiting = {name for _, firsts in self.firsts for name in firsts}
         self._weights = sum(ledger.terms(name).weight for name in {*self.held, *waiting})
         if waiting:
@@ -212,6 +212,8 @@ class ClassLedger(Ledger):
 
     def take(self, attachment: Attachment, holder: Any, now: float) -> Any:
         name = self._class_of(attachment)
+        if attachment.quota.stopped == DRAINED:
+            return super().take(attachment, holder, now)  # it rejects
         if self._full(name):
             return None
         if attachment.idle or not attachment.queue:
@@ -267,7 +269,8 @@ class ClassLedger(Ledger):
 
     def _give_on(self, attachment: Attachment, entry: Any, slot: Slot, now: float) -> Work:
         too_many = len(self.slots) - len(self.closing) > self.limit
-        if too_many or slot.generation < attachment.retired:
+        retired = slot.generation < attachment.retired
+        if too_many or (retired and not self._serves_yet(attachment, slot)):
             return super()._give_on(attachment, entry, slot, now)  # it closes, whoever waits
         name = slot.caller_class or OTHER
         was_full = len(self.used_by(name)) + 1 >= self.terms(name).max
@@ -276,7 +279,9 @@ class ClassLedger(Ledger):
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
         if connects and not self.backoff.may_connect(now):
             waiter = None if hollow else self.first(attachment)
-        if waiter is None and not hollow and now >= slot.expires:
+        if waiter is None and retired:  # those that wait are of classes at their ceilings
+            work = [self.close(entry, DISPOSED), *self.serve(now)]
+        elif waiter is None and not hollow and now >= slot.expires:
             work = self._idle_again(attachment, entry, now) + self._note_lifetime(slot)
             work += [] if self.queues else self._renew(now)
         else:

@@ -54,7 +54,8 @@ def dispose(ledger: Ledger, attachment: Attachment) -> Work:
 
 def retire(ledger: Ledger, attachment: Attachment) -> Work:
     """Close what was opened before the last dispose: what is idle now, the others when they are returned."""
-    attachment.retired = attachment.generation
+    if not attachment.quota.stopped:
+        attachment.retired = attachment.generation
     return ledger.close_idle(attachment, DISPOSED)
 
 

@@ -30,10 +30,12 @@ from . import choice
 from .queue import mean as moving_mean
 from .slots import (
     CLOSING,
+    DRAINED,
     HELD,
     IDLE,
     LOCKED,
     OPENING,
+    SUSPENDED,
     Attachment,
     NotHeld,
     Permit,
@@ -41,7 +43,7 @@ from .slots import (
     Slot,
     Waiter,
 )
-from .state import DEFAULT_LIMIT, LedgerState
+from .state import DEFAULT_LIMIT, LedgerState, go_on
 from .stats import BOUNDS, SHORTEST
 from .work import Close, Fill, Renew, Reset, Resetter, Wake, Work
 
@@ -63,7 +65,8 @@ class Ledger(LedgerState):
     # -- the hot path ------------------------------------------------------------------------------
 
     def take(self, attachment: Attachment, holder: Any, now: float) -> Any:
-        """Return an entry for this engine, now held (or opening, if a :class:`Permit`), or None."""
+        """Return an entry for this engine, now held (or opening, if a :class:`Permit`), None, or why the
+        checkout is rejected."""
         if attachment.idle:
             entry = attachment.pop()
             slot = entry.slot
@@ -77,6 +80,8 @@ class Ledger(LedgerState):
             if out > self.peak_held:
                 self.peak_held = out
             return entry
+        if attachment.quota.stopped == DRAINED:
+            return Rejected(DRAINED, "its engine was drained")
         if attachment.hollow and not attachment.queue and self.backoff.may_connect(now):
             return self._hold(attachment.hollow.pop(), holder, now)
         if attachment.queue:
@@ -132,7 +137,7 @@ class Ledger(LedgerState):
         """Pass on an entry that was returned: to a waiter, to be closed, or to the idle ones."""
         if len(self.slots) - len(self.closing) > self.limit:
             return [self.close(entry, LOWERED), *self.serve(now)]
-        if slot.generation < attachment.retired:
+        if slot.generation < attachment.retired and not self._serves_yet(attachment, slot):
             return [self.close(entry, DISPOSED), *self.serve(now)]
         if attachment.queue and len(self.queues) == 1 and slot.handle is not None:
             first = next(iter(attachment.queue))
@@ -145,6 +150,11 @@ class Ledger(LedgerState):
         if connects and not self.backoff.may_connect(now):
             waiter = None if hollow else next(iter(attachment.queue), None)
         return self._pass_on(attachment, entry, waiter, now)
+
+    @staticmethod
+    def _serves_yet(attachment: Attachment, slot: Slot) -> bool:
+        """Is it drained, and serves those that wait already?"""
+        return attachment.quota.stopped == DRAINED and bool(attachment.queue) and slot.handle is not None
 
     def _pass_on(self, attachment: Attachment, entry: Any, waiter: Waiter | None, now: float) -> Work:
         """Give what was returned to a waiter, whichever engine's, or to the idle ones."""
@@ -172,7 +182,9 @@ class Ledger(LedgerState):
         :param last: it can't wait.
         """
         quota = attachment.quota
-        if self.backoff.pausing(now):
+        if choice.unreachable(self, attachment, now) and choice.probes(self, attachment, now):
+            return None
+        if self.backoff.pausing(now) or quota.stopped == SUSPENDED:
             return None
         if not last and choice.may_wait(self, attachment, holder, now):
             return None
@@ -275,6 +287,8 @@ class Ledger(LedgerState):
         entry.slot.label = waiter.label  # a task hears of it a turn of its loop later
         self._leave_queue(waiter)
         attachment, waited = waiter.attachment, now - waiter.since
+        if entry.slot.state is HELD:
+            self.served_at = now
         attachment.answered += 1
         if attachment.pace.price:
             attachment.pace.was(len(attachment.queue), now)
@@ -305,6 +319,7 @@ class Ledger(LedgerState):
         """A connection was opened, or reopened: its opener holds it."""
         self.opening.discard(slot)
         slot.instead_of = None
+        self.served_at = now
         if slot.state is OPENING:
             self.mean_connect = moving_mean(self.mean_connect, now - slot.since)
             self.move(slot, HELD)
@@ -329,6 +344,7 @@ class Ledger(LedgerState):
 
     def failed(self, slot: Slot, now: float) -> Work:
         """A connection could not be opened: the next waiter may try for itself."""
+        self.backoff.began(slot.since)
         return self._free(slot, now)
 
     def closed(self, slot: Slot, reason: str | None, now: float) -> Work:
@@ -414,6 +430,7 @@ class Ledger(LedgerState):
             quota.slots.clear()
             if (attachment := ref()) is not None:  # else its death is in a letter in the parent's inbox
                 attachment.make_fresh()
+                go_on(attachment)
                 child.attachments[ref] = quota
         return child, child.relimit(now) + child._vacancy(now)
 
@@ -550,7 +567,8 @@ class Ledger(LedgerState):
 
     def reserve(self, attachment: Attachment, now: float) -> Permit | None:
         """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
-        free = not attachment.quota.full and len(self.slots) < self.limit and not self.heads()
+        room = not attachment.quota.full and len(self.slots) < self.limit
+        free = room and not self.heads() and not attachment.quota.stopped
         if not free or self._size(attachment) >= attachment.min_size or not self.backoff.may_connect(now):
             return None
         permit = self._permit(attachment, 0, now, None)

@@ -66,8 +66,10 @@ UNKNOWN = "unknown"
 
 OTHER = "other"
 """The class of callers of those that state none; an engine may say what it may have, as of any class."""
-REJECTED = QUEUE_FULL, OVERLOAD = "queue-full", "overload"
+REJECTED = QUEUE_FULL, OVERLOAD, DRAINED, UNREACHABLE = "queue-full", "overload", "drained", "unreachable"
 """Why the pool rejects a checkout."""
+SUSPENDED = "suspended"
+"""Why checkouts wait although there may be room."""
 
 
 class NotHeld(RuntimeError):
@@ -77,7 +79,7 @@ class NotHeld(RuntimeError):
 class Quota:
     """What one engine may use and uses, across the pools that it had: dispose() makes a new one."""
 
-    __slots__ = ("slots", "split", "stated")
+    __slots__ = ("slots", "split", "stated", "stopped")
 
     def __init__(self, stated: float | None) -> None:
         self.stated = stated
@@ -87,6 +89,8 @@ class Quota:
         """Has the engine been used in more than one runtime?  Then not all of its slots are kin."""
         self.slots: set[Slot] = set()
         """All slots that count against the ceiling."""
+        self.stopped: str | None = None
+        """:data:`SUSPENDED` or :data:`DRAINED` where the engine hands nothing out; written by stopping.py."""
 
     @property
     def full(self) -> bool:
@@ -282,6 +286,7 @@ class Attachment:
         "answered",
         "caller",
         "classes",
+        "fail_fast_after",
         "generation",
         "hollow",
         "idle",
@@ -318,6 +323,7 @@ class Attachment:
         max_waiting: float = math.inf,
         queue_target: float = math.inf,
         idle_in_transaction_after: float = math.inf,
+        fail_fast_after: float = math.inf,
     ) -> None:
         self.quota = quota
         self.runtime: Any = None
@@ -350,10 +356,13 @@ class Attachment:
         """How long :attr:`queue` may be."""
         self.queue_target = queue_target
         """Seconds; no checkout waits for longer while the queue is overloaded."""
+        self.fail_fast_after = fail_fast_after
+        """Seconds without a connection after which checkouts that find nothing idle are rejected."""
         self.generation = 0
         """Given to new connections; dispose() ends one."""
-        self.retired = 0
-        """Connections of a generation below this one close when they are returned."""
+        self.retired: float = 0
+        """Connections of a generation below this one close when they are returned; ``inf`` while the engine
+        is stopped, so that a checkout on the short way, which does not ask, finds nothing idle."""
         self.ref: weakref.ref[Attachment] = weakref.ref(self)
         """What the slots and the ledger know it by; ``attach`` adds the callback."""
         self.make_fresh()

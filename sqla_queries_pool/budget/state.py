@@ -25,6 +25,7 @@ from .slots import (
     HELD,
     LOCKED,
     OUT,
+    SUSPENDED,
     TRANSITIONS,
     Attachment,
     EntryRef,
@@ -42,6 +43,14 @@ VACANT_FOR = 60.0
 """Seconds for which a pool without slots and engines is kept at most, but for one made by hand."""
 DEFAULT_LIMIT = 15.0
 """The limit where nobody set one (design 3)."""
+
+
+def go_on(attachment: Attachment) -> None:
+    """An engine is stopped no more; what was out meanwhile still closes when it is returned."""
+    if attachment.retired == math.inf:
+        attachment.generation += 1
+        attachment.retired = attachment.generation
+    attachment.quota.stopped = None
 
 
 class LedgerState:
@@ -89,6 +98,8 @@ class LedgerState:
         """What the pool itself has for a moment, to ask the server something.  It is held, by nobody."""
         self.lifetimes = Lifetimes()
         self.backoff = Backoff()
+        self.served_at = -math.inf
+        """When a connection was opened last, or handed from a checkout to one that waited."""
         self.leaks = Leaks()
         self.suspected_at = -math.inf
         """When all idle connections were last suspected together."""
@@ -156,10 +167,12 @@ class LedgerState:
     # -- queues, suspicion, ages -------------------------------------------------------------------
 
     def heads(self) -> list[Waiter]:
-        """The first waiter of each queue.  A queue that an interrupt has left behind empty is forgotten."""
+        """The first waiter of each queue that may be served.  A queue that an interrupt has left behind empty
+        is forgotten."""
         for attachment in [a for a in self.queues if not a.queue]:
             del self.queues[attachment]
-        return [next(iter(attachment.queue)) for attachment in self.queues]
+        served = [a for a in self.queues if a.quota.stopped != SUSPENDED]
+        return [next(iter(attachment.queue)) for attachment in served]
 
     # What a pool without classes of callers says; classes.py overrides it.
 

@@ -11,11 +11,12 @@ from typing import Any
 
 from sqlalchemy import exc
 
+from ..budget import slots
 from ..budget.slots import Permit, Rejected, Slot, Waiter
 from ..concurrency.late import TooLate
 from ..errors import PoolDeadlock
 from ..insight import deadlock, stacks
-from ..insight.diagnosis import rejected
+from ..insight.diagnosis import SUSPENDED, rejected
 from ..insight.report import checkout_timeout
 from ..insight.snapshot import Diagnosis
 from ..labels import checkout_deadline, checkout_label
@@ -84,7 +85,7 @@ class Attempt:
                 if entry is not None and not isinstance(entry, (Record, Permit)):
                     entry = self._wait(entry, left, again)
                 if entry is None:
-                    raise self._refusal or self._known_refusal() or self._timed_out()
+                    raise self._suspended() or self._refusal or self._known_refusal() or self._timed_out()
                 slot = entry.slot
                 slot.label, slot.stack = checkout_label.get(), self._found
                 if isinstance(entry, Permit):
@@ -103,13 +104,18 @@ class Attempt:
                 self._stages.note(error, self._core.section.label)
                 raise
 
-    def _wait(self, waiter: Waiter, left: float, again: bool) -> Any:
+    def _wait(self, waiter: Waiter | Rejected, left: float, again: bool) -> Any:
         self._stages.enter(WAITING)
+        if isinstance(waiter, Rejected):
+            raise self._got_nothing(self._core.now() - self._since, rejected(waiter))
         watch = None if self._pool.settings.on_deadlock == IGNORE else self._watch
         entry = self._core.checkouts.wait(waiter, left, self._pool._gc_on_wait, watch, again)
         self._deadline += waiter.stood_still
         if isinstance(entry, Rejected):
-            raise self._got_nothing(self._core.now() - self._since, rejected(entry))
+            found = self._got_nothing(self._core.now() - self._since, rejected(entry))
+            if entry.kind == slots.UNREACHABLE:
+                found = self._refusal or self._known_refusal() or found
+            raise found
         if entry is waiter:  # its loop stood still, and another one got what it was given
             raise Refused(None)
         return entry
@@ -118,6 +124,11 @@ class Attempt:
     def _leaves_at(self) -> float:
         """When it leaves what it has begun, by ``time.monotonic``: where a block has stated a deadline."""
         return self._deadline if self._whose else math.inf
+
+    def _suspended(self) -> Exception | None:
+        if self._pool._attachment.quota.stopped != slots.SUSPENDED:
+            return None
+        return self._got_nothing(self._timeout, SUSPENDED, early=False)
 
     def _timed_out(self) -> Exception:
         return self._got_nothing(self._timeout, self._deadlock, early=False)

@@ -24,7 +24,20 @@ from sqlalchemy.pool import Pool as SQLAlchemyPool
 
 from .. import logs, parameters
 from ..budget.audit import Audit
-from ..budget.slots import HELD, IDLE, LOCKED, OPENING, UNKNOWN, Attachment, Permit, Quota, Slot, Terms
+from ..budget.slots import (
+    DRAINED,
+    HELD,
+    IDLE,
+    LOCKED,
+    OPENING,
+    SUSPENDED,
+    UNKNOWN,
+    Attachment,
+    Permit,
+    Quota,
+    Slot,
+    Terms,
+)
 from ..budget.stats import Statistics
 from ..errors import ParameterError
 from ..insight import deadlock, stacks
@@ -32,13 +45,13 @@ from ..insight.report import log_idle, log_leak
 from ..insight.snapshot import Snapshot, snapshot
 from ..labels import checkout_label
 from ..parameters import Unstated
-from ..pool import Pool
+from ..pool import Pool, stopping
 from ..pool.manager import attach
 from ..runtime.jitter import lifetime
 from ..sockets import liveness
 from ..sockets.drivers import UNSEEN_FOR, is_seen
 from ..sockets.lingering import LONGEST
-from . import failover, identity, seams
+from . import credentials, failover, identity, seams
 from .attempt import Attempt, Refused, open_connection
 from .limits import Check
 from .records import Proxy, Record
@@ -88,6 +101,7 @@ class QueriesPool(SQLAlchemyPool):
         on_deadlock: str = Settings.on_deadlock,
         max_waiting: int | None = Settings.max_waiting,
         queue_target: float | None = Settings.queue_target,
+        fail_fast_after: float | None = Settings.fail_fast_after,
         share: str | None = Settings.share,
         classes: dict[str, dict[str, float]] | None = Settings.classes,
         caller: str | None = Settings.caller,
@@ -249,7 +263,7 @@ class QueriesPool(SQLAlchemyPool):
             core.admission.wait_for_room(self._close_timeout, attachment.runtime.pause)
             begin = time.monotonic()
             try:
-                dbapi_connection = create(record)
+                dbapi_connection = credentials.create(create, record, self.logger)
             except Exception as error:
                 core.admission.failed(error)
                 raise
@@ -390,6 +404,42 @@ class QueriesPool(SQLAlchemyPool):
                 self._core.dispose(attachment)
                 self._core.retire(attachment)
 
+    def drain(self, timeout: float | None) -> Any:
+        """Reject new checkouts of this engine, and wait until nothing is out any more: before a process ends.
+
+        Checkouts that wait already are served.  What is idle is closed at once, what is out when it is
+        returned; nothing is taken away from its holder.  The engine stays drained, also after
+        ``Engine.dispose()``, until :meth:`resume`; a forked child's is not drained.
+
+        With an engine of asyncio: ``await engine.pool.drain(timeout)`` in its loop; where no loop runs, it
+        blocks the thread.
+
+        :param timeout: seconds to wait, at most; None for as long as it takes.
+        :return: a :class:`.Stopped`: who still has connections.
+        """
+        return self._stop(DRAINED, timeout)
+
+    def suspend(self, timeout: float | None = 0.0) -> Any:
+        """Have checkouts of this engine wait until :meth:`resume`: for a failover, or a migration.
+
+        They wait within their timeouts.  What is idle is closed at once, what is out when it is returned.
+
+        With an engine of asyncio: ``await engine.pool.suspend()``, as for :meth:`drain`.
+
+        :param timeout: seconds to wait until nothing is out any more, at most.
+        :return: a :class:`.Stopped`: who still has connections.
+        """
+        return self._stop(SUSPENDED, timeout)
+
+    def resume(self) -> None:
+        """Hand connections out again, after :meth:`suspend` or :meth:`drain`; waiting checkouts first."""
+        stopping.resume(self._core, (self._attachment.quota,))
+
+    def _stop(self, how: str, timeout: float | None) -> Any:
+        runtime = self._sides.runtime_or_thread
+        quotas = (self._attachment.quota,)
+        return runtime.call(lambda: stopping.stop(self._core, quotas, how, timeout, runtime.pause))
+
     def audit(self) -> Audit:
         """Compare the bookkeeping of the whole pool with the facts: see :meth:`.Pool.audit`."""
         return self._shared.audit()
@@ -454,6 +504,8 @@ class QueriesPool(SQLAlchemyPool):
     def status(self) -> str:
         """The state of the pool, and this engine's part of it."""
         whose = ", which shares its limit with no other" if self._identity.private else ""
+        if stopped := self._attachment.quota.stopped:
+            whose += f", {stopped}"
         return (
             f"{self._shared}; this engine{whose}: size {self.size()}, "
             f"checked in {self.checkedin()}, checked out {self.checkedout()}"

@@ -177,6 +177,17 @@ class Settings:
         ),
     ] = None
 
+    fail_fast_after: Annotated[
+        float | None,
+        Option(
+            parameters.queue_target,
+            "Seconds for which the server has refused or swallowed connects before checkouts that find "
+            "nothing idle fail at once, with the driver's last error, but for one that tries; None has each "
+            "wait for its timeout.",
+            ledger=True,
+        ),
+    ] = None
+
     share: Annotated[
         str | None,
         Option(
@@ -304,6 +315,7 @@ class QueriesPoolOptions(TypedDict, total=False):
     on_deadlock: str
     max_waiting: int | None
     queue_target: float | None
+    fail_fast_after: float | None
     share: str | None
     classes: dict[str, dict[str, float]] | None
     caller: str | None

@@ -54,6 +54,10 @@ class Sides(Protocol):
     def runtime(self) -> Any:
         """The caller's runtime."""
 
+    @property
+    def runtime_or_thread(self) -> Any:
+        """The caller's runtime; that of threads also for an engine of asyncio where no loop runs."""
+
     def socket(self, handle: Any) -> Any:
         """Return the :attr:`.Slot.socket` of a connection that was opened here."""
 
@@ -74,7 +78,7 @@ class Sides(Protocol):
 class ThreadSide:
     """That of an engine whose callers are threads."""
 
-    runtime = THREADS
+    runtime = runtime_or_thread = THREADS
 
     def __init__(self, attachment: Attachment, core: Core) -> None:
         self.here = attachment
@@ -154,6 +158,10 @@ class LoopSides:
     @property
     def runtime(self) -> tasks.Loop:
         return tasks.running()
+
+    @property
+    def runtime_or_thread(self) -> Any:
+        return THREADS if _get_running_loop() is None else tasks.running()
 
     def socket(self, handle: Any) -> Any:
         try:

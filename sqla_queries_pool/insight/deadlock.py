@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..budget.slots import HELD, Slot, Waiter
+from ..budget.slots import HELD, SUSPENDED, Slot, Waiter
 from ..concurrency.tasks import TaskCaller
 from ..concurrency.threads import Caller
 from ..pool import Pool
@@ -117,7 +117,7 @@ def _could_serve(pool: Pool, waiter: Waiter) -> list[Slot]:
 
 
 def _all_held_by(threads: dict[Caller, Any], pool: Pool, waiter: Waiter) -> bool:
-    if not pool.core.upkeep.at_rest:
+    if not pool.core.upkeep.at_rest or waiter.attachment.quota.stopped == SUSPENDED:
         return False
     share = pool.core.share
     its_own = waiter.attachment.quota.full or pool.core.ledger.barred(waiter)

@@ -129,4 +129,16 @@ def rejected(why: Rejected) -> Diagnosis:
     """Say why the pool rejected a checkout, and what to do about it."""
     if why.kind == QUEUE_FULL:
         return Diagnosis(why.kind, why.why, "Try again later, or raise max_waiting.")
+    if why.kind == slots.DRAINED:
+        return Diagnosis(why.kind, why.why, "The process is about to end. engine.pool.resume() undoes it.")
+    if why.kind == slots.UNREACHABLE:
+        return Diagnosis(why.kind, why.why, "Check the server. The first connect that succeeds ends it.")
     return Diagnosis(why.kind, why.why, "Try again later, reduce the load, or raise queue_target.")
+
+
+SUSPENDED = Diagnosis(
+    slots.SUSPENDED,
+    "The pool is suspended: checkouts wait until it is resumed",
+    "Call engine.pool.resume() when the failover or the migration is over.",
+)
+"""What a checkout is told that was suspended for as long as it could wait."""

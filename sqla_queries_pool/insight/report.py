@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from ..budget.slots import REJECTED, Attachment, Slot
+from ..budget.slots import DRAINED, REJECTED, SUSPENDED, UNREACHABLE, Attachment, Slot
 from ..budget.work import Leaked, Returned
-from ..errors import CheckoutTimeout, PoolDeadlock, TooManyRequests
+from ..errors import CheckoutTimeout, PoolDeadlock, PoolDrained, TooManyRequests
 from ..logs import logger
 from ..pool import Pool
 from ..runtime.core import Core
@@ -18,6 +18,8 @@ from .snapshot import MOST_HOLDERS, Diagnosis, Holder, holder_of, snapshot
 SHARED_FOR = 0.1
 """Seconds for which one snapshot serves all errors of a pool.  Where hundreds wait, a snapshot takes tens of
 milliseconds, and reports must not make an overload worse."""
+KINDS = {DRAINED: PoolDrained, UNREACHABLE: CheckoutTimeout}
+"""The errors of checkouts that are rejected, but for ``TooManyRequests``."""
 
 
 def checkout_timeout(
@@ -31,7 +33,7 @@ def checkout_timeout(
     """Return the error for a checkout that got no connection; its cause is the last connect error.
 
     :param timeout: for how many seconds it waited.
-    :param found: a deadlock, or why the pool rejected it.
+    :param found: a deadlock, why the pool rejected it, or that it is suspended.
     :param early: did it stop waiting for that reason before its timeout?
     :param whose: who has stated the timeout, where there was a choice.
     """
@@ -46,7 +48,8 @@ def checkout_timeout(
         )
         me = attachment.runtime.here.caller
         # This checkout has left the queue, but counts; a shared snapshot may have it in the queue still.
-        waiting = seen.statistics.waiting + bool(timeout and me.number not in seen.callers_waiting)
+        waited = timeout and (found is None or found.kind != DRAINED)
+        waiting = seen.statistics.waiting + bool(waited and me.number not in seen.callers_waiting)
         # What the asker held when a shared snapshot was made, it may have returned since.
         asker = me.number if own_snapshot else 0
         likely = found if found is not None and deadlock else diagnose(seen, asker, me.parents)
@@ -55,15 +58,16 @@ def checkout_timeout(
         numbers = dataclasses.replace(seen.statistics, waiting=waiting)
     lists, named = seen.lists, seen.named()  # before it is copied: what is shared is made once
     seen = dataclasses.replace(seen, statistics=numbers, diagnosis=found or likely)
-    advice = f"Most likely {likely.cause}. {likely.remedy}"
+    known = found is not None and found.kind == SUSPENDED
+    advice = f"{'' if known else 'Most likely '}{likely.cause}. {likely.remedy}"
     if found is None or deadlock:
         kind: type[CheckoutTimeout] = PoolDeadlock if early else CheckoutTimeout
         stated = f" ({whose})" if whose else ""
         what = f"had no connection within {timeout:{'.1f' if early else 'g'}} s{stated}: "
     else:
-        kind = TooManyRequests
+        kind = KINDS.get(found.kind, TooManyRequests)
         what = f"rejected a checkout after {timeout:.1f} s because {found.cause}: "
-        advice = f"{found.remedy} {advice}"
+        advice = found.remedy if found.kind in KINDS else f"{found.remedy} {advice}"
     ceiling = attachment.quota.stated
     own_limit = ceiling is not None and ceiling < (pool.max_size or math.inf)
     error = kind(

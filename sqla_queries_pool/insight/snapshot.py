@@ -13,6 +13,7 @@ from ..budget.slots import HELD, LOCKED, Slot
 from ..budget.stats import Statistics
 from ..budget.work import Resetter
 from ..pool import Pool
+from ..pool.stopping import Stopped
 from ..sockets.transactions import of_server
 from . import stacks
 
@@ -108,8 +109,8 @@ class Diagnosis:
     """Why a checkout got nothing, most likely, and what to do about it."""
 
     kind: str
-    """One of ``deadlock queue-full overload refused nested-checkout slow-connect ceiling leak long-use
-    host too-small``."""
+    """One of ``deadlock queue-full overload drained suspended unreachable refused nested-checkout
+    slow-connect ceiling leak long-use host too-small``."""
     cause: str
     remedy: str
     details: str = ""
@@ -257,6 +258,14 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         caller=caller.number if session is None and caller is not None and not caller.ended else None,
         caller_class=slot.caller_class if caller is not None else None,
     )
+
+
+def _describe(found: list[Slot], now: float) -> tuple[Holder, ...]:
+    threads = stacks.Threads()
+    return tuple(sorted((holder_of(slot, now, threads) for slot in found), key=lambda held: -held.seconds))
+
+
+Stopped.describe = staticmethod(_describe)
 
 
 def waiting(pool: Pool, threads: stacks.Threads, placed: int | None = None) -> list[Waiting]:

@@ -5,17 +5,21 @@ from __future__ import annotations
 import datetime
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 from ..budget.audit import Audit
-from ..budget.slots import Attachment
+from ..budget.slots import DRAINED, SUSPENDED, Attachment
 from ..budget.stats import ManagerStatistics
+from ..concurrency.threads import THREADS
 from ..errors import ConnectionBusyError, PoolFullError
 from ..parameters import UNSTATED
 from ..runtime.connections import close_quietly
+from . import stopping
 from .connection import Connection
 from .pool import DEFAULT_IDLE_TTL, DEFAULT_MAX_SIZE, Pool, every_pool
+from .stopping import Stopped
 
 
 class PoolManager:
@@ -107,6 +111,40 @@ class PoolManager:
         if pool is not None and pool._listed:
             pool.clean()
             cls._forget_if_vacant(pool, at_once=True)
+
+    @classmethod
+    def drain(cls, timeout: float | None) -> list[Stopped]:
+        """:meth:`Pool.drain` of all pools at once.  Engines that are made later are not drained.
+
+        :param timeout: seconds to wait, at most, for all together; None for as long as it takes.
+        """
+        return cls._stop(DRAINED, timeout)
+
+    @classmethod
+    def suspend(cls, timeout: float | None = 0.0) -> list[Stopped]:
+        """:meth:`Pool.suspend` of all pools at once.  Engines that are made later are not suspended.
+
+        :param timeout: seconds to wait, at most, for all together; None for as long as it takes.
+        """
+        return cls._stop(SUSPENDED, timeout)
+
+    @classmethod
+    def resume(cls) -> None:
+        """:meth:`Pool.resume` of all pools."""
+        for pool in list(cls._pools.values()):
+            pool.resume()
+
+    @classmethod
+    def _stop(cls, how: str, timeout: float | None) -> list[Stopped]:
+        deadline = time.monotonic() + stopping.seconds_of(timeout)
+        pools = list(cls._pools.values())
+        for pool in pools:  # first, lest one hands out while another is waited for
+            stopping.stop(pool.core, None, how, 0.0, THREADS.pause)
+        found = []
+        for pool in pools:
+            left = max(0.0, deadline - time.monotonic())
+            found.append(stopping.stop(pool.core, None, how, left, THREADS.pause))
+        return found
 
     @classmethod
     def expire(cls, pid: str, rolling: bool = False) -> None:

@@ -13,16 +13,19 @@ from .. import parameters
 from ..budget import closing, locks
 from ..budget.audit import Audit
 from ..budget.ledger import GAVE_WAY, Ledger
-from ..budget.slots import HELD, IDLE, LOCKED, Numbers, Slot
+from ..budget.slots import DRAINED, HELD, IDLE, LOCKED, SUSPENDED, Numbers, Slot
 from ..budget.stats import Statistics
 from ..budget.work import Work
+from ..concurrency.threads import THREADS
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
 from ..parameters import Unstated
 from ..runtime.connections import close_quietly
 from ..runtime.core import Core
 from ..sockets import liveness
 from ..sockets.drivers import socket_of
+from . import stopping
 from .connection import Connection, Connections
+from .stopping import Stopped
 
 DEFAULT_IDLE_TTL = 60.0
 """queries' default ``idle_ttl``, in seconds."""
@@ -204,6 +207,29 @@ class Pool:
                 self.core.expire_rolling(attachment)
         else:
             self.core.section.run(closing.retire_all, self.core.ledger)
+
+    def drain(self, timeout: float | None) -> Stopped:
+        """Have all engines of the database reject new checkouts, and wait until nothing is out any more.
+
+        As :meth:`.QueriesPool.drain`; it also closes what was added by hand.  It blocks its thread, also
+        where the engines are asyncio's: in a coroutine ``await asyncio.to_thread(pool.drain, timeout)``.
+
+        :param timeout: seconds to wait, at most; None for as long as it takes.
+        """
+        return stopping.stop(self.core, None, DRAINED, timeout, THREADS.pause)
+
+    def suspend(self, timeout: float | None = 0.0) -> Stopped:
+        """Have the checkouts of all engines of the database wait until :meth:`resume`.
+
+        As :meth:`.QueriesPool.suspend`; it blocks as :meth:`drain` does.
+
+        :param timeout: seconds to wait until nothing is out any more, at most.
+        """
+        return stopping.stop(self.core, None, SUSPENDED, timeout, THREADS.pause)
+
+    def resume(self) -> None:
+        """Let all engines of the database go on that were suspended or drained."""
+        stopping.resume(self.core, None)
 
     def _close_under(self, slot: Connection, record: Any) -> None:
         """Close a connection that an engine has out.

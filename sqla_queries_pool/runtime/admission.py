@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+from ..budget import choice
 from ..budget.ledger import Ledger
 from ..errors import QueriesException
 from ..sockets.connect_errors import is_full, passes
@@ -39,6 +41,7 @@ class Admission:
         """
         section, connections = self._section, self._connections
         known = connections.by_handle or section.clock() - connections.last_open <= REMEMBERED
+        known = known or self._unreachable()
         if not isinstance(error, Exception):
             return False
         if not (known or is_full(error)) or not passes(error):
@@ -47,6 +50,12 @@ class Admission:
             return False
         section.decide(self._ledger.backoff.refused, pause, section.clock())
         return True
+
+    def _unreachable(self) -> bool:
+        """Do checkouts fail fast?  Then they go on to, however long ago the database was there."""
+        ledger, now = self._ledger, self._section.clock()
+        attachments = [a for a in ledger.everyone() if a.fail_fast_after < math.inf]
+        return any(self._section.decide(choice.unreachable, ledger, a, now) for a in attachments)
 
     def may_connect(self) -> bool:
         """May the caller connect now, and does it then?  Not in the pause after a refusal."""

@@ -137,14 +137,19 @@ class Checkouts:
             begin = time.monotonic()
             alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
             gc_after = min(GC_AFTER, timeout / 2)
-            if len(attachment.queue) > attachment.max_waiting and timeout and not again:
+            fails_fast = attachment.fail_fast_after < math.inf
+            if fails_fast:
+                rejected = section.decide(ledger.reject, waiter, self._clock())
+            if rejected is not None:
+                pass
+            elif len(attachment.queue) > attachment.max_waiting and timeout and not again:
                 # One that may not wait is served as one that can't: by what can be opened, or is spare.
                 section.run(ledger.insist, waiter, self._clock(), True)
                 rejected = section.decide(ledger.reject, waiter, self._clock(), True)
             elif waiter.answer is None:
                 # Nearly all are served before there is anything to be looked for.
                 pause = gc_after if alone else SPARE
-                if attachment.pace.price or attachment.queue_target < math.inf:
+                if attachment.pace.price or attachment.queue_target < math.inf or fails_fast:
                     pause = min(pause, choice.look_in(ledger, waiter, self._clock()))
                 if ledger.closing or self._closer.renewals:
                     self._closer.hurry()  # its time counts from now on
@@ -196,7 +201,8 @@ class Checkouts:
             closes = ledger.closing or self._closer.renewals
             if closes and waiter.answer is None:
                 self._closer.hurry(now >= deadline)
-            if waiter.answer is None and attachment.queue_target < math.inf:
+            early = min(attachment.queue_target, attachment.fail_fast_after) < math.inf
+            if waiter.answer is None and early:
                 rejected = section.decide(ledger.reject, waiter, self._clock())
                 if rejected is not None:
                     return rejected

@@ -194,6 +194,18 @@ def _cause(error: BaseException) -> Any:
     return getattr(error, "original_exception", None) or error.__cause__
 
 
+_AUTHENTICATION: Final = re.compile(
+    # 28P01, and 28000 for PAM (RDS IAM), LDAP, GSSAPI; not a missing role or a rule of pg_hba.conf.
+    r"authentication failed for (user|role)",
+    re.IGNORECASE,
+)
+
+
+def is_authentication(error: BaseException) -> bool:
+    """Has the server refused the password, or the token that stands for it?"""
+    return _state(error) == "28P01" or _AUTHENTICATION.search(str(error)) is not None
+
+
 def _state(error: BaseException) -> str | None:
     state: str | None = getattr(error, "sqlstate", None) or getattr(error, "pgcode", None)
     if state is None and error.args and isinstance(error.args[0], dict):  # pg8000
