@@ -226,7 +226,9 @@ class Simulator:
             elif isinstance(item, (Wake, Close, Reset)):
                 self.todo.append(item)
                 lowered = isinstance(item, Close) and item.reason == LOWERED
-                in_use = after - len(self.ledger.closing)
+                # What has expired by the same operation would have been there.
+                expired = sum(isinstance(each, Close) and each.reason != LOWERED for each in result)
+                in_use = after - len(self.ledger.closing) + expired
                 assert not lowered or in_use >= self.ledger.limit, "closed more than the limit asks for"
         return result
 
