@@ -462,7 +462,11 @@ def be_turned_away(pool: QueriesPool, step: Callable[[], None]) -> None:
     inside.attachment(pool).max_waiting = math.inf
 
 
-OTHERS = {"arrival", "everyone", "in_child", "look_in", "numbers", "vacant", "waiters"}
+OTHERS = {
+    *("arrival", "everyone", "in_child", "look_in", "numbers", "vacant", "waiters"),
+    *("barred", "class_statistics", "could_serve", "late", "pace_of", "probes"),
+    "cut",  # it is closed()
+}
 """Those that only read, and those that nobody else can be inside of."""
 ROOMS: tuple[Any, ...] = (LedgerState, Ledger, Backoff, Lifetimes, choice, closing, locks)
 """Where the operations of the ledger are."""

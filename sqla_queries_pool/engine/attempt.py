@@ -94,9 +94,7 @@ class Attempt:
                 return self._usable(entry)
             except TooLate:
                 self._core.section.decide(_leave, entry.slot, self._pool._sides.here.runtime.here.caller)
-                late = self._timed_out()
-                self._stages.note(late, self._core.section.label)
-                raise late from late.__cause__
+                raise self._late()
             except Refused as error:
                 again, self._refusal = True, error.refusal or self._refusal
             except Exception as error:
@@ -112,13 +110,25 @@ class Attempt:
         entry = self._core.checkouts.wait(waiter, left, self._pool._gc_on_wait, watch, again)
         self._deadline += waiter.stood_still
         if isinstance(entry, Rejected):
-            found = self._got_nothing(self._core.now() - self._since, rejected(entry))
-            if entry.kind == slots.UNREACHABLE:
-                found = self._refusal or self._known_refusal() or found
-            raise found
+            raise self._rejected(entry)
         if entry is waiter:  # its loop stood still, and another one got what it was given
             raise Refused(None)
         return entry
+
+    # An error is no local variable where it is raised: its traceback refers to the frame, and so to itself, and
+    # what the caller has checked out would stay out until the next collection.
+
+    def _rejected(self, why: Rejected) -> Exception:
+        found = self._got_nothing(self._core.now() - self._since, rejected(why))
+        if why.kind == slots.UNREACHABLE:
+            return self._refusal or self._known_refusal() or found
+        return found
+
+    def _late(self) -> Exception:
+        late = self._timed_out()
+        self._stages.note(late, self._core.section.label)
+        late.__suppress_context__ = True  # that it left what it had begun says nothing more
+        return late
 
     @property
     def _leaves_at(self) -> float:
