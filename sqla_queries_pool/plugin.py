@@ -63,7 +63,7 @@ class QueriesPlugin(CreateEnginePlugin):
             # No error: frameworks state their own, and their users can change nothing but the URL.
             for name in overruled:
                 del kwargs[name]
-            logger.info("plugin=queries: the URL is followed, not the code's %s", ", ".join(overruled))
+            logger.info("plugin=queries: the URL takes precedence over the code's %s", ", ".join(overruled))
         kwargs.update({name: said[name][0] for name in NAMES if name in said})
 
     def update_url(self, url: URL) -> URL:

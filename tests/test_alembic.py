@@ -298,7 +298,7 @@ def test_with_all_connections_checked_out_a_migration_fails_and_names_who_holds_
     project: Project, application: Callable[..., Engine], pg_url: str, pool_timeout: int
 ) -> None:
     """After pool_timeout there is an error with the holders and the limit; nothing was migrated. When the
-    connections have come home it works."""
+    connections were returned it works."""
     engine = application(max_size=2)
     busy = Busy(engine, "web request 17", "nightly report")
     project.add("one", "op.create_table('customer', sa.Column('id', sa.Integer, primary_key=True))")
@@ -322,7 +322,7 @@ def test_with_all_connections_checked_out_a_migration_fails_and_names_who_holds_
 def test_a_migration_waits_for_a_connection_that_the_application_gives_back(
     project: Project, application: Callable[..., Engine], pg_url: str, eventually: Eventually
 ) -> None:
-    """Within pool_timeout it waits in line, and goes on when it is served."""
+    """Within pool_timeout it waits in the queue, and goes on when it is served."""
     engine = application(max_size=1)
     busy = Busy(engine, "web request 17")
     project.add("one", "op.create_table('customer', sa.Column('id', sa.Integer, primary_key=True))")
@@ -451,7 +451,7 @@ def test_a_migration_that_asks_for_a_second_connection_gets_an_error_and_does_no
 
 @pytest.mark.parametrize("duplicate", [False, True], ids=["it works", "it fails"])
 @pytest.mark.parametrize("how", ["autocommit_block", "execution_options"])
-def test_a_migration_outside_a_transaction_brings_the_connection_home_as_it_was(
+def test_a_migration_outside_a_transaction_returns_the_connection_as_it_was(
     project: Project, application: Callable[..., Engine], pg_url: str, how: str, duplicate: bool
 ) -> None:
     """CREATE INDEX CONCURRENTLY works with max_size=1, in an autocommit block and on a connection that is

@@ -690,7 +690,7 @@ def test_with_a_timeout_of_0_there_is_one_attempt(outside: Outside) -> None:
 
 
 @pytest.mark.usefixtures("long_pauses")
-def test_who_waits_for_the_server_takes_what_comes_home_meanwhile(
+def test_who_waits_for_the_server_takes_what_is_returned_meanwhile(
     outside: Outside, eventually: Eventually
 ) -> None:
     """A connection of our own is as good as a new one: no waiting for the end of the pause."""
@@ -782,7 +782,7 @@ def test_two_engines_on_one_pool_have_one_pause(outside: Outside, eventually: Ev
 
 
 @pytest.mark.usefixtures("long_pauses")
-def test_a_wait_in_a_line_that_no_server_could_shorten_asks_as_seldom_as_ever(
+def test_a_wait_in_a_queue_that_no_server_could_shorten_asks_as_seldom_as_ever(
     outside: Outside, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Refusals of long ago, which nobody has tried to overcome, make nobody busy who waits for a slot."""
@@ -795,9 +795,9 @@ def test_a_wait_in_a_line_that_no_server_could_shorten_asks_as_seldom_as_ever(
         slices: list[float] = []
         wait = "sqla_queries_pool.concurrency.threads.ThreadWaiter.wait"
 
-        def wait_less(gate: Any, seconds: float) -> None:
+        def wait_less(waiter: Any, seconds: float) -> None:
             slices.append(seconds)
-            inside.sleep_lightly(gate, seconds)
+            inside.sleep_lightly(waiter, seconds)
 
         monkeypatch.setattr(wait, wait_less)
         (task,) = outside.connecting(small)
@@ -808,7 +808,7 @@ def test_a_wait_in_a_line_that_no_server_could_shorten_asks_as_seldom_as_ever(
 
 @pytest.mark.usefixtures("long_pauses")
 def test_ctrl_c_during_a_pause_loses_nothing(outside: Outside, eventually: Eventually) -> None:
-    """Who is interrupted while it waits for the server leaves the line, and the others are served."""
+    """Who is interrupted while it waits for the server leaves the queue, and the others are served."""
     engine = outside.engine()
     main = threading.get_ident()
     with engine.connect():

@@ -62,11 +62,11 @@ class Difference(NamedTuple):
 
 
 DIFFERENCES = {
-    "test_the_connection_that_came_home_last_is_used_first": Difference(
+    "test_the_connection_that_was_returned_last_is_used_first": Difference(
         "QueuePool is first-in first-out unless pool_use_lifo says otherwise"
     ),
-    "test_what_comes_home_above_pool_size_stays": Difference(
-        "QueuePool closes a connection above pool_size when it comes home"
+    "test_what_is_returned_above_pool_size_stays": Difference(
+        "QueuePool closes a connection above pool_size when it is returned"
     ),
     "test_a_checkin_listener_that_fails_loses_no_slot": Difference(
         "QueuePool counts the connection as checked out for ever"
@@ -86,7 +86,7 @@ DIFFERENCES = {
     "test_what_is_out_over_a_dispose_still_counts": Difference(
         "QueuePool's successor knows nothing of what its predecessor has out"
     ),
-    "test_what_is_out_over_a_dispose_is_closed_when_it_comes_home": Difference(
+    "test_what_is_out_over_a_dispose_is_closed_when_it_is_returned": Difference(
         "QueuePool takes it back into the disposed pool, and leaves closing to the driver's destructor"
     ),
     "test_a_memory_database_is_never_a_second_one": Difference(
@@ -493,7 +493,7 @@ def test_a_connect_listener_that_fails_strands_no_socket(make_pool: Make, driver
 def test_a_reset_that_fails_closes_the_connection(
     make_pool: Make, driver: FakeDriver, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Who closes sees nothing of it: it is logged, and the connection comes home without a socket."""
+    """Who closes sees nothing of it: it is logged, and the connection is returned without a socket."""
     pool = make_pool(1)
 
     @event.listens_for(pool, "reset")
@@ -601,7 +601,7 @@ def test_an_invalidation_that_fails_after_a_failed_checkout_loses_no_slot(make_p
     with pytest.raises(RuntimeError):
         pool.connect()
     armed.clear()
-    gc.collect()  # for SQLAlchemy before 2.0.55, whose fairy comes home when it is abandoned
+    gc.collect()  # for SQLAlchemy before 2.0.55, whose fairy is returned when it is abandoned
     assert pool.checkedout() == 0
     pool.connect().close()
 
@@ -927,7 +927,7 @@ def test_a_reconnect_that_fails_leaves_the_record_to_the_next(make_pool: Make, d
 
 
 def test_a_connection_invalidated_by_its_record_is_the_same(make_pool: Make, driver: FakeDriver) -> None:
-    """Listeners have the record and not the proxy: it closes the socket, and the slot comes home with it."""
+    """Listeners have the record and not the proxy: it closes the socket, and its slot is free with it."""
     pool = make_pool(1)
 
     @event.listens_for(pool, "reset")
@@ -1017,7 +1017,7 @@ RESETS = [
 def test_reset_on_return_in_all_its_values(
     make_pool: Make, driver: FakeDriver, kw: dict[str, Any], calls: dict[str, int]
 ) -> None:
-    """What is asked of a connection that comes home, closed or abandoned, also after a dispose."""
+    """What is asked of a connection that is returned, closed or abandoned, also after a dispose."""
     pool = make_pool(1, **kw)
     pool.connect().close()
     assert driver.connections[0].calls == calls
@@ -1133,7 +1133,7 @@ def test_the_logger_sqlalchemy_pool_turns_it_on(
 
 
 def test_a_raw_connection_is_the_drivers_own(make_engine: Make, driver: FakeDriver) -> None:
-    """``engine.raw_connection()``: the driver's connection behind a proxy, which goes home when closed."""
+    """``engine.raw_connection()``: the driver's connection behind a proxy, which is returned when closed."""
     engine = make_engine(1)
     pool: Any = engine.pool
     with closing(engine.raw_connection()) as fairy:
@@ -1159,7 +1159,7 @@ def test_closing_twice_gives_back_once(make_pool: Make) -> None:
     assert (pool.checkedout(), pool.checkedin()) == (0, 1)
 
 
-def test_a_record_that_comes_home_twice_comes_home_once(make_pool: Make) -> None:
+def test_a_record_that_is_returned_twice_is_returned_once(make_pool: Make) -> None:
     """SQLAlchemy warns of it, and the connection is nobody's twice."""
     pool = make_pool(2)
     fairy = pool.connect()
@@ -1202,7 +1202,7 @@ def test_the_numbers_follow_the_connections(make_pool: Make) -> None:
     assert numbers() == (2, 0, 0, -2, 3)
 
 
-def test_the_connection_that_came_home_last_is_used_first(make_pool: Make, driver: FakeDriver) -> None:
+def test_the_connection_that_was_returned_last_is_used_first(make_pool: Make, driver: FakeDriver) -> None:
     """So that those that are not needed age out."""
     pool = make_pool(3)
     for fairy in [pool.connect() for _ in range(3)]:
@@ -1219,7 +1219,7 @@ def test_use_lifo_says_which_is_used_first(make_pool: Make, use_lifo: bool, numb
     assert pool.connect().dbapi_connection.number == number
 
 
-def test_what_comes_home_above_pool_size_stays(make_pool: Make, driver: FakeDriver) -> None:
+def test_what_is_returned_above_pool_size_stays(make_pool: Make, driver: FakeDriver) -> None:
     """``max_size`` is one number: whatever is within it may stay idle, for ``idle_ttl``."""
     pool = make_pool(1, max_overflow=1)
     for fairy in [pool.connect(), pool.connect()]:
@@ -1273,7 +1273,7 @@ def test_a_detached_connection_leaves_no_record_in_the_pool(make_pool: Make) -> 
 
 
 @pytest.mark.parametrize("cycle", [False, True])
-def test_what_nobody_refers_to_comes_home(make_pool: Make, driver: FakeDriver, cycle: bool) -> None:
+def test_what_nobody_refers_to_is_returned(make_pool: Make, driver: FakeDriver, cycle: bool) -> None:
     """The collector gives it back: reset and with its events, as if it had been closed."""
     pool = make_pool(1)
     heard = Recorder(driver, pool)
@@ -1289,7 +1289,7 @@ def test_what_nobody_refers_to_comes_home(make_pool: Make, driver: FakeDriver, c
     assert (pool.checkedin(), pool.checkedout()) == (1, 0)
 
 
-def test_an_abandoned_engine_connection_comes_home(make_engine: Make, driver: FakeDriver) -> None:
+def test_an_abandoned_engine_connection_is_returned(make_engine: Make, driver: FakeDriver) -> None:
     """A Connection in the middle of a transaction, in a cycle."""
     engine = make_engine(1)
     connection = engine.connect()
@@ -1349,7 +1349,7 @@ def test_what_is_out_over_a_dispose_goes_on_working(make_engine: Make, driver: F
     connection.close()
 
 
-def test_what_is_out_over_a_dispose_is_closed_when_it_comes_home(
+def test_what_is_out_over_a_dispose_is_closed_when_it_is_returned(
     make_engine: Make, driver: FakeDriver
 ) -> None:
     """Its pool is not used any more, so there is no use in keeping it."""
@@ -1930,7 +1930,7 @@ def pg_two_phase() -> Iterator[EmbeddedPostgres]:
 
 @pytest.mark.parametrize("driver_name", ["psycopg2", "psycopg"])
 def test_two_phase_commits(make_engine: Make, pg_two_phase: EmbeddedPostgres, driver_name: str) -> None:
-    """Prepared by one checkout, recovered and ended by another one; the connections come home usable."""
+    """Prepared by one checkout, recovered and ended by another one; the connections are returned usable."""
     url = make_url(pg_two_phase.url()).set(drivername=f"postgresql+{driver_name}")
     engine = make_engine(2, url)
     with engine.begin() as connection:

@@ -79,14 +79,14 @@ class Side:
             self.held.pop().close()
 
     def waits_for(self, pool: QueriesPool, eventually: Eventually) -> Any:
-        """Have it wait in line, and return the waiter."""
+        """Have it wait in the queue, and return the waiter."""
         self._then.append(pool)
         self._go.set()
         eventually(lambda: self.waiter(pool) is not None or self.error, f"{self.name} waits")
         return self.waiter(pool)
 
     def waiter(self, pool: QueriesPool) -> Any:
-        """It, in the line of a pool; None where it does not wait."""
+        """It, in the queue of a pool; None where it does not wait."""
         found = [w for w in inside.waiters(pool) if w.holder.ident == self.ident]
         return found[0] if found else None
 
@@ -258,7 +258,7 @@ def test_an_engines_own_ceiling_makes_a_circle_below_the_pools_limit(
     assert told(newer, small) is not None
 
 
-def test_what_comes_home_to_the_ceiling_is_hope_even_if_the_rest_of_the_pool_is_stuck(
+def test_what_is_returned_to_the_ceiling_is_hope_even_if_the_rest_of_the_pool_is_stuck(
     sides: Callable[..., Side], eventually: Eventually
 ) -> None:
     """The pool's limit of two: one held by a thread that waits for the small engine, whose own is at work."""
@@ -338,7 +338,7 @@ def test_one_whose_checkin_has_begun_is_no_deadlock(
 
 
 def test_an_unread_letter_is_hope(sides: Callable[..., Side], eventually: Eventually) -> None:
-    """A connection came home while another thread was inside the pool; the letter says so, once read."""
+    """A connection was returned while another thread was inside the pool; the letter says so, once read."""
     pool = still_pool()
     shared, stop = inside.shared(pool), Stop()
     side = sides("nested", pool)
@@ -643,7 +643,7 @@ def test_garbage_is_collected_before_anybody_is_told(
 def test_what_was_given_while_the_error_was_made_is_not_lost(
     eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The connection comes home between the last look and the error: it goes to the next one, or to this."""
+    """The connection is returned between the last look and the error: it goes to the next one, or to this."""
     pool = new_pool(max_size=1, timeout=20.0, deadlock_grace=0.0)
     first = [pool.connect()]
     inside.before_a_deadlock_is_told(monkeypatch, lambda: Thread(first.pop().close).join())

@@ -37,7 +37,7 @@ def make_engine(driver: FakeDriver) -> Callable[..., Engine]:
 
 
 def test_dispose_closes_what_is_idle_and_leaves_the_pool_usable(driver: FakeDriver) -> None:
-    """The connections that come home later stay, the disposed pool goes on with them."""
+    """The connections that are returned later stay, the disposed pool goes on with them."""
     pool = QueriesPool(driver.connect, max_size=3, timeout=0)
     out, idle = pool.connect(), pool.connect()
     idle.close()
@@ -146,7 +146,7 @@ def test_a_reconnect_after_the_dispose_is_of_the_new_generation(
 def test_a_connect_that_a_dispose_overtakes_is_of_the_old_generation(
     driver: FakeDriver, make_engine: Callable[..., Engine], eventually: Eventually
 ) -> None:
-    """It may be to the server that the dispose was about: it is used, and closes when it comes home."""
+    """It may be to the server that the dispose was about: it is used, and closes when it is returned."""
     engine = make_engine(max_size=2)
     driver.gate.clear()
     task = Task(engine.connect)
@@ -162,7 +162,7 @@ def test_a_connect_that_a_dispose_overtakes_is_of_the_old_generation(
 def test_an_invalidated_one_that_was_out_over_a_dispose_leaves_nothing(
     driver: FakeDriver, make_engine: Callable[..., Engine]
 ) -> None:
-    """It comes home hollow to a pool that is of no use any more: its slot is free."""
+    """It is returned hollow to a pool that is of no use any more: its slot is free."""
     engine = make_engine(max_size=1)
     out = engine.raw_connection()
     engine.dispose()

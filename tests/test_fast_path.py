@@ -340,7 +340,7 @@ def test_a_connection_whose_invalidation_was_cut_short_is_not_used_again() -> No
     assert [one.closed for one in driver.connections] == [True, False]
 
 
-def test_who_closes_what_the_collector_has_brought_home_closes_nothing() -> None:
+def test_who_closes_what_the_collector_has_returned_closes_nothing() -> None:
     """An object in a cycle that closes its connection in ``__del__``: it is somebody else's by then."""
     pool = new_pool(max_size=1)
     late: list[Any] = []
@@ -350,7 +350,7 @@ def test_who_closes_what_the_collector_has_brought_home_closes_nothing() -> None
             self.me, self.connection = self, pool.connect()
 
         def __del__(self) -> None:
-            late.append(pool.connect())  # it has come home: the collector clears weak references first
+            late.append(pool.connect())  # it was returned: the collector clears weak references first
             self.connection.close()
 
     Owner()

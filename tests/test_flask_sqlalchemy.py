@@ -590,7 +590,7 @@ def test_more_exports_than_their_bind_may_have_leave_the_rest_to_others(
     pool = pool_of(app, "exports")
     with served(app) as site:
         slow = [HTTPConnection("127.0.0.1", site.port, timeout=30) for _ in range(4)]
-        for connection in slow[:2]:  # who is read first has to be first in line
+        for connection in slow[:2]:  # who is read first has to be first in the queue
             connection.request("GET", "/notes/export")
         eventually(lambda: pool.checkedout() == 2)
         for connection in slow[2:]:

@@ -267,7 +267,7 @@ def in_the_middle_of_a_permit(parent: Parent) -> Iterator[None]:
 
 @contextmanager
 def others_wait(parent: Parent) -> Iterator[None]:
-    """All are out, and three threads wait in line."""
+    """All are out, and three threads wait in the queue."""
     engine = parent.engine
     held = []
     while not shared(engine).is_full or shared(engine).numbers.idle:
@@ -375,7 +375,7 @@ def one_is_abandoned(parent: Parent) -> Iterator[None]:
     finally:
         gc.enable()
     gc.collect()
-    eventually(lambda: pool_of(parent.engine).checkedout() == 1, "it comes home")
+    eventually(lambda: pool_of(parent.engine).checkedout() == 1, "it is returned")
 
 
 class Session:

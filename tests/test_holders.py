@@ -298,7 +298,7 @@ def test_tasks_have_their_own_labels(pid: str) -> None:
 def test_who_waits_has_name_label_and_time_and_then_holds_with_the_same(
     pid: str, clock: FakeClock, eventually: Eventually
 ) -> None:
-    """In the line, and after it was handed a connection that had another holder's label."""
+    """In the queue, and after it was handed a connection that had another holder's label."""
     pool, stop = new_pool(pid, max_size=1), Stop()
     PoolManager.set_max_size(pid, 1)
     with labelled("holder"):

@@ -85,7 +85,7 @@ def test_a_burst_shrinks_within_a_second_after_the_idle_ttl_although_one_stays_b
 def test_a_burst_shrinks_although_the_engine_is_in_use(
     new_engine: Callable[..., Engine], pg_url: str, pg_observer: Any, eventually: Eventually
 ) -> None:
-    """The connection that came home last is used first, so that those not needed age out."""
+    """The connection that was returned last is used first, so that those not needed age out."""
     engine = new_engine(max_size=5, idle_ttl=0.5)
     for connection in [engine.connect() for _ in range(5)]:
         connection.close()
@@ -155,7 +155,7 @@ def test_without_an_idle_ttl_nothing_ever_closes(eventually: Eventually) -> None
 
 
 def test_an_idle_connection_is_closed_at_its_idle_ttl_and_not_before(eventually: Eventually) -> None:
-    """To the second, each connection since it came home itself."""
+    """To the second, each connection since it was returned itself."""
     clock = FakeClock()
     pool = pool_with_clock(clock, idle_ttl=60.0)
     first, second = pool.connect(), pool.connect()

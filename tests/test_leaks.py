@@ -1,4 +1,4 @@
-"""Connections that are out for too long are told of: once, by name, and when they come home after all."""
+"""Connections that are out for too long are told of: once, by name, and when they are returned after all."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_one_that_is_out_for_longer_is_told_of_once_with_who_has_it(
     connection.close()
 
 
-def test_it_says_when_one_comes_home_after_all(
+def test_it_says_when_one_is_returned_after_all(
     pid: str, clock: FakeClock, lines: Callable[[], list[str]]
 ) -> None:
     """With how long it was out by then, also where it was seen only later; once."""
@@ -81,7 +81,7 @@ def test_it_says_when_one_comes_home_after_all(
 
 
 def test_each_use_is_told_of_anew(pid: str, clock: FakeClock, lines: Callable[[], list[str]]) -> None:
-    """The same connection, forgotten again after it had come home: once more."""
+    """The same connection, forgotten again after it had been returned: once more."""
     pool = new_pool(pid, leak_after=30.0)
     for _ in range(3):
         connection = pool.connect()
@@ -95,7 +95,7 @@ def test_each_use_is_told_of_anew(pid: str, clock: FakeClock, lines: Callable[[]
 def test_one_that_was_used_again_between_two_looks_counts_from_its_second_use(
     pid: str, clock: FakeClock, lines: Callable[[], list[str]]
 ) -> None:
-    """What was told of has come home and is out again: neither is that leaked, nor is it told twice."""
+    """What was told of was returned and is out again: neither is that leaked, nor is it told twice."""
     pool = new_pool(pid, leak_after=30.0)
     first = pool.connect()
     clock.now += 30.0
@@ -191,7 +191,7 @@ def test_who_has_it_is_told_as_it_was_when_it_was_found(
     connection.close()
 
 
-def test_a_detached_connection_has_not_come_home(
+def test_a_detached_connection_was_not_returned(
     pid: str, clock: FakeClock, lines: Callable[[], list[str]]
 ) -> None:
     """It is its holder's from then on: nothing to tell, or that it left after so long, but never that it was
@@ -212,7 +212,7 @@ def test_a_detached_connection_has_not_come_home(
 
 
 def test_it_goes_on_across_a_dispose(pid: str, clock: FakeClock, lines: Callable[[], list[str]]) -> None:
-    """What is out when its engine is disposed of is told of, and that it came home (to be closed)."""
+    """What is out when its engine is disposed of is told of, and that it was returned (to be closed)."""
     old = new_pool(pid, leak_after=30.0)
     connection = old.connect()
     old.dispose()
@@ -235,7 +235,7 @@ def test_it_goes_on_across_a_dispose(pid: str, clock: FakeClock, lines: Callable
 def test_what_an_engine_that_is_gone_was_told_of_is_forgotten(
     pid: str, clock: FakeClock, lines: Callable[[], list[str]]
 ) -> None:
-    """No slot is kept, and nobody looks every second for one that can't come home any more."""
+    """No slot is kept, and nobody looks every second for one that can't be returned any more."""
     other = new_pool(pid, leak_after=1000.0)
     kept = other.connect()
     pool = new_pool(pid, leak_after=10.0)
@@ -350,7 +350,7 @@ def test_the_housekeeper_looks_by_itself(lines: Callable[[], list[str]], eventua
     connection = pool.connect()
     eventually(lines, "the warning")
     connection.close()
-    eventually(lambda: len(lines()) == 2, "that it came home")
+    eventually(lambda: len(lines()) == 2, "that it was returned")
     assert lines()[1].startswith("was returned after all")
 
 

@@ -410,7 +410,7 @@ class LedgerMachine(RuleBasedStateMachine):
 
     def wrongs(self) -> list[tuple[Engine, Record]]:
         """What nobody may give back: what is idle, what a session has locked, another engine's."""
-        at_home = [
+        not_out = [
             (engine, entry)
             for engine in self.engines
             for entries in (
@@ -420,7 +420,7 @@ class LedgerMachine(RuleBasedStateMachine):
             )
             for entry in entries
         ]
-        return at_home + [
+        return not_out + [
             (e, record) for engine, record in self.held for e in self.engines if e is not engine
         ]
 

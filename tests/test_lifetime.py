@@ -141,7 +141,7 @@ def test_what_is_opened_for_min_size_is_not_checked_out(
     assert_whole(pool, eventually)
 
 
-def test_one_that_is_out_is_renewed_when_it_comes_home(
+def test_one_that_is_out_is_renewed_when_it_is_returned(
     make: Make, driver: FakeDriver, clock: FakeClock, eventually: Eventually
 ) -> None:
     """By the pool's own thread: who returns it does not pay for it either."""
@@ -360,7 +360,7 @@ def test_min_size_is_a_whole_number(make: Make, value: Any) -> None:
 # -- expire --------------------------------------------------------------------------------------------
 
 
-def test_expire_closes_what_is_idle_now_and_what_is_out_when_it_comes_home(
+def test_expire_closes_what_is_idle_now_and_what_is_out_when_it_is_returned(
     make: Make, driver: FakeDriver, eventually: Eventually
 ) -> None:
     """Of this engine alone; it goes on working, and nobody gets an error."""

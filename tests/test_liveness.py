@@ -620,7 +620,7 @@ def test_what_the_network_ended_is_not_handed_out(proxied: Way, new_engine: NewE
 
 
 def test_a_waiter_is_not_given_a_dead_one(way: Way, new_engine: NewEngine, pg_observer: Observer) -> None:
-    """What comes home goes to the waiter directly, and is looked at all the same."""
+    """What is returned goes to the waiter directly, and is looked at all the same."""
     engine = new_engine(way.url, max_size=1, isolation_level="AUTOCOMMIT")
     held = engine.raw_connection()
     dead = backend(held)
@@ -952,7 +952,7 @@ def test_what_is_handed_over_is_pinged_where_everything_is(pg_url: str, new_engi
 def test_a_connection_in_a_transaction_is_not_pinged_away(
     driver: str, pg_server: SessionServer, pg_url: str, new_engine: NewEngine
 ) -> None:
-    """Without a reset it comes home in one, where the driver refuses to ping; it is not dead for that."""
+    """Without a reset it is returned in one, where the driver refuses to ping; it is not dead for that."""
     url = pg_server.url(driver, make_url(pg_url).database)
     engine = new_engine(url, ping_after=0, pool_reset_on_return=None)
     assert len({next_one(engine) for _ in range(3)}) == 1

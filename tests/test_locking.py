@@ -529,7 +529,7 @@ def test_a_check_in_by_the_collector_inside_the_ledger_lands(
     assert_whole(b, eventually)
 
 
-def test_a_connection_that_comes_home_in_the_middle_of_an_engines_dispose_is_closed(
+def test_a_connection_that_is_returned_in_the_middle_of_an_engines_dispose_is_closed(
     eventually: Eventually,
 ) -> None:
     """Between `dispose()` and `recreate()`, which together are one `Engine.dispose()`, it is not too late.
@@ -704,22 +704,22 @@ class Database:
 
 
 @pytest.mark.parametrize("answered", [False, True])
-def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_line(
+def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_queue(
     answered: bool, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
-    """Who is interrupted leaves the line; what it was given meanwhile goes to the next in line."""
+    """Who is interrupted leaves the queue; what it was given meanwhile goes to the next one there."""
     pool = new_pool(max_size=1)
     fairy = pool.connect()
     stop = Stop()
     real = ThreadWaiter.wait
     calls = [True]
 
-    def interrupted(gate: ThreadWaiter, seconds: float) -> None:
+    def interrupted(waiter: ThreadWaiter, seconds: float) -> None:
         if calls:
             calls.pop()
             stop.here()
             raise Interrupt
-        real(gate, seconds)
+        real(waiter, seconds)
 
     monkeypatch.setattr(ThreadWaiter, "wait", interrupted)
     order: list[int] = []
@@ -739,7 +739,7 @@ def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_line(
         stop.go()
     else:
         stop.go()
-        eventually(lambda: inside.shared(pool).numbers.waiting == 2, "it has left the line")
+        eventually(lambda: inside.shared(pool).numbers.waiting == 2, "it has left the queue")
         assert order == []
         fairy.close()
     threads[1].join()
@@ -751,7 +751,7 @@ def test_an_interrupt_while_waiting_loses_neither_a_slot_nor_the_line(
 
 
 def test_a_signal_interrupts_a_waiting_checkout(eventually: Eventually) -> None:
-    """What a signal handler raises leaves a checkout at once, and the slot goes to the next in line."""
+    """What a signal handler raises leaves a checkout at once, and the slot goes to the next in the queue."""
     pool = new_pool(max_size=1, timeout=None)
     fairy = pool.connect()
     main = threading.get_ident()

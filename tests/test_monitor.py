@@ -411,7 +411,7 @@ def test_the_numbers_are_the_pool_s(eventually: Callable[..., None]) -> None:
         assert f"<bdi>{name}</bdi>" in html
 
 
-def test_who_waited_in_line_is_shown_with_a_label_of_its_own(eventually: Callable[..., None]) -> None:
+def test_who_waited_in_the_queue_is_shown_with_a_label_of_its_own(eventually: Callable[..., None]) -> None:
     """Not with that of who had the connection before."""
     pool = new_pool(max_size=1)
     has, end = threading.Event(), threading.Event()

@@ -89,12 +89,12 @@ def use(engine: Engine, times: int = 1) -> None:
             connection.exec_driver_sql("SELECT 1")
 
 
-def in_line(engine: Engine, eventually: Eventually, meanwhile: Callable[[], object] = lambda: None) -> None:
+def in_queue(engine: Engine, eventually: Eventually, meanwhile: Callable[[], object] = lambda: None) -> None:
     """Have a thread wait for a connection, do something meanwhile, and let it have one."""
     thread = threading.Thread(target=use, args=(engine,))
     with engine.connect(), engine.connect():
         thread.start()
-        eventually(lambda: pool_of(engine).statistics().waiting == 1, "a thread in line")
+        eventually(lambda: pool_of(engine).statistics().waiting == 1, "a thread in the queue")
         meanwhile()
     thread.join()
 
@@ -127,7 +127,7 @@ def test_names_units_and_kinds_are_those_of_the_semantic_conventions(
     reader: InMemoryMetricReader, engine: Engine, eventually: Eventually
 ) -> None:
     """They are what OpenTelemetry's own package of conventions makes."""
-    in_line(engine, eventually)
+    in_queue(engine, eventually)
     made = metrics_of(reader.get_metrics_data())
     assert set(made) == {
         *("count", "idle.max", "max", "pending_requests", "timeouts"),
@@ -161,7 +161,7 @@ def test_what_is_there_is_told_by_state(
         points = collected(reader)
         assert (points["count", name, "used"].value, points["count", name, "idle"].value) == (1, 0)
         assert points["pending_requests", name].value == 0
-    in_line(engine, eventually, lambda: seen.update(collected(reader)))
+    in_queue(engine, eventually, lambda: seen.update(collected(reader)))
     assert (seen["count", name, "used"].value, seen["count", name, "idle"].value) == (2, 0)
     assert seen["pending_requests", name].value == 1
     points = collected(reader)
@@ -186,7 +186,7 @@ def test_durations_have_the_pools_own_buckets_and_sums(
     name = pool_of(engine).label
     for times in (1, 20, 0, 5):
         use(engine, times)
-        in_line(engine, eventually)
+        in_queue(engine, eventually)
         points, now = collected(reader), pool_of(engine).statistics()
         for metric, histogram in (
             ("create_time", now.connect_time),

@@ -213,7 +213,7 @@ def test_the_url_wins_over_the_code(
     with caplog.at_level(logging.INFO, "sqlalchemy.pool"):
         queries = pool_of(make(f"{URL}&{said}", **code))
     lines = [line for line in caplog.messages if line.startswith("plugin=queries")]
-    told = f"plugin=queries: the URL is followed, not the code's {overruled}"
+    told = f"plugin=queries: the URL takes precedence over the code's {overruled}"
     assert lines == ([] if overruled is None else [told])
     assert queries.size() == size
     options = make_url(f"{URL}&{said}").query

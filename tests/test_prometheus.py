@@ -553,7 +553,7 @@ def promtool(*arguments: str, stdin: bytes = b"") -> str:
 @needs_prometheus
 @pytest.mark.slow
 def test_a_real_server_sees_rates_and_quantiles(server: Server, eventually: Callable[..., None]) -> None:
-    """While the process works: checkouts, their use, 5 ms at least as the query takes, and waits in line."""
+    """While the process works: checkouts, their use, 5 ms at least as the query takes, and waits."""
     eventually(lambda: server.value("up") == 1, "the first scrape", SECONDS)
 
     def of(name: str) -> str:

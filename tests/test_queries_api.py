@@ -761,7 +761,7 @@ def test_shutdown_closes_what_engines_have_out(
     assert PoolManager.size(pid) <= 2
 
 
-def test_shutdown_closes_what_is_being_opened_when_it_comes_home(
+def test_shutdown_closes_what_is_being_opened_when_it_is_open(
     driver: FakeDriver, pid: str, eventually: Eventually
 ) -> None:
     """A connection that shutdown can't see yet is used once, and not kept."""

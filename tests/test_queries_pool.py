@@ -122,7 +122,7 @@ def test_waiters_are_served_in_the_order_in_which_they_came(
 
 
 def test_a_newcomer_does_not_overtake_who_waits(driver: FakeDriver, eventually: Eventually) -> None:
-    """A connection that came home while somebody waits is that one's: who gave it back waits, too."""
+    """A connection that was returned while somebody waits is that one's: who gave it back waits, too."""
     pool = QueriesPool(driver.connect, max_size=1)
     connection = pool.connect()
     go_on = threading.Event()
@@ -147,7 +147,7 @@ def test_a_timeout_of_none_waits_until_there_is_one(driver: FakeDriver, eventual
 
 
 def test_a_timeout_of_zero_fails_at_once(driver: FakeDriver) -> None:
-    """``timeout=0`` does not wait for anything: nobody is ever seen in the line."""
+    """``timeout=0`` does not wait for anything: nobody is ever seen in the queue."""
     pool = QueriesPool(driver.connect, max_size=1, timeout=0)
     connection = pool.connect()
     with pytest.raises(CheckoutTimeout, match=r"within 0 s: open 1, held 1, opening 0, waiting 0, limit 1\b"):
@@ -156,8 +156,8 @@ def test_a_timeout_of_zero_fails_at_once(driver: FakeDriver) -> None:
     pool.connect().close()
 
 
-def test_who_timed_out_has_left_the_line(driver: FakeDriver, eventually: Eventually) -> None:
-    """Its message counts it; but after that nobody waits, and the connection comes home to no ghost."""
+def test_who_timed_out_has_left_the_queue(driver: FakeDriver, eventually: Eventually) -> None:
+    """Its message counts it; but after that nobody waits, and the connection is returned to no ghost."""
     pool = QueriesPool(driver.connect, max_size=1, timeout=0.01)
     connection = pool.connect()
     for _ in range(3):
@@ -427,7 +427,7 @@ def test_no_exception_while_connecting_loses_the_slot(error: type[BaseException]
 # -- what SQLAlchemy closes and opens by itself ------------------------------------------------------
 
 
-def test_an_invalidated_connection_comes_home_hollow(driver: FakeDriver) -> None:
+def test_an_invalidated_connection_is_returned_hollow(driver: FakeDriver) -> None:
     """It counts as checked in, is no open connection, keeps its record_info and reopens in its slot."""
     pool = QueriesPool(driver.connect, max_size=1, timeout=0)
     connection = pool.connect()

@@ -234,7 +234,7 @@ def test_lowered_under_load_idle_ones_close_at_once_and_held_ones_on_return(
 def test_lowered_under_load_waiters_wait_for_what_is_left(
     driver: FakeDriver, make_pool: Callable[..., QueriesPool], pid: str, eventually: Eventually
 ) -> None:
-    """The first connections that come home close, the last one is a waiter's."""
+    """The first connections that are returned close, the last one is a waiter's."""
     pool = make_pool(max_size=3, timeout=30)
     held = [pool.connect() for _ in range(3)]
     task = Task(pool.connect)

@@ -469,7 +469,7 @@ def test_listeners_of_errors_have_their_say_about_a_pre_ping(
 def test_a_listener_may_say_that_a_pre_pings_error_is_none_of_a_lost_connection(
     new_engine: NewEngine,
 ) -> None:
-    """Then it is raised, as SQLAlchemy has it; the slot comes home, and nothing stays that could hang up."""
+    """Then it is raised, as SQLAlchemy has it; the slot is returned, and nothing stays that could hang up."""
     engine, driver = fake_engine(new_engine, pool_pre_ping=True, max_size=1)
     dialect = engine.dialect
     seen: list[bool] = []

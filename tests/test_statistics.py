@@ -99,7 +99,7 @@ def moved(before: Statistics, after: Statistics) -> dict[str, Any]:
 # -- each number and its cause -----------------------------------------------------------------------------
 
 
-def test_a_checkout_that_opens_moves_what_is_out_then_what_came_home(pid: str, clock: FakeClock) -> None:
+def test_a_checkout_that_opens_moves_what_is_out_then_what_was_returned(pid: str, clock: FakeClock) -> None:
     """And nothing else."""
     pool = new_pool(pid)
     zero = pool.statistics()
@@ -344,14 +344,14 @@ def test_invalidating_by_hand_is_no_failed_reset(pid: str) -> None:
 
 
 def test_detached_and_lost_ones_count_as_checkouts_that_are_over(eventually: Eventually) -> None:
-    """They never come home: the sum still is what was handed out."""
+    """They are never returned: the sum still is what was handed out."""
     pool = new_pool(max_size=3)
     detached = pool.connect()
     detached.detach()
     assert (pool.statistics().checkouts, pool.statistics().held) == (1, 0)
     Ring(pool.connect())
     gc.collect()
-    eventually(lambda: pool.statistics().checkouts == 2, "the lost one came home by its finalizer")
+    eventually(lambda: pool.statistics().checkouts == 2, "its finalizer returned the lost one")
     detached.close()
     assert pool.statistics().checkouts == 2
     # What an interrupt in the middle of a checkout leaves: a record that nobody has in hand any more.
@@ -685,7 +685,7 @@ def test_under_threads_every_total_adds_up_exactly(
     done.set()
     assert all(watcher.join() for watcher in watchers)
     gc.collect()
-    eventually(lambda: not pool.statistics().held and not inside.inbox(pool), "all came home")
+    eventually(lambda: not pool.statistics().held and not inside.inbox(pool), "all were returned")
     numbers = pool.statistics()
     opened = sum(line.startswith("open") for line in driver.events)
     closed = sum(line.startswith("close") for line in driver.events)
@@ -715,7 +715,7 @@ def test_a_refusal_that_ends_a_checkout_is_the_drivers_error_and_counted_once(
 
 
 def test_listening_for_events_moves_no_number(pid: str) -> None:
-    """A listener at checkout that raises sends the connection home; it was out."""
+    """A listener at checkout that raises returns the connection; it was out."""
     pool = new_pool(pid)
 
     def refuse(*_: Any) -> None:

@@ -282,7 +282,7 @@ class LedgerState:
     def leave_after(self) -> float:
         """Seconds after which a vacant pool is of no use to anyone: the idle TTL, a minute at most.
 
-        One whose TTL was set for the pool itself is somebody's, who has made it for connections to come.
+        One whose TTL was set for the pool itself was made by hand, for connections to come.
         """
         ttl = self.by_hand.ttl
         longest = VACANT_FOR if self.ttl is None or ttl == math.inf else ttl

@@ -1,7 +1,7 @@
 """Tasks of asyncio: which one asks, how one waits, opens and closes; and when an event loop ends.
 
 What runs where.  A checkout runs in a greenlet of SQLAlchemy's, in the thread of its loop: it waits by
-``await_only()``, which lets the loop go on.  Whoever has an answer for it may be in any thread: in that of
+``await_only()``, which lets the loop go on.  The answer may come from any thread: in that of
 the loop it sets the future directly, elsewhere by ``call_soon_threadsafe``, the one method of a loop that
 other threads may call.  What is written here without a lock is written in the thread of the loop;
 :meth:`TaskWaiter.accept` says how an answer has one owner.  Nobody awaits inside the critical section: a task
@@ -370,7 +370,7 @@ class Loop:
     # -- the end of the loop -----------------------------------------------------------------------
 
     def used_by(self, user: UsesLoop) -> None:
-        """Have it told of the end; it is not kept alive."""
+        """Call it at the end of the loop; it is not kept alive."""
         self._users.add(user)
 
     def _loop_ended(self, _: object) -> None:

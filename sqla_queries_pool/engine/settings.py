@@ -1,9 +1,9 @@
-"""What can be stated about an engine's pool: each parameter once, with its default and what text means.
+"""What can be stated about an engine's pool: each parameter once, with its default and how text is read.
 
 A new parameter is a field of :class:`Settings`, a parameter of ``QueriesPool.__init__`` (whose signature
 ``create_engine`` reads) and a key of :class:`QueriesPoolOptions` (which type checkers read); its row in
 ``docs/configuration.rst`` is for people.  ``tests/test_settings.py`` compares the four.  The URL plugin,
-``recreate()`` and what the ledger is told follow from the field.
+``recreate()`` and the ledger's parameters follow from the field.
 """
 
 from __future__ import annotations
@@ -247,7 +247,7 @@ class Settings:
         return cls(**found)
 
     def of_ledger(self) -> dict[str, Any]:
-        """What an attachment is told: the ledger counts to ``inf`` where people write ``None``."""
+        """The parameters of an attachment: the ledger has ``inf`` where people write ``None``."""
         values = {name: getattr(self, name) for name, option in OPTIONS.items() if option.ledger}
         return {name: math.inf if value is None else value for name, value in values.items()}
 

@@ -37,19 +37,19 @@ TURN = 0.4
 SETTLE = 0.005
 """Seconds for which offers are collected, where nobody has any to spare."""
 MARGIN = 1.25
-"""How much larger the part has to be that is left to who gives: demand is a guess."""
+"""How much larger the giver's remaining part has to be than the asker's: demand is a guess."""
 NO = Offer(0, 0.0, 0.0)
-"""The answer to who takes what it can't have any more."""
+"""The answer to a process that takes what it can't have any more."""
 MEAN_OF = 1.0
 """Seconds over which the demand is averaged."""
 GIVE_WITHIN = 2.0
 """Seconds after which a promise ends: no connection was returned."""
 TAKE_AGAIN = 0.5
-"""Seconds after which one that was promised a lease asks another process as well ..."""
+"""Seconds after which a process that was promised a lease asks another one as well ..."""
 SPARE_WITHIN = 0.2
 """... or, for a spare one, after which it does not count on it any more."""
 FRESH = 1.0
-"""Seconds for which one believes what another process said of itself."""
+"""Seconds for which a process believes what another one said of itself."""
 UNUSED_FOR = 1.0
 """Seconds after which a lease is freed on which there is no connection."""
 

@@ -98,7 +98,7 @@ class Postman:
                 try:
                     stays = share.tick(now)
                 except Exception:
-                    logger.exception("Exception in the letters of a budget of the host")
+                    logger.exception("Exception in the thread of a budget of the host")
                     share.due, stays = now + AGAIN_IN, True
                 if not stays:
                     share.end()

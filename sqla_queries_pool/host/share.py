@@ -38,7 +38,7 @@ HOME_EVERY = 0.2
 HOME_SOON = 0.05
 """Seconds from something that happened in the folder to the look: by then it may be deleted as a whole."""
 CALM = 300.0
-"""Seconds between two looks at nothing: an idle process costs nothing, for it is told of what happens."""
+"""Seconds between two looks at nothing: an idle process costs nothing, for events wake it."""
 LOOK_AGAIN = 0.005
 """Seconds between two looks whether a connection is closed whose lease is promised."""
 LINGER = 5.0

@@ -19,7 +19,7 @@ PATIENCE = 10.0
 
 class _Server(socketserver.ThreadingMixIn, WSGIServer):
     daemon_threads = True
-    request_queue_size = 128  # with five, whoever comes in a crowd waits for a second
+    request_queue_size = 128  # with five, some of many clients at once wait for a second
 
     def __init__(self, *args: Any) -> None:
         self._served: dict[socket.socket, None] = {}

@@ -210,7 +210,8 @@ class Core:
         if self.ledger.slots or any(ref() is not None for ref in list(self.ledger.attachments)):
             raise ParameterError(
                 f"{self.section.label}: this engine states share={share!r}, and another engine of this "
-                f"database in this process share={before!r}. They have one limit: state the same for both"
+                f"database in this process states share={before!r}. They have one limit: state the same for "
+                "both"
             )
         if self._side is not None:
             self._side.leave()

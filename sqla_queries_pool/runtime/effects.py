@@ -27,7 +27,7 @@ class Effects:
     """Does the work of one pool.
 
     :param section: the pool's critical section, which hands the work over.
-    :param ledger: the pool's ledger, which is told when work is done.
+    :param ledger: the pool's ledger, which is called when work is done.
     :param worker: closes.
     :param opener: opens, renews and resets: what waits for the server.
     :param remind: has somebody call :meth:`.Ledger.expire` in so many seconds.
