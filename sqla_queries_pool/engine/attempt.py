@@ -94,7 +94,7 @@ class Attempt:
                 return self._usable(entry)
             except TooLate:
                 self._core.section.decide(_leave, entry.slot, self._pool._sides.here.runtime.here.caller)
-                raise self._late()
+                raise self._late()  # noqa: B904: its cause is the server's last error, if there was one
             except Refused as error:
                 again, self._refusal = True, error.refusal or self._refusal
             except Exception as error:
@@ -115,8 +115,8 @@ class Attempt:
             raise Refused(None)
         return entry
 
-    # An error is no local variable where it is raised: its traceback refers to the frame, and so to itself, and
-    # what the caller has checked out would stay out until the next collection.
+    # An error is no local variable where it is raised: its traceback refers to the frame, and so to itself.
+    # What the caller has checked out would stay out until the next collection.
 
     def _rejected(self, why: Rejected) -> Exception:
         found = self._got_nothing(self._core.now() - self._since, rejected(why))
