@@ -94,7 +94,8 @@ class Attempt:
                 return self._usable(entry)
             except TooLate:
                 self._core.section.decide(_leave, entry.slot, self._pool._sides.here.runtime.here.caller)
-                raise self._late()  # noqa: B904: its cause is the server's last error, if there was one
+                # Its cause is the server's last error, if there was one: see report.py.
+                raise self._late()  # noqa: B904
             except Refused as error:
                 again, self._refusal = True, error.refusal or self._refusal
             except Exception as error:
