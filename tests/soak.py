@@ -1,6 +1,6 @@
 """A soak: many threads on a server to which everything happens, and what must hold all the time.
 
-    python -m tests.soak --seconds 60 --seed 7
+    python tests/soak.py --seconds 60 --seed 7
 
 64 threads share 4 engines of 2 databases, hence 2 pools, with more threads than connections.  Beside them
 run two event loops, whose tasks use 2 engines of the same databases and are cancelled at any await; when each

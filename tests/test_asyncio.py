@@ -888,7 +888,9 @@ def test_a_program_that_ends_without_dispose_ends_clean(
         timeout=60,
         check=False,
     )
-    assert (ended.returncode, ended.stderr) == (0, "")
+    # A machine that is busy is slow, and the loop's debug mode says so.
+    said = [line for line in ended.stderr.splitlines() if not line.startswith("Executing <")]
+    assert (ended.returncode, said) == (0, [])
 
 
 def test_pools_that_are_no_longer_used_keep_no_loop(make: Make) -> None:

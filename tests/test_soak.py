@@ -34,7 +34,7 @@ def test_nothing_is_lost_leaked_or_mixed_up_whatever_happens_to_64_threads(
     The last one lets another thread run after each microsecond, nearly wherever that can be.
     """
     faulthandler.cancel_dump_traceback_later()  # SOAK_SECONDS may be more; the soak has a watchdog of its own
-    command = [sys.executable, "-m", "tests.soak", "--seconds", seconds, "--switch-interval", interval]
+    command = [sys.executable, "tests/soak.py", "--seconds", seconds, "--switch-interval", interval]
     command += ["--seed", SEED] if SEED else []
     done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     print(done.stdout)
