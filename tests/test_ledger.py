@@ -490,6 +490,22 @@ def test_an_engine_at_its_ceiling_evicts_its_own_alone(simulator: Simulator) -> 
     assert simulator.take(new) is None
 
 
+def test_what_is_spare_is_used_although_those_that_wait_are_served_before_they_look(
+    simulator: Simulator,
+) -> None:
+    """Three connections go round among many waiters of one engine; the fourth slot is another's, and idle."""
+    limit = 4
+    other, engine = simulator.engine(limit), simulator.engine(limit)
+    idle(simulator, other)
+    records = held(simulator, engine, limit - 1)
+    waiters = waiting(simulator, *[engine] * 30)
+    for n in range(20):
+        simulator.now += 0.01
+        simulator.give(engine, records[n % 3])
+    assert [w for w in waiters if isinstance(w.answer, Permit)], "nobody opens in place of what is idle"
+    assert not other.idle
+
+
 def test_nothing_gives_way_while_there_is_room(simulator: Simulator) -> None:
     """Idle connections of others are closed for nobody who can have a free slot."""
     own, other = simulator.engine(2), simulator.engine()

@@ -112,7 +112,9 @@ class Ledger(LedgerState):
             or len(self.slots) > self.limit
             or now >= slot.expires
         ):
-            return self._give_on(attachment, entry, slot, now)
+            work = self._give_on(attachment, entry, slot, now)
+            # Those that what is returned serves in time never look for themselves.
+            return work + self._use_spare(now) if self.queues and now >= self.spare_at else work
         attachment.idle.append(entry)
         if now + attachment.ttl < self.due:
             return self.expire_by(now + attachment.ttl)
@@ -166,6 +168,11 @@ class Ledger(LedgerState):
         self._remove(entry.slot)
         permit = self._permit(waiter.attachment, waiter.holder, now, entry)
         return [self._answer(waiter, permit, now), *self.serve(now)]
+
+    def _use_spare(self, now: float) -> Work:
+        """Give waiters what another engine has had idle for a while, if it has."""
+        self.spare_at = now + choice.SPARE
+        return [] if self.alone else self.serve(now)
 
     def _idle_again(self, attachment: Attachment, entry: Any, now: float) -> Work:
         slot = entry.slot

@@ -81,6 +81,8 @@ class LedgerState:
         Where the pool has no idle TTL set, they follow that of the engine that attached last."""
         self.queues: dict[Attachment, None] = {}
         """The attachments in whose queue somebody waits."""
+        self.spare_at = 0.0
+        """When waiters are to be given again what another engine can spare."""
         self.set_limit_to: float | None = None
         """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
         self.limit = DEFAULT_LIMIT
@@ -165,6 +167,11 @@ class LedgerState:
         return work
 
     # -- queues, suspicion, ages -------------------------------------------------------------------
+
+    @property
+    def alone(self) -> bool:
+        """Is there one engine, or event loop, and nothing that was added by hand?"""
+        return len(self.attachments) == 1 and not self.by_hand.quota.slots
 
     def heads(self) -> list[Waiter]:
         """The first waiter of each queue that may be served.  A queue that an interrupt has left behind empty

@@ -135,7 +135,7 @@ class Checkouts:
             if self.share is not None:
                 self.share.wanted()
             begin = time.monotonic()
-            alone = len(ledger.attachments) == 1 and not ledger.by_hand.quota.slots
+            alone = ledger.alone
             gc_after = min(GC_AFTER, timeout / 2)
             fails_fast = attachment.fail_fast_after < math.inf
             if fails_fast:
