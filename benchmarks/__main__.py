@@ -25,6 +25,7 @@ from . import (
     footprint,
     gil,
     heartbeat,
+    hikari,
     listeners,
     overload,
     report,
@@ -51,6 +52,7 @@ GROUPS: dict[str, Callable[[Sequence[Backend], Effort], Iterator[Cell]]] = {
     "async-contended": async_contended.grid,
     "async-budget": async_contended.budget,
     "heartbeat": heartbeat.cells,
+    "hikari": hikari.cells,
 }
 
 

@@ -72,11 +72,11 @@ def _burst(competitor: Competitor, idle: int, connect: float, work: float) -> Bu
         for connection in [pool.connect() for _ in range(idle)]:
             connection.close()
         opened = len(driver.attempts)
-        latencies = _at_once(pool, backend.work(work))
+        latencies = at_once(pool, backend.work(work))
         return median(latencies), max(latencies), len(driver.attempts) - opened
 
 
-def _at_once(pool: Pool, work: Work) -> list[float]:
+def at_once(pool: Pool, work: Work) -> list[float]:
     """Have all the requests begin together; return how long each took."""
     ready = threading.Barrier(REQUESTS)
     latencies: list[float] = []

@@ -41,6 +41,8 @@ class Effort:
     """... for how many seconds they are measured, at least, ..."""
     fault: float
     """... and how many seconds each fault lasts."""
+    down: float
+    """Seconds that a checkout waits where the database is down for longer."""
 
 
 FULL = Effort(
@@ -60,6 +62,7 @@ FULL = Effort(
     task_works=(0.0, 0.001, 0.005),
     task_seconds=1.0,
     fault=2.0,
+    down=5.0,
 )
 QUICK = Effort(
     rounds=2,
@@ -78,4 +81,5 @@ QUICK = Effort(
     task_works=(0.0,),
     task_seconds=0.4,
     fault=0.3,
+    down=2.0,
 )

@@ -278,7 +278,7 @@ def cells(_: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
             return
         _quicken(server)
         network = stack.enter_context(Network(server.host, server.port))
-        stack.enter_context(_logs_to_nowhere())
+        stack.enter_context(logs_to_nowhere())
         heap = [[number] for number in range(HEAP)]
         gc.collect()
         url = network.url(make_url(server.url()))
@@ -295,7 +295,7 @@ def _quicken(server: EmbeddedPostgres) -> None:
 
 
 @contextmanager
-def _logs_to_nowhere() -> Iterator[None]:
+def logs_to_nowhere() -> Iterator[None]:
     """Write what the pools log of the faults, as an application would, but to nowhere."""
     with open(os.devnull, "w") as nowhere:
         handler = logging.StreamHandler(nowhere)

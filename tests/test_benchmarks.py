@@ -60,6 +60,7 @@ def tiny(program: Any) -> Any:
         task_works=(0.0, 0.001),
         task_seconds=0.03,
         fault=0.1,
+        down=0.5,
     )
 
 
