@@ -508,6 +508,89 @@ def test_what_is_timed_alone_is_what_the_code_does(program: Any) -> None:
             assert then in code, statement
 
 
+# -- HikariCP ---------------------------------------------------------------------------------------
+
+
+def test_what_hikaricp_needs_is_named_where_it_is_not(
+    program: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The JVM, or the first package of which there is no file."""
+    hikari = program.hikari
+    monkeypatch.setattr(hikari, "JARS", tmp_path)
+    monkeypatch.setattr(hikari.shutil, "which", lambda name: None)
+    assert hikari.missing() == "not measured: no JVM"
+    monkeypatch.setattr(hikari.shutil, "which", lambda name: "/bin/true")
+    assert hikari.missing() == f"not measured: no {tmp_path}/HikariCP.jar"
+    for name in hikari.NEEDED:
+        (tmp_path / name).touch()
+    assert hikari.missing() == "not measured: the JVM has no compiler"
+
+
+def test_an_outage_is_seen_with_the_eyes_of_the_caller(program: Any) -> None:
+    """The longest is one that began in it, the recovery the first that was served after it; from 10 to 20."""
+    request = program.hikari.Request
+    requests = [request(1.0, 9.0, True), request(11.0, 16.0, False), request(18.0, 21.0, False)]
+    requests += [request(21.5, 22.5, True), request(23.0, 29.0, True)]
+    figures = program.hikari._downs(requests, 10.0, 20.0)
+    assert {what: figure.median for what, figure in figures.items()} == {
+        "longest request, s": 5.0,
+        "errors": 2,
+        "recovered after, s": 2.5,
+        "errors after it was back": 1,
+    }
+
+
+@pytest.mark.exhaustive
+def test_a_row_says_that_there_is_no_jvm_beside_those_that_are_measured(
+    program: Any, tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is shown, so that nobody takes the table for all of it."""
+    monkeypatch.setattr(program.hikari, "missing", lambda: "not measured: no JVM")
+    with closing(program.hikari.cells([], dataclasses.replace(tiny, rounds=1))) as cells:
+        cell = next(cells)
+    assert cell.figures["HikariCP: not measured: no JVM"] == {}
+    assert "HikariCP: not measured: no JVM" in shown(program, [cell])
+    assert cell.figures["QueriesPool"]["opened"].most <= 1
+    assert cell.figures["QueuePool"]["opened"].least > 1
+
+
+@pytest.fixture
+def jvm(program: Any) -> Iterator[Any]:
+    """The process of HikariCP."""
+    if reason := program.hikari.missing():
+        pytest.skip(reason)
+    with program.hikari.Jvm() as process:
+        yield process
+
+
+@pytest.fixture
+def jdbc_url(pg_url: str, pg_observer: Observer) -> Iterator[Any]:
+    """For JDBC's driver: it takes no password that was hashed as quickly as those of the tests."""
+    pg_observer.query("SET scram_iterations = 4096")
+    pg_observer.query("CREATE ROLE jdbc LOGIN PASSWORD 'jdbc'")
+    pg_observer.query("RESET scram_iterations")
+    yield make_url(pg_url).set(username="jdbc", password="jdbc")
+    pg_observer.query("DROP ROLE jdbc")
+
+
+@pytest.mark.exhaustive
+def test_hikaricp_itself_opens_one_connection_for_a_spike_and_says_what_callers_saw(
+    program: Any, jvm: Any, jdbc_url: Any
+) -> None:
+    """As it was published; and it uses the database that it is told to."""
+    opened, latencies = program.hikari._hikari_spike(jvm)
+    assert len(latencies) == program.hikari.REQUESTS
+    assert min(latencies) >= 0.002
+    assert 0 <= opened <= 5  # those of others: 45
+    begin = time.time()
+    caller = program.hikari.JvmCaller(jvm, jdbc_url, 5.0)
+    program.hikari._wait({"HikariCP": caller}, begin)
+    assert not caller.served_since(time.time() + 60.0)
+    requests = caller.stop()
+    assert requests[0].served
+    assert begin - 0.01 <= requests[0].begin <= requests[0].end <= time.time() + 0.01
+
+
 # -- the program ------------------------------------------------------------------------------------
 
 
@@ -566,6 +649,7 @@ def test_everything_is_measured(program: Any, cells: list[Any], tiny: Any) -> No
     """One run of all groups, looked at in three ways: each process of the tests would have one of its own."""
     all_groups_have_their_cells_and_all_cells_are_shown(program, cells, tiny)
     all_who_are_installed_are_measured(program, cells)
+    hikaricp_is_measured_where_it_is(program, cells)
     what_is_counted_does_not_depend_on_the_machine(cells)
 
 
@@ -588,6 +672,7 @@ def all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: lis
     assert groups.count("one budget, tasks") == len(program.async_contended.BUDGET_LOADS) * drivers
     assert groups.count("one budget, threads and tasks") == 1
     assert groups.count("a heartbeat") == (len(program.heartbeat.FAULTS) + 1) * drivers
+    assert groups.count("HikariCP's scenarios") == 3
     assert len({(cell.group, cell.name) for cell in cells}) == len(cells)
     text = shown(program, cells)
     assert all(cell.name in text and cell.group in text for cell in cells)
@@ -600,9 +685,18 @@ def all_who_are_installed_are_measured(program: Any, cells: list[Any]) -> None:
     assert {competitor.name for competitor in program.async_competitors.ALL} <= measured
     for cell in cells:
         if cell.group != "more of something":
-            assert len({tuple(figures) for figures in cell.figures.values()}) <= 1
+            assert len({tuple(figures) for figures in cell.figures.values() if figures}) <= 1
         for figures in cell.figures.values():
             assert all(figure.least <= figure.median <= figure.most for figure in figures.values())
+
+
+def hikaricp_is_measured_where_it_is(program: Any, cells: list[Any]) -> None:
+    """In each of its scenarios; elsewhere the row says why not."""
+    reason = program.hikari.missing()
+    row = f"HikariCP: {reason}" if reason else "HikariCP"
+    for cell in cells:
+        if cell.group == "HikariCP's scenarios":
+            assert bool(cell.figures[row]) == (not reason)
 
 
 def what_is_counted_does_not_depend_on_the_machine(cells: list[Any]) -> None:
