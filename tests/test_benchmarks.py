@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -589,6 +589,86 @@ def test_hikaricp_itself_opens_one_connection_for_a_spike_and_says_what_callers_
     requests = caller.stop()
     assert requests[0].served
     assert begin - 0.01 <= requests[0].begin <= requests[0].end <= time.time() + 0.01
+
+
+# -- real applications ------------------------------------------------------------------------------
+
+WRK = """Running 2s test @ http://127.0.0.1:8000/db
+  Latency Distribution
+     50%  812.00us
+     75%    3.00ms
+     90%    9.00ms
+     99%    1.25s
+  4010 requests in 2.00s, 0.72MB read
+"""
+ERRORS = """  Socket errors: connect 1, read 2, write 3, timeout 4
+  Non-2xx or 3xx responses: 10
+"""
+
+
+def test_what_wrk_says_is_understood(program: Any) -> None:
+    """In milliseconds, and an error is no answer."""
+    result = program.applications.understand(WRK + ERRORS, "way", "db", 16, 7, 8.0)
+    assert result == program.applications.Result("way", "db", 16, 2000.0, 0.812, 1250.0, 20, 7, 2.0)
+    assert program.applications.understand(WRK, "way", "db", 16, 7, 8.0).errors == 0
+
+
+@pytest.fixture
+def world(program: Any, pg_url: str) -> None:
+    """The table that the applications use."""
+    with closing(program.applications.Observer(pg_url)) as observer:
+        observer.prepare([])
+
+
+async def _get(application: Any, endpoints: Sequence[str]) -> dict[str, Any]:
+    httpx = pytest.importorskip("httpx")
+    transport = httpx.ASGITransport(app=application)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        return {name: (await client.get(f"/{name}")).json() for name in endpoints}
+
+
+@pytest.mark.parametrize(("server", "driver"), [("flask", "psycopg2"), ("fastapi", "asyncpg")])
+def test_the_applications_read_and_write(
+    program: Any, world: None, pg_url: str, monkeypatch: pytest.MonkeyPatch, server: str, driver: str
+) -> None:
+    """As many rows as TechEmpower's endpoints do; what was written is there."""
+    pytest.importorskip(server)
+    url = make_url(pg_url).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
+    told = {"url": url, "poolclass": "QueriesPool", "max_size": 2}
+    monkeypatch.setenv(program.applications.TOLD, json.dumps(told))
+    application = getattr(program.applications, server)()
+    if server == "flask":
+        client = application.test_client()
+        got = {name: client.get(f"/{name}").json for name in program.applications.ENDPOINTS}
+    else:
+        got = asyncio.run(_get(application, program.applications.ENDPOINTS))
+    assert [len(got[name]) for name in program.applications.ENDPOINTS] == [1, 5, 5]
+    looking = create_engine(pg_url, poolclass=NullPool)
+    with looking.connect() as connection:
+        for row in got["updates"]:
+            assert connection.execute(program.applications.READ, row).one() == (
+                row["id"],
+                row["randomnumber"],
+            )
+
+
+@pytest.mark.exhaustive
+def test_all_processes_of_an_application_share_the_budget_that_is_measured(program: Any) -> None:
+    """Both servers, with wrk; and the table has them."""
+    for name in ("flask", "gunicorn", "fastapi", "uvicorn", "asyncpg"):
+        pytest.importorskip(name)
+    if program.applications._program("wrk") is None:
+        pytest.skip("wrk is not installed")
+    results = list(program.applications.compare(1, [32], ["updates"], "share="))
+    assert [result.way.split(",")[0] for result in results] == ["Flask", "FastAPI"]
+    for result in results:
+        assert result.goodput > 0
+        assert result.errors == 0
+        assert 0 < result.backends <= program.applications.BUDGET
+        assert result.processor > 0
+    text = io.StringIO()
+    program.applications.show(results, Console(file=text, width=120))
+    assert "/updates, 32 clients" in text.getvalue()
 
 
 # -- the program ------------------------------------------------------------------------------------
