@@ -43,6 +43,7 @@ public class Hikari {
                     throw new IllegalArgumentException(order);
             }
         }
+        System.exit(0); // also where a caller was not told to stop
     }
 
     private static int[] numbers(String[] words) {
@@ -151,6 +152,7 @@ public class Hikari {
             config.setUsername(words[2]);
             config.setPassword(words[3]);
             config.setMaximumPoolSize(Integer.parseInt(words[4]));
+            config.setInitializationFailTimeout(-1); // it waits below, on a busy machine for longer
             config.setConnectionTimeout(Long.parseLong(words[5]));
             config.setValidationTimeout(Long.parseLong(words[5]));
             period = Long.parseLong(words[6]);
@@ -159,6 +161,7 @@ public class Hikari {
             while (pool.getHikariPoolMXBean().getIdleConnections() < config.getMaximumPoolSize()) {
                 Thread.sleep(10);
             }
+            thread.setDaemon(true);
             thread.start();
         }
 

@@ -52,6 +52,8 @@ TIMEOUT = 10
 READY = 60.0
 SAMPLE = 0.05
 """Seconds between two looks at how many connections there are."""
+QUIET, BUSY = 0.3, 0.1
+"""Seconds in which an application does nothing, and the processor time of each that does not count."""
 TOLD = "BENCHMARKS_APPLICATION"
 """The variable with the URL and the parameters of the engine, as JSON."""
 PGBOUNCER = Path(__file__).parent.parent / "tests" / "pgbouncer.py"
@@ -183,6 +185,13 @@ class Running:
                     times = process.cpu_times()
                     total += times.user + times.system
         return total
+
+    def rest(self) -> None:
+        """Wait until it does nothing: it goes on with what wrk has given up, and the next way is measured then."""
+        deadline, before = time.monotonic() + TIMEOUT, -1.0
+        while (now := self.processor()) - before > BUSY * QUIET and time.monotonic() < deadline:
+            before = now
+            time.sleep(QUIET)
 
     def wait(self) -> None:
         """Until it answers."""
@@ -319,6 +328,7 @@ def measure(target: Running, endpoint: str, clients: int, seconds: int, observer
     with observer.watch(target.role) as seen:
         said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
     used = target.processor() - before
+    target.rest()
     return understand(said, str(target.way), endpoint, clients, max(seen, default=0), used)
 
 

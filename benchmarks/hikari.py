@@ -283,6 +283,7 @@ def _psycopg_below(url: URL, timeout: float, connect: dict[str, int]) -> Caller:
         close_returns=True,
         open=True,
     )
+    below.wait(PATIENCE)
     engine = create_engine("postgresql+psycopg://", poolclass=NullPool, creator=below.getconn)
     return Caller(engine, below.close)
 
@@ -296,9 +297,10 @@ def down(
     timeout: float,
 ) -> Cell:
     """Let the database be down for all of them at once, and be back."""
-    pools = dict(calling)
+    pools: dict[str, Calling] = {}
     seconds = PERIOD + OUTAGE * timeout
     try:
+        pools.update(calling)
         _wait(pools, time.time())
         fault()
         begin = time.time()
