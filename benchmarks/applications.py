@@ -187,7 +187,7 @@ class Running:
         return total
 
     def rest(self) -> None:
-        """Wait until it does nothing: it goes on with what wrk has given up, and the next way is measured then."""
+        """Wait until it does nothing: it still does what wrk has given up, which is no part of the next."""
         deadline, before = time.monotonic() + TIMEOUT, -1.0
         while (now := self.processor()) - before > BUSY * QUIET and time.monotonic() < deadline:
             before = now
