@@ -414,7 +414,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=ENDPOINTS, default=ENDPOINTS, help="these endpoints")
     parser.add_argument("--ways", default="", metavar="NAME", help="those whose name contains this")
     chosen = parser.parse_args(arguments)
-    absent = [name for name in ("wrk", "pgbouncer") if not _program(name)]
+    absent = [name for name in ("wrk", "pgbouncer") if not find_program(name)]
     if absent:
         parser.error(f"{' and '.join(absent)} must be installed")
     results = []
@@ -425,7 +425,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _program(name: str) -> str | None:
+def find_program(name: str) -> str | None:
+    """Where it is; None if it is not installed."""
     return shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
 
 

@@ -135,7 +135,7 @@ def spike(jvm: Jvm | None, absent: dict[str, dict[str, Figure]], effort: Effort)
     """50 threads ask at once, where 5 connections are idle and up to 50 are allowed."""
     ways: dict[str, Callable[[], Spike]] = {}
     if jvm is not None:
-        ways[HIKARI] = partial(_hikari_spike, jvm)
+        ways[HIKARI] = partial(hikari_spike, jvm)
         ways[HIKARI]()  # to load and compile it, as theirs does
     ways.update({each.name: partial(_spike, each) for each in (QUEUE, PSYCOPG_BELOW, QUERIES) if each.there})
     found: dict[str, list[Spike]] = {name: [] for name in ways}
@@ -149,7 +149,8 @@ def spike(jvm: Jvm | None, absent: dict[str, dict[str, Figure]], effort: Effort)
     return cell
 
 
-def _hikari_spike(jvm: Jvm) -> Spike:
+def hikari_spike(jvm: Jvm) -> Spike:
+    """HikariCP's."""
     milliseconds = (round(seconds * 1000) for seconds in (CONNECT, WORK, SETTLED))
     opened, *nanoseconds = map(int, jvm.order("spike", REQUESTS, IDLE, LIMIT, *milliseconds).split())
     return opened, [each / 1e9 for each in nanoseconds]
@@ -301,23 +302,23 @@ def down(
     seconds = PERIOD + OUTAGE * timeout
     try:
         pools.update(calling)
-        _wait(pools, time.time())
+        wait_until_served(pools, time.time())
         fault()
         begin = time.time()
         time.sleep(seconds)
         network.pass_on()
         back = time.time()
-        _wait(pools, back)
+        wait_until_served(pools, back)
     finally:
         requests = {pool: caller.stop() for pool, caller in pools.items()}
     cell = Cell(GROUP, f"the database is down for {seconds:g} s, {name}; timeout {timeout:g} s")
     cell.figures.update(absent)
-    cell.figures.update({pool: _downs(requests[pool], begin, back) for pool in pools})
+    cell.figures.update({pool: outcome(requests[pool], begin, back) for pool in pools})
     cell.targets.extend(_targets(cell, timeout))
     return cell
 
 
-def _wait(pools: dict[str, Calling], since: float) -> None:
+def wait_until_served(pools: dict[str, Calling], since: float) -> None:
     """Until each pool has served somebody since then."""
     deadline = time.monotonic() + PATIENCE
     for name, caller in pools.items():
@@ -327,7 +328,7 @@ def _wait(pools: dict[str, Calling], since: float) -> None:
             time.sleep(PAUSE)
 
 
-def _downs(requests: Sequence[Request], begin: float, back: float) -> dict[str, Figure]:
+def outcome(requests: Sequence[Request], begin: float, back: float) -> dict[str, Figure]:
     """How long the requests of the outage took, and when it was over for this pool."""
     longest = max(request.end - request.begin for request in requests if begin <= request.begin < back)
     served = min(request.end for request in requests if request.served and request.end >= back)

@@ -531,7 +531,7 @@ def test_an_outage_is_seen_with_the_eyes_of_the_caller(program: Any) -> None:
     request = program.hikari.Request
     requests = [request(1.0, 9.0, True), request(11.0, 16.0, False), request(18.0, 21.0, False)]
     requests += [request(21.5, 22.5, True), request(23.0, 29.0, True)]
-    figures = program.hikari._downs(requests, 10.0, 20.0)
+    figures = program.hikari.outcome(requests, 10.0, 20.0)
     assert {what: figure.median for what, figure in figures.items()} == {
         "longest request, s": 5.0,
         "errors": 2,
@@ -578,13 +578,13 @@ def test_hikaricp_itself_opens_one_connection_for_a_spike_and_says_what_callers_
     program: Any, jvm: Any, jdbc_url: Any
 ) -> None:
     """As it was published; and it uses the database that it is told to."""
-    opened, latencies = program.hikari._hikari_spike(jvm)
+    opened, latencies = program.hikari.hikari_spike(jvm)
     assert len(latencies) == program.hikari.REQUESTS
     assert min(latencies) >= 0.002
     assert 0 <= opened <= 5  # those of others: 45
     begin = time.time()
     caller = program.hikari.JvmCaller(jvm, jdbc_url, 5.0)
-    program.hikari._wait({"HikariCP": caller}, begin)
+    program.hikari.wait_until_served({"HikariCP": caller}, begin)
     assert not caller.served_since(time.time() + 60.0)
     requests = caller.stop()
     assert requests[0].served
@@ -657,7 +657,7 @@ def test_all_processes_of_an_application_share_the_budget_that_is_measured(progr
     """Both servers, with wrk; and the table has them."""
     for name in ("flask", "gunicorn", "fastapi", "uvicorn", "asyncpg"):
         pytest.importorskip(name)
-    if program.applications._program("wrk") is None:
+    if program.applications.find_program("wrk") is None:
         pytest.skip("wrk is not installed")
     results = list(program.applications.compare(1, [32], ["updates"], "share="))
     assert [result.way.split(",")[0] for result in results] == ["Flask", "FastAPI"]
