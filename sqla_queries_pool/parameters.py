@@ -174,24 +174,26 @@ def classes(name: str, value: object) -> dict[str, dict[str, float]] | None:
     :param value: a dictionary of dictionaries, or text: ``web:min=6,weight=4;background:max=4``.
     :raises ParameterError: for anything else, with the class and what to write.
     """
-    if value is None or (isinstance(value, str) and value.strip().lower() in ("", "none")):
+    if value is None or (isinstance(value, str) and value[:9].strip().lower() == "none"):
         return None
     stated = _classes_of_text(name, value) if isinstance(value, str) else value
     if not isinstance(stated, Mapping) or not all(isinstance(terms, Mapping) for terms in stated.values()):
         raise _error(name, value, _CLASSES)
-    return {caller(f"a class of {name}", each) or "": _terms(name, each, stated[each]) for each in stated}
+    if not all(isinstance(each, str) and _CLASS.fullmatch(each) for each in stated):
+        raise _error(name, value, f"{_CLASSES}; names have letters, digits, '_', '-' and '.'")
+    return {each: _terms(name, each, terms) for each, terms in stated.items()}
 
 
 def _classes_of_text(name: str, value: str) -> dict[str, dict[str, str]]:
     found: dict[str, dict[str, str]] = {}
     for part in value.split(";"):
-        each, _, terms = part.partition(":")
+        each, colon, terms = part.partition(":")
         each = each.strip()
         if each in found:
             raise ParameterError(f"{name}: the class {shown(each)} is given twice: remove one of them")
         pairs = [term.partition("=") for term in terms.split(",") if term.strip()]
         found[each] = {key.strip(): number.strip() for key, _, number in pairs}
-        if not each or len(found[each]) < len(pairs):
+        if not colon or len(found[each]) < len(pairs):
             raise _error(name, value, _CLASSES)
     return found
 

@@ -607,6 +607,7 @@ def test_every_parameter_can_be_seen_by_create_engine() -> None:
         "on_deadlock",
         "max_waiting",
         "queue_target",
+        "fail_fast_after",
         "share",
         "check_limits",
         "idle_in_transaction_after",

@@ -10,6 +10,7 @@ import itertools
 import logging
 import os
 import pickle
+import re
 import signal
 import threading
 import traceback
@@ -518,7 +519,7 @@ def test_a_hostile_value_is_an_error_with_a_short_text() -> None:
         else:
             return "it is taken"
         right = {
-            "the parameter is named": message.startswith(f"{name}="),
+            "the parameter is named": message.startswith((f"{name}=", f"{name}: ")),
             "short": len(message) < 300,
             "without the password": MARK not in message,
             "printable": message.isprintable(),
@@ -529,7 +530,8 @@ def test_a_hostile_value_is_an_error_with_a_short_text() -> None:
         f"{name}, {what}": wrong(name, value)
         for name in (*OURS, *SQLALCHEMYS, *ANY_TEXT)
         for what, value in HOSTILE.items()
-        if name not in ANY_TEXT or not isinstance(value, str)
+        if not isinstance(value, str)
+        or (name not in ANY_TEXT and not (name == "caller" and re.fullmatch(r"[\w.-]{1,9}", value)))
     }
     assert len(table) > 500
     assert {case: what for case, what in table.items() if what is not None} == {}

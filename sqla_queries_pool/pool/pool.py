@@ -22,7 +22,7 @@ from ..parameters import Unstated
 from ..runtime.connections import close_quietly
 from ..runtime.core import Core
 from ..sockets import liveness
-from ..sockets.drivers import socket_of
+from ..sockets.drivers import Remembered, socket_of
 from . import stopping
 from .connection import Connection, Connections
 from .stopping import Stopped
@@ -241,9 +241,11 @@ class Pool:
         if record is None or socket is None:
             return
         record.invalidate(soft=True)
-        # A thread that waits for an answer in there has the driver's own lock.
         liveness.hang_up(socket, failed=self.core.failures)
-        self.core.connections.close_socket(socket)
+        # A thread that waits for an answer in there has the driver's own lock.  But these drivers have none,
+        # and to close what a thread executes in C crashes the process: its holder closes it.
+        if not isinstance(socket, Remembered):
+            self.core.connections.close_socket(socket)
         if slot.state is IDLE:  # it was returned just then
             self.core.section.run(closing.close_one, self.core.ledger, slot)
 
