@@ -29,6 +29,7 @@ from sqla_queries_pool.__main__ import main
 from sqla_queries_pool.exporters import prometheus
 from sqla_queries_pool.host import lease
 from sqla_queries_pool.host.lease import Folder, folders_of
+from sqla_queries_pool.host.letters import Mailbox
 
 pytestmark = pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets")
 
@@ -305,6 +306,24 @@ def test_a_checkout_that_cannot_wait_locks_what_is_free(pg_url: str, tmp_path: P
     assert pool.statistics().host.mine == 2
     assert (pool.size(), pool.statistics().limit) == (2, 2)
     engine.dispose()
+
+
+def test_what_was_stated_by_one_that_was_killed_does_not_count(pg_url: str, tmp_path: Path) -> None:
+    """Its mailbox is still there, and nobody has looked for the dead yet."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, pool_timeout=0)
+    (path,) = folders_of(str(tmp_path))
+    folder = Folder.at(path)
+    folder.prepare(2)
+    for each in tmp_path.rglob("slot.*"):
+        os.utime(each, (0, 0))
+    Mailbox(folder, 2).close()
+    taken = folder.lock(0)
+    with pytest.raises(CheckoutTimeout):
+        engine.connect()
+    assert taken is not None
+    taken.release()
+    engine.dispose()
+    folder.close()
 
 
 def test_what_is_kept_open_and_what_is_set_by_hand(

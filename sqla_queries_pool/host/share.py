@@ -10,6 +10,7 @@ there is no moment with more connections than leases.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ from .letters import (
     Here,
     Mailbox,
     Passed,
+    is_read,
 )
 from .policy import ASK_EVERY, Member, Own, Post
 from .postman import postman
@@ -84,7 +86,7 @@ class Share:
         self._side = side
         self._folder = Folder(share, pool_id)
         self._largest = 0
-        """The largest ``max_size`` that was seen at the last look."""
+        """The largest ``max_size`` above this process's that a living one stated at the last look."""
         self._others: dict[str, tuple[Here, float]] = {}
         """Mailbox -> what its process said of itself, and when."""
         self._problem: str | None = None
@@ -204,8 +206,11 @@ class Share:
         return len(self._member.leases) < self.budget
 
     def _look_around(self) -> None:
+        """See what others state; the mailbox of one that was killed stays until somebody buries it."""
         found = (BOX.fullmatch(name) for name in self._folder.boxes())
-        self._largest = max((int(match[2]) for match in found if match), default=0)
+        stated = sorted(((int(match[2]), match[0]) for match in found if match), reverse=True)
+        larger = itertools.takewhile(lambda each: each[0] > self._side.size(), stated)
+        self._largest = next((size for size, name in larger if is_read(self._folder, name)), 0)
 
     def statistics(self) -> HostStatistics:
         """Return what is known of the host; takes no lock.  Others are asked for what they have, and answer a
@@ -314,7 +319,7 @@ class Share:
         if box is not None and now - self._buried_at >= BURY_EVERY:
             self._buried_at = now
             for name in self._folder.boxes():
-                if name != box.name and not box.is_read(name):
+                if name != box.name and not is_read(self._folder, name):
                     self._gone(name)
 
     def _watch_folder(self) -> None:
