@@ -308,6 +308,27 @@ def test_a_checkout_that_cannot_wait_locks_what_is_free(pg_url: str, tmp_path: P
     engine.dispose()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no /proc")
+def test_a_daemon_finds_the_folder_at_once(pg_url: str, tmp_path: Path) -> None:
+    """It has closed all descriptors, the folder's too, and its first checkout can't wait for a thread."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, pool_timeout=0)
+    for path in tmp_path.rglob("slot.*"):
+        os.utime(path, (0, 0))
+    (folder,) = folders_of(str(tmp_path))
+    (fd,) = [int(each) for each in os.listdir("/proc/self/fd") if _leads_to(each) == folder]
+    os.close(fd)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 1")) == 1
+    engine.dispose()
+
+
+def _leads_to(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
 def test_what_was_stated_by_one_that_was_killed_does_not_count(pg_url: str, tmp_path: Path) -> None:
     """Its mailbox is still there, and nobody has looked for the dead yet."""
     engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, pool_timeout=0)

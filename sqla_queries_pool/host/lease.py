@@ -126,7 +126,7 @@ class Folder:
             )
         self.share = share
         digest = hashlib.sha256(pool_id.encode(errors="backslashreplace")).hexdigest()[:24]
-        self.path = os.path.join(base_of(share), f"sqla_queries_pool.{os.geteuid()}", digest)
+        self.path = os.path.join(base_of(share), _name_of_user(), digest)
         self.fd = self._open()
         self._is = _identity(os.fstat(self.fd))
 
@@ -187,14 +187,20 @@ class Folder:
     def renew(self) -> bool:
         """Open it again if it is gone or another one by now; return whether it is.
 
+        It is another one for a process that has become another user since: servers load the application as
+        root, and then have their workers be somebody else.
+
         :raises ParameterError: it can't be made again.
         """
+        outer, name = os.path.split(self.path)
+        self.path = os.path.join(os.path.dirname(outer), _name_of_user(), name)
         with contextlib.suppress(OSError):
             here, there = os.fstat(self.fd), os.stat(self.path, follow_symlinks=False)
             if _identity(here) == _identity(there):
                 return False
         new = self._open()
-        self.close()
+        if new != self.fd:  # else somebody has closed it, and its number was free
+            self.close()
         self.fd, self._is = new, _identity(os.fstat(new))
         return True
 
@@ -297,6 +303,10 @@ class Folder:
 
 class _NotOurs(Exception):
     """What is there is not what it should be: the text says why."""
+
+
+def _name_of_user() -> str:
+    return f"sqla_queries_pool.{os.geteuid()}"
 
 
 def _identity(found: os.stat_result) -> tuple[int, int]:

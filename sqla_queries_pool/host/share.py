@@ -170,6 +170,9 @@ class Share:
                 postman.attend(self)
 
     def _lock_free(self, count: int, now: float) -> None:
+        if self._box is None:  # the thread has not looked for the folder yet; if it can't be had, it says so
+            with contextlib.suppress(OSError, ParameterError):
+                self._find_home()
         self._look_around()
         mine = {lease.number for lease in self._member.leases}
         for number in range(self.budget):
@@ -281,16 +284,24 @@ class Share:
             return False
         return 0 < self._member.limit <= own.used == own.spare
 
+    def _find_home(self) -> None:
+        """Open the folder again if it is another one by now.
+
+        :raises OSError, ParameterError: it can't be made again.
+        """
+        if self._folder.renew():
+            self._watch_tried = False  # that of the other folder
+            self.prepare(self._side.size())
+
     def _look_for_home(self, now: float) -> None:
         """Make what was deleted again, lock new files for what it has, have a mailbox of the right name.
 
         What fails is tried again at the next look, not later: when the folder can be made again, another
         process may make it, and lock its files as soon as they are not new.
         """
-        problem, size, box, new = None, self._side.size(), self._box, False
+        problem, size, box = None, self._side.size(), self._box
         try:
-            if new := self._folder.renew():
-                self._folder.prepare(size)
+            self._find_home()
         except (OSError, ParameterError) as error:
             problem = str(error)  # those whose folder it was go on in it
         self._bury(now)
@@ -306,7 +317,7 @@ class Share:
             self._failed(problem)
             return
         self._problem = None
-        if new or not self._watch_tried:
+        if not self._watch_tried:
             self._watch_folder()
         budget = self.budget
         if any(lease.is_orphan or lease.number >= budget for lease in self._member.leases):
