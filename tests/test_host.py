@@ -29,6 +29,7 @@ from sqla_queries_pool.__main__ import main
 from sqla_queries_pool.exporters import prometheus
 from sqla_queries_pool.host import lease
 from sqla_queries_pool.host.lease import Folder, folders_of
+from sqla_queries_pool.host.letters import Mailbox
 
 pytestmark = pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets")
 
@@ -305,6 +306,45 @@ def test_a_checkout_that_cannot_wait_locks_what_is_free(pg_url: str, tmp_path: P
     assert pool.statistics().host.mine == 2
     assert (pool.size(), pool.statistics().limit) == (2, 2)
     engine.dispose()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="others have no /proc")
+def test_a_daemon_finds_the_folder_at_once(pg_url: str, tmp_path: Path) -> None:
+    """It has closed all descriptors, the folder's too, and its first checkout can't wait for a thread."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, pool_timeout=0)
+    for path in tmp_path.rglob("slot.*"):
+        os.utime(path, (0, 0))
+    (folder,) = folders_of(str(tmp_path))
+    (fd,) = [int(each) for each in os.listdir("/proc/self/fd") if _leads_to(each) == folder]
+    os.close(fd)
+    with engine.connect() as connection:
+        assert connection.scalar(text("SELECT 1")) == 1
+    engine.dispose()
+
+
+def _leads_to(fd: str) -> str:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}")
+    except OSError:
+        return ""
+
+
+def test_what_was_stated_by_one_that_was_killed_does_not_count(pg_url: str, tmp_path: Path) -> None:
+    """Its mailbox is still there, and nobody has looked for the dead yet."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, pool_timeout=0)
+    (path,) = folders_of(str(tmp_path))
+    folder = Folder.at(path)
+    folder.prepare(2)
+    for each in tmp_path.rglob("slot.*"):
+        os.utime(each, (0, 0))
+    Mailbox(folder, 2).close()
+    taken = folder.lock(0)
+    with pytest.raises(CheckoutTimeout):
+        engine.connect()
+    assert taken is not None
+    taken.release()
+    engine.dispose()
+    folder.close()
 
 
 def test_what_is_kept_open_and_what_is_set_by_hand(

@@ -134,6 +134,32 @@ def test_a_folder_of_somebody_else_is_an_error_at_once() -> None:
         os.rmdir(base)
 
 
+SOMEBODY_ELSE = """
+import os, sys
+from sqlalchemy import create_engine
+from sqla_queries_pool import QueriesPool
+url, base, user = sys.argv[1:]
+engine = create_engine(url, poolclass=QueriesPool, share=base, max_size=1, pool_timeout=10)
+os.setuid(int(user))
+with engine.connect():
+    print(engine.pool.statistics().host.problem, os.listdir(base))
+"""
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
+def test_a_process_that_becomes_another_user_has_that_users_budget(pg_url: str) -> None:
+    """As servers do that load the application as root, and then have their workers be somebody else."""
+    base = Path(tempfile.mkdtemp(dir="/tmp"))
+    base.chmod(0o777)
+    try:
+        command = [sys.executable, "-c", SOMEBODY_ELSE, pg_url, str(base), str(NOBODY)]
+        ended = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert ended.stdout.startswith("None "), ended.stderr
+        assert f"'sqla_queries_pool.{NOBODY}'" in ended.stdout
+    finally:
+        shutil.rmtree(base)
+
+
 WITHOUT_LOCKS = """
 import ctypes, platform, struct, sys
 number = {"x86_64": 73, "aarch64": 32}[platform.machine()]  # flock

@@ -33,6 +33,7 @@ from sqla_queries_pool.host.letters import (
     Offer,
     Passed,
     Take,
+    is_read,
     read,
     write,
 )
@@ -157,6 +158,21 @@ def test_a_folder_that_was_deleted_is_made_again(folder: Folder) -> None:
     mine.release()
 
 
+def test_a_descriptor_that_is_something_else_by_now_is_left_alone(folder: Folder, tmp_path: Path) -> None:
+    """A process that becomes a daemon closes all that it has inherited, and then opens files of its own."""
+    log = os.open(tmp_path / "log", os.O_CREAT | os.O_RDWR)
+    taken = folder.fd
+    os.dup2(log, taken)
+    assert folder.renew()
+    assert os.path.sameopenfile(taken, log)
+    os.close(taken)
+    os.dup2(log, taken := folder.fd)
+    folder.close()
+    assert os.path.sameopenfile(taken, log)
+    os.close(taken)
+    os.close(log)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="inotify is Linux's")
 def test_what_happens_in_a_folder_and_on_the_way_to_it_is_seen(tmp_path: Path) -> None:
     """And nothing else."""
@@ -250,10 +266,10 @@ def test_a_lease_in_the_mailbox_of_one_that_dies_is_free(folder: Folder, other: 
     mine, writer, reader = locked(folder, 3), Mailbox(folder, 4), Mailbox(other, 4)
     assert writer.send(reader.name, Passed(3), mine.fd) == SENT
     mine.close()
-    assert writer.is_read(reader.name)
+    assert is_read(folder, reader.name)
     reader.close()
     locked(folder, 3).release()
-    assert not writer.is_read(reader.name)
+    assert not is_read(folder, reader.name)
     assert writer.send(reader.name, Take(1)) == GONE
     folder.remove(reader.name)
     assert writer.send(reader.name, Take(1)) == GONE
@@ -265,12 +281,10 @@ def test_a_lease_in_the_mailbox_of_one_that_dies_is_free(folder: Folder, other: 
 def test_who_is_asked_whether_it_lives_is_not_woken(folder: Folder) -> None:
     """There is no letter."""
     box = Mailbox(folder, 4)
-    assert box.is_read(box.name)
+    assert is_read(folder, box.name)
     assert box.receive() is None
     box.close()
-    other = Mailbox(folder, 4)
-    assert not other.is_read(box.name)
-    other.remove()
+    assert not is_read(folder, box.name)
 
 
 def test_a_mailbox_that_is_full_says_so(folder: Folder) -> None:

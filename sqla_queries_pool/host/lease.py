@@ -126,8 +126,9 @@ class Folder:
             )
         self.share = share
         digest = hashlib.sha256(pool_id.encode(errors="backslashreplace")).hexdigest()[:24]
-        self.path = os.path.join(base_of(share), f"sqla_queries_pool.{os.geteuid()}", digest)
+        self.path = os.path.join(base_of(share), _name_of_user(), digest)
         self.fd = self._open()
+        self._is = _identity(os.fstat(self.fd))
 
     def _open(self) -> int:
         above, path = -1, os.path.dirname(self.path)
@@ -166,29 +167,41 @@ class Folder:
         self = cls.__new__(cls)
         self.share, self.path = HOST, path
         self.fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        self._is = _identity(os.fstat(self.fd))
         return self
 
     def __del__(self) -> None:
         self.close()
 
     def close(self) -> None:
-        """Forget the folder; what is in it stays."""
+        """Forget the folder; what is in it stays.
+
+        A process that becomes a daemon closes all that is open, and the number may be that of something else
+        by now: only the folder itself is closed.
+        """
         fd, self.fd = getattr(self, "fd", -1), -1
-        if fd >= 0:
-            os.close(fd)
+        with contextlib.suppress(OSError):
+            if fd >= 0 and _identity(os.fstat(fd)) == self._is:
+                os.close(fd)
 
     def renew(self) -> bool:
         """Open it again if it is gone or another one by now; return whether it is.
 
+        It is another one for a process that has become another user since: servers load the application as
+        root, and then have their workers be somebody else.
+
         :raises ParameterError: it can't be made again.
         """
+        outer, name = os.path.split(self.path)
+        self.path = os.path.join(os.path.dirname(outer), _name_of_user(), name)
         with contextlib.suppress(OSError):
             here, there = os.fstat(self.fd), os.stat(self.path, follow_symlinks=False)
-            if (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino):
+            if _identity(here) == _identity(there):
                 return False
         new = self._open()
-        self.close()
-        self.fd = new
+        if new != self.fd:  # else somebody has closed it, and its number was free
+            self.close()
+        self.fd, self._is = new, _identity(os.fstat(new))
         return True
 
     # -- slots -------------------------------------------------------------------------------------
@@ -269,7 +282,7 @@ class Folder:
             here, there = os.fstat(fd), os.stat(f"slot.{number}", dir_fd=self.fd, follow_symlinks=False)
         except OSError:
             return False
-        return stat.S_ISREG(here.st_mode) and (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+        return stat.S_ISREG(here.st_mode) and _identity(here) == _identity(there)
 
     # -- mailboxes ---------------------------------------------------------------------------------
 
@@ -290,6 +303,15 @@ class Folder:
 
 class _NotOurs(Exception):
     """What is there is not what it should be: the text says why."""
+
+
+def _name_of_user() -> str:
+    return f"sqla_queries_pool.{os.geteuid()}"
+
+
+def _identity(found: os.stat_result) -> tuple[int, int]:
+    """Return what tells one file or folder from another."""
+    return found.st_dev, found.st_ino
 
 
 def _own_folder(path: str, above: int) -> int:

@@ -127,6 +127,23 @@ SENT, FULL, GONE = "sent", "full", "gone"
 """What became of a letter: it is in the other's mailbox; there is no room in it now; there is nobody."""
 
 
+def _path(folder: Folder, name: str) -> str:
+    # A socket's path may have 107 bytes; through the descriptor it is short,
+    # and nobody can get in between.
+    short = f"/proc/self/fd/{folder.fd}"
+    return os.path.join(short if os.path.isdir(short) else folder.path, name)
+
+
+def is_read(folder: Folder, name: str) -> bool:
+    """Does the process of that mailbox live?  It is not woken by the question."""
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
+            probe.connect(_path(folder, name))
+    except OSError as error:
+        return error.errno not in _NOBODY
+    return True
+
+
 class Mailbox:
     """Where one process gets its letters.
 
@@ -142,17 +159,11 @@ class Mailbox:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | getattr(socket, "SOCK_CLOEXEC", 0))
         try:
             self._socket.setblocking(False)
-            self._socket.bind(self._path(self.name))
+            self._socket.bind(_path(self._folder, self.name))
             os.chmod(self.name, 0o600, dir_fd=folder.fd)
         except BaseException:
             self._socket.close()
             raise
-
-    def _path(self, name: str) -> str:
-        # A socket's path may have 107 bytes; through the descriptor it is short,
-        # and nobody can get in between.
-        short = f"/proc/self/fd/{self._folder.fd}"
-        return os.path.join(short if os.path.isdir(short) else self._folder.path, name)
 
     def fileno(self) -> int:
         """The descriptor, for a selector."""
@@ -165,19 +176,10 @@ class Mailbox:
         """
         passed = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [fd]))] if fd >= 0 else []
         try:
-            self._socket.sendmsg([write(letter)], passed, 0, self._path(name))
+            self._socket.sendmsg([write(letter)], passed, 0, _path(self._folder, name))
         except OSError as error:
             return GONE if error.errno in _NOBODY else FULL
         return SENT
-
-    def is_read(self, name: str) -> bool:
-        """Does the process of that mailbox live?  It is not woken by the question."""
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as probe:
-            try:
-                probe.connect(self._path(name))
-            except OSError as error:
-                return error.errno not in _NOBODY
-        return True
 
     def receive(self) -> tuple[str, Letter | None, int] | None:
         """Return the next letter, its sender and its descriptor (-1 for none), or None if there is none.

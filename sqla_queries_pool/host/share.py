@@ -10,6 +10,7 @@ there is no moment with more connections than leases.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import sys
 import time
@@ -28,6 +29,7 @@ from .letters import (
     Here,
     Mailbox,
     Passed,
+    is_read,
 )
 from .policy import ASK_EVERY, Member, Own, Post
 from .postman import postman
@@ -84,7 +86,7 @@ class Share:
         self._side = side
         self._folder = Folder(share, pool_id)
         self._largest = 0
-        """The largest ``max_size`` that was seen at the last look."""
+        """The largest ``max_size`` above this process's that a living one stated at the last look."""
         self._others: dict[str, tuple[Here, float]] = {}
         """Mailbox -> what its process said of itself, and when."""
         self._problem: str | None = None
@@ -168,6 +170,9 @@ class Share:
                 postman.attend(self)
 
     def _lock_free(self, count: int, now: float) -> None:
+        if self._box is None:  # the thread has not looked for the folder yet; if it can't be had, it says so
+            with contextlib.suppress(OSError, ParameterError):
+                self._find_home()
         self._look_around()
         mine = {lease.number for lease in self._member.leases}
         for number in range(self.budget):
@@ -204,8 +209,11 @@ class Share:
         return len(self._member.leases) < self.budget
 
     def _look_around(self) -> None:
+        """See what others state; the mailbox of one that was killed stays until somebody buries it."""
         found = (BOX.fullmatch(name) for name in self._folder.boxes())
-        self._largest = max((int(match[2]) for match in found if match), default=0)
+        stated = sorted(((int(match[2]), match[0]) for match in found if match), reverse=True)
+        larger = itertools.takewhile(lambda each: each[0] > self._side.size(), stated)
+        self._largest = next((size for size, name in larger if is_read(self._folder, name)), 0)
 
     def statistics(self) -> HostStatistics:
         """Return what is known of the host; takes no lock.  Others are asked for what they have, and answer a
@@ -276,16 +284,24 @@ class Share:
             return False
         return 0 < self._member.limit <= own.used == own.spare
 
+    def _find_home(self) -> None:
+        """Open the folder again if it is another one by now.
+
+        :raises OSError, ParameterError: it can't be made again.
+        """
+        if self._folder.renew():
+            self._watch_tried = False  # that of the other folder
+            self.prepare(self._side.size())
+
     def _look_for_home(self, now: float) -> None:
         """Make what was deleted again, lock new files for what it has, have a mailbox of the right name.
 
         What fails is tried again at the next look, not later: when the folder can be made again, another
         process may make it, and lock its files as soon as they are not new.
         """
-        problem, size, box, new = None, self._side.size(), self._box, False
+        problem, size, box = None, self._side.size(), self._box
         try:
-            if new := self._folder.renew():
-                self._folder.prepare(size)
+            self._find_home()
         except (OSError, ParameterError) as error:
             problem = str(error)  # those whose folder it was go on in it
         self._bury(now)
@@ -301,7 +317,7 @@ class Share:
             self._failed(problem)
             return
         self._problem = None
-        if new or not self._watch_tried:
+        if not self._watch_tried:
             self._watch_folder()
         budget = self.budget
         if any(lease.is_orphan or lease.number >= budget for lease in self._member.leases):
@@ -314,7 +330,7 @@ class Share:
         if box is not None and now - self._buried_at >= BURY_EVERY:
             self._buried_at = now
             for name in self._folder.boxes():
-                if name != box.name and not box.is_read(name):
+                if name != box.name and not is_read(self._folder, name):
                     self._gone(name)
 
     def _watch_folder(self) -> None:
