@@ -407,6 +407,15 @@ def test_a_platform_without_locks_is_an_error(monkeypatch: pytest.MonkeyPatch, t
         Folder(str(tmp_path), "a pool")
 
 
+def test_a_path_that_no_socket_may_have_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where there is no short way to it: a process without a mailbox would never be asked for its leases."""
+    (long := tmp_path / ("x" * 60)).mkdir()
+    Folder(str(long), "a pool").close()
+    monkeypatch.setattr(lease, "THROUGH_PROC", False)
+    with pytest.raises(exc.ArgumentError, match=r"too long for Unix sockets.*shorter path"):
+        Folder(str(long), "a pool")
+
+
 def test_where_the_folder_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Where the system has a place for such things, else with the temporary files; or where one says."""
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1")

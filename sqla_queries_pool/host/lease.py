@@ -106,6 +106,12 @@ def folders_of(share: str) -> list[str]:
     return found
 
 
+THROUGH_PROC = os.path.isdir("/proc/self/fd")
+"""Is a socket in an open folder reached by a short path?"""
+LONGEST_PATH = 60
+"""Bytes of a folder's path, where not: macOS has 103 for a socket's, and its name takes 43 at most."""
+
+
 class Folder:
     """The folder of one budget: a file for each slot, and a mailbox for each process.
 
@@ -127,6 +133,11 @@ class Folder:
         self.share = share
         digest = hashlib.sha256(pool_id.encode(errors="backslashreplace")).hexdigest()[:24]
         self.path = os.path.join(base_of(share), _name_of_user(), digest)
+        if not THROUGH_PROC and len(os.fsencode(self.path)) > LONGEST_PATH:
+            raise ParameterError(
+                f"share={share!r}: the path {self.path} is too long for Unix sockets in it on this platform. "
+                "Pass share='/path' of a folder with a shorter path, to all processes"
+            )
         self.fd = self._open()
         self._is = _identity(os.fstat(self.fd))
 
