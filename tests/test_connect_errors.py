@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -29,7 +30,7 @@ from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 from sqla_queries_pool.runtime import jitter as retirement
-from sqla_queries_pool.sockets.connect_errors import passes
+from sqla_queries_pool.sockets.connect_errors import is_authentication, passes
 
 pytestmark = pytest.mark.slow
 Eventually = Callable[..., None]
@@ -271,6 +272,8 @@ def test_what_is_wrong_for_good_does_not_pass(places: Places, case: Case, said: 
     with pytest.raises(places.driver.OperationalError, match=said) as caught:
         case(places)
     assert not passes(caught.value)
+    of_credentials = "authentication failed|not permitted"
+    assert is_authentication(caught.value) == (re.search(of_credentials, said) is not None)
 
 
 @each_driver
@@ -285,7 +288,7 @@ def test_what_a_restart_or_too_many_connections_bring_about_passes(
 
 
 @each_driver
-@pytest.mark.parametrize("state", ["53300", "57P01", "57P02", "57P03", "28P01", "3D000", "P0001"])
+@pytest.mark.parametrize("state", ["53300", "57P01", "57P02", "57P03", "28P01", "28000", "3D000", "P0001"])
 def test_where_there_is_an_sqlstate_it_counts_and_not_the_text(places: Places, state: str) -> None:
     """Drivers know it once there is a connection; what the message then says may be anybody's."""
     said = "too many clients already" if state[0] not in "5" else "in another language"
@@ -296,6 +299,7 @@ def test_where_there_is_an_sqlstate_it_counts_and_not_the_text(places: Places, s
     ):
         cursor.execute(f"DO $$BEGIN RAISE EXCEPTION '{said}' USING ERRCODE = '{state}'; END$$")
     assert passes(caught.value) == (state[0] == "5")
+    assert is_authentication(caught.value) == (state in ("28P01", "28000"))
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import datetime
 import importlib.util
+import math
 import sys
 import threading
 import time
@@ -13,10 +14,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import inside
+import psycopg2
 import pytest
 from conftest import Observer
 from fakes import Task
-from hazards import eventually
+from hazards import eventually, pool_of
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
 
@@ -95,26 +98,103 @@ def test_a_token_that_was_revoked_is_asked_for_once_more(
     engine.dispose()
 
 
-def test_a_listener_is_asked_twice_at_most_and_only_where_there_is_one(
-    service: Callable[[float], Service], pg_url: str
+@pytest.mark.slow
+@pytest.mark.parametrize(("listens", "times"), [(True, 2), (False, 1)])
+def test_a_password_that_stays_wrong_is_the_drivers_error_after_one_more_attempt_where_a_listener_is_asked(
+    pg_url: str, monkeypatch: pytest.MonkeyPatch, listens: bool, times: int
 ) -> None:
-    """A password that is wrong is the driver's error."""
-    vault = service(600)
-    vault.rotate()
-    engine = engine_of(pg_url, vault.role)
+    """Of psycopg2, which knows no SQLSTATE, and of asyncpg, which does; the first one's is not in it."""
+    asyncpg = pytest.importorskip("asyncpg")
+    url = make_url(pg_url)._replace(password="wrong")
+    engine = create_engine(url, poolclass=QueriesPool)
+    tasks = create_async_engine(url._replace(drivername="postgresql+asyncpg"), poolclass=QueriesPool)
+    attempts = [attempts_of(each, monkeypatch) for each in (engine, tasks.sync_engine)]
+    asked = [asked_of(each) for each in (engine, tasks.sync_engine) if listens]
+
+    async def connect() -> None:
+        try:
+            async with tasks.connect():
+                pass
+        finally:
+            await tasks.dispose()
+
+    for number in (1, 2):  # each checkout
+        with pytest.raises(exc.OperationalError, match="authentication failed") as caught:
+            engine.connect()
+        assert caught.value.orig is not None
+        assert caught.value.orig.__context__ is None
+        with pytest.raises((exc.DBAPIError, asyncpg.InvalidPasswordError), match="authentication failed"):
+            asyncio.run(connect())
+        assert attempts == [["wrong"] * times * number] * 2
+        assert asked == [[False, True] * number] * (2 if listens else 0)
+    assert pool_of(engine).statistics().connect_errors == 4  # of both engines, who are one pool
+
+
+def attempts_of(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list with an item for each attempt of the driver to connect: the password."""
+    attempts: list[Any] = []
+    connect: Callable[..., Any] = engine.dialect.connect
+
+    def count(*arguments: Any, **options: Any) -> Any:
+        attempts.append(options["password"])
+        return connect(*arguments, **options)
+
+    monkeypatch.setattr(engine.dialect, "connect", count)
+    return attempts
+
+
+def asked_of(engine: Engine) -> list[bool]:
+    """Have an engine ask a listener that has nothing to say.
+
+    :return: was it the second time, each time?
+    """
     asked: list[bool] = []
 
     @event.listens_for(engine, "do_connect")
-    def give(dialect: Any, record: Any, cargs: Any, cparams: dict[str, Any]) -> None:
+    def listen(dialect: Any, record: Any, arguments: Any, options: Any) -> None:
         asked.append("authentication_error" in record.info)
-        cparams["password"] = "wrong"
 
+    return asked
+
+
+def test_an_engine_with_a_creator_of_its_own_asks_no_listener_so_there_is_one_attempt(pg_url: str) -> None:
+    """Although there is a listener."""
+    attempts: list[int] = []
+
+    def creator() -> Any:
+        attempts.append(1)
+        return psycopg2.connect(
+            make_url(pg_url)
+            .set(drivername="postgresql", password="wrong")
+            .render_as_string(hide_password=False)
+        )
+
+    engine = create_engine(pg_url, poolclass=QueriesPool, creator=creator)
+    asked = asked_of(engine)
     with pytest.raises(exc.OperationalError, match="authentication failed"):
         engine.connect()
-    assert asked == [False, True]
-    with pytest.raises(exc.OperationalError, match="authentication failed"):
-        engine.connect()
-    assert asked == [False, True, False, True]
+    assert (len(attempts), asked) == (1, [])
+
+
+def test_a_connection_that_is_being_opened_during_a_rolling_expire_is_renewed(pg_url: str) -> None:
+    """It has the old credentials, so a later checkout has another backend.  That one stays."""
+    engine = create_engine(pg_url, poolclass=QueriesPool)
+    engine.connect().close()  # the engine's first looks at the server
+    pool = pool_of(engine)
+    pool.dispose()
+
+    @event.listens_for(engine, "do_connect", once=True)
+    def rotate(*_: Any) -> None:
+        pool.expire(rolling=True)
+
+    def backend() -> Any:
+        with engine.connect() as connection:
+            return connection.scalar(text("SELECT pg_backend_pid()"))
+
+    old = backend()
+    eventually(lambda: backend() != old, "it is renewed")
+    eventually(lambda: all(slot.expires == math.inf for slot in inside.slots(pool)), "none is any more")
+    engine.dispose()
 
 
 def test_tokens_serve_asyncio(example: Any, service: Callable[[float], Service], pg_url: str) -> None:

@@ -565,7 +565,8 @@ class Ledger(LedgerState):
 
     def expire_now(self, attachment: Attachment, now: float) -> Work:
         """End the lifetime of all that an engine has: one is renewed after the other, those that are out when
-        they are returned."""
+        they are returned, those that are being opened when they are."""
+        attachment.generation += 1  # first: by it, openings know
         for slot in attachment.quota.slots:
             if slot.home is attachment.ref and slot.handle is not None:
                 slot.expires = now

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from ..sockets.connect_errors import is_authentication
+from . import seams
 
 AUTHENTICATION_ERROR = "authentication_error"
 """In the ``info`` of the record that a ``do_connect`` listener gets, while it is asked for the second time:
@@ -26,12 +27,7 @@ def create(connect: Callable[[Any], Any], record: Any, logger: Any) -> Any:
     try:
         return connect(record)
     except Exception as error:
-        pool = getattr(record, "owner", None)
-        events = getattr(
-            getattr(pool, "_dialect", None), "dispatch", None
-        )  # a pool without an engine has none
-        listeners = getattr(events, "do_connect", None)
-        if not listeners or not is_authentication(error):
+        if not is_authentication(error) or not _asks(getattr(record, "owner", None)):
             raise
         logger.info("Credentials were refused, asking do_connect once more: %s", str(error).strip())
         record.info[AUTHENTICATION_ERROR] = error
@@ -39,3 +35,10 @@ def create(connect: Callable[[Any], Any], record: Any, logger: Any) -> Any:
         return connect(record)
     finally:
         record.info.pop(AUTHENTICATION_ERROR, None)
+
+
+def _asks(pool: Any) -> bool:
+    """Has a pool's engine a listener, and does its creator ask it?  A user's own creator asks none."""
+    return (
+        pool is not None and seams.made_by_engine(pool._creator) and bool(pool._dialect.dispatch.do_connect)
+    )

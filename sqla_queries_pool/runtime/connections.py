@@ -86,6 +86,10 @@ class Connections:
         self.detached.pop(id(handle), None)  # the id of one that died unseen
         self.by_handle[id(handle)] = slot
         slot.handle = handle
+        # After it has its handle, by which expire() knows it: one that expire() overtook has old credentials.
+        home = None if slot.home is None else slot.home()
+        if home is not None and home.generation != generation:
+            slot.expires = self._section.clock()
         self._section.post(self._ledger.totals.connected, seconds)
 
     def closed(self, handle: Any) -> None:

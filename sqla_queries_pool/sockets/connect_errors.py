@@ -195,15 +195,16 @@ def _cause(error: BaseException) -> Any:
 
 
 _AUTHENTICATION: Final = re.compile(
-    # 28P01, and 28000 for PAM (RDS IAM), LDAP, GSSAPI; not a missing role or a rule of pg_hba.conf.
-    r"authentication failed for (user|role)",
+    # 28P01, and 28000 for PAM (RDS IAM), LDAP, GSSAPI, or a role that was dropped or locked (Vault); not
+    # the text of a rule of pg_hba.conf.
+    r"authentication failed for (user|role)|role .* (does not exist|is not permitted to log in)",
     re.IGNORECASE,
 )
 
 
 def is_authentication(error: BaseException) -> bool:
     """Has the server refused the password, or the token that stands for it?"""
-    return _state(error) == "28P01" or _AUTHENTICATION.search(str(error)) is not None
+    return _state(error) in ("28P01", "28000") or _AUTHENTICATION.search(str(error)) is not None
 
 
 def _state(error: BaseException) -> str | None:
