@@ -349,6 +349,7 @@ class Simulator:
         found = []
         for other, queue in self.queues.items():
             fits = other.quota is attachment.quota or not other.quota.full
+            fits = fits and other.quota.stopped != SUSPENDED
             for waiter in queue if fits else ():
                 terms = self.classes.get(waiter.caller_class or OTHER, Terms())
                 used = [s for s in self.used_by(waiter.caller_class or OTHER) if s is not slot]
