@@ -9,6 +9,7 @@ A thread renews what is there ahead of its end, so that no connect waits for the
 import asyncio
 import datetime
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -41,7 +42,13 @@ class Tokens:
         self._renew_at = 0.0
         self.current: dict[str, str] = {}
         self.renewed(self.current)  # the first one, here: without it nothing connects
-        threading.Thread(target=self._run, name="tokens", daemon=True).start()
+        self._begin()
+        os.register_at_fork(after_in_child=self._begin)  # the parent's thread is not there
+
+    def _begin(self) -> None:
+        self._one = threading.Lock()
+        if not self._ended.is_set():
+            threading.Thread(target=self._run, name="tokens", daemon=True).start()
 
     def renewed(self, refused: dict[str, str]) -> dict[str, str]:
         """Return others than these, which the service gives now if nobody has asked since."""

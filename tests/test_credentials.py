@@ -22,6 +22,7 @@ from fakes import Task
 from hazards import eventually, pool_of
 from sqlalchemy import Engine, create_engine, event, exc, make_url, text
 from sqlalchemy.ext.asyncio import create_async_engine
+from test_fork import in_a_child
 
 from sqla_queries_pool import QueriesPool
 
@@ -75,6 +76,26 @@ def engine_of(pg_url: str, role: str, **kw: Any) -> Engine:
     """An engine whose URL has no password."""
     url = make_url(pg_url)._replace(username=role, password=None)
     return create_engine(url, **{"poolclass": QueriesPool, "max_size": 4, "check_limits": False, **kw})
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_renews_tokens_as_its_parent_does(example: Any) -> None:
+    """A server that loads the application first forks its workers; the parent's thread is not there."""
+    asked: list[None] = []
+
+    def fetch() -> Any:
+        asked.append(None)
+        return example.Fetched({"password": str(len(asked))}, 0.03)
+
+    tokens = example.Tokens(fetch)
+
+    def renews() -> bool:
+        before = len(asked)
+        eventually(lambda: len(asked) > before, "another one is fetched")
+        return True
+
+    assert in_a_child(renews)
+    tokens.end()
 
 
 def test_a_token_that_was_revoked_is_asked_for_once_more(
