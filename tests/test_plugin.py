@@ -106,7 +106,7 @@ def test_every_parameter_of_the_pool_is_known_to_the_url() -> None:
 
 def test_nothing_of_ours_reaches_the_driver(make: Any) -> None:
     """Neither through the URL nor through what is connected with; the driver's own options do."""
-    words = {"on_deadlock": "warn", "share": "none"}
+    words = {"on_deadlock": "warn", "share": "none", "classes": "none"}
     every = "&".join(
         f"{name}={words.get(name, 1)}"
         for name in NAMES

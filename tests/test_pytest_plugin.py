@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import configparser
+import gc
 import random
 import re
+import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import aiosqlite
@@ -105,6 +108,14 @@ def run(pytester: pytest.Pytester, source: str, on: bool = True) -> dict[str, st
     reports = result.getreports("pytest_runtest_logreport")
     assert reports, "nothing ran"
     return {r.nodeid.partition("::")[2]: r.longreprtext for r in reports if r.failed}
+
+
+@pytest.fixture(autouse=True)
+def _what_leaked_goes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Now, and not in a collection during another test; what was leaked on purpose complains then."""
+    yield
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+    gc.collect()
 
 
 def test_two_hundred_leaks_are_named(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
