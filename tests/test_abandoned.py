@@ -212,6 +212,7 @@ def test_where_all_threads_wait_the_collector_is_asked_on_postgresql(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_300_engines_that_were_dropped_leave_nothing(
     pg_url: str, pg_observer: Any, eventually: Eventually
 ) -> None:

@@ -329,7 +329,7 @@ def test_a_program_ends_clean(pg_url: str, driver: str, how: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [600, pytest.param(10_000, marks=pytest.mark.exhaustive)])
+@pytest.mark.parametrize("number", [600, pytest.param(5_000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("uv", [False, True], ids=["asyncio", "uvloop"])
 def test_cancellations_at_random_awaits_lose_nothing(
     make: Make, pg_url: str, pg_observer: Observer, number: int, uv: bool

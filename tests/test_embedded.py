@@ -346,6 +346,7 @@ def test_a_server_killed_and_stopped_leaves_nothing(below: Path, eventually: Eve
     connection.close()
 
 
+@pytest.mark.exhaustive
 def test_one_object_can_serve_again_after_stop(below: Path) -> None:
     """start() after stop() makes a new, empty server."""
     server = EmbeddedPostgres(folder=below)
@@ -484,6 +485,7 @@ def test_a_port_taken_during_an_outage_is_an_error(below: Path) -> None:
     assert left(below) == []
 
 
+@pytest.mark.exhaustive
 def test_an_interrupted_start_leaves_nothing(monkeypatch: pytest.MonkeyPatch, below: Path) -> None:
     """Ctrl-C while the server comes up cleans up, and stays Ctrl-C."""
 
@@ -611,6 +613,7 @@ def test_a_forked_child_does_not_make_stop_wait(below: Path) -> None:
 
 
 @needs_root
+@pytest.mark.exhaustive
 def test_an_ordinary_user_s_server_runs_as_that_user(below: Path, eventually: Eventually) -> None:
     """Without root nothing changes hands: the server is the user's own process."""
     nobody = pwd.getpwnam("nobody")

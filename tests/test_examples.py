@@ -372,6 +372,7 @@ PoolManager.set_idle_ttl(engine.pool.pid, 1)
 """
 
 
+@pytest.mark.exhaustive
 def test_the_children_of_a_celery_worker_have_connections_of_their_own(
     run: Run,
     environment: dict[str, str],
@@ -454,7 +455,11 @@ WORKERS, MAX_SIZE = 2, 3
 
 
 @pytest.mark.parametrize(
-    "command", ["gunicorn -c gunicorn_conf.py --preload", "gunicorn -c gunicorn_conf.py"]
+    "command",
+    [
+        pytest.param("gunicorn -c gunicorn_conf.py --preload", marks=pytest.mark.exhaustive),
+        "gunicorn -c gunicorn_conf.py",
+    ],
 )
 def test_gunicorn_has_at_most_workers_times_max_size_connections(
     command: str,
@@ -497,6 +502,7 @@ def test_gunicorn_has_at_most_workers_times_max_size_connections(
     eventually(lambda: not backends(pg_observer, pg_url), "no connection is left")
 
 
+@pytest.mark.exhaustive
 def test_idle_connections_close_in_preloaded_workers_and_in_their_parent(
     run: Run, tmp_path: Path, pg_url: str, pg_observer: Observer, eventually: Callable[..., None]
 ) -> None:

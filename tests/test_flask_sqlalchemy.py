@@ -655,6 +655,7 @@ def test_applications_that_are_disposed_of_leave_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_applications_that_are_merely_dropped_stay_within_the_budget_and_go_with_the_collector(
     pg_observer: Any, pg_url: str, sockets: Sockets, eventually: Eventually
 ) -> None:

@@ -389,6 +389,7 @@ def test_an_idle_process_sleeps_until_something_happens(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_leases_are_freed_when_they_are_of_no_use(
     pg_url: str, tmp_path: Path, eventually: Eventually
 ) -> None:

@@ -939,6 +939,7 @@ def test_the_terminal_shows_what_a_monitor_elsewhere_tells() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_terminal_goes_on_when_the_monitor_goes_and_comes_back(eventually: Callable[..., None]) -> None:
     """Each second, until Ctrl-C; while there is no answer it says so, and shows what there was."""
     pytest.importorskip("rich")

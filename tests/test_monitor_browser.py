@@ -94,6 +94,7 @@ def shop(url: str, pid: str) -> Iterator[None]:
             engine.dispose()
 
 
+@pytest.mark.exhaustive
 def test_under_load_the_page_lives(
     tab: Tab, url: str, pg_url: str, eventually: Callable[..., None], tmp_path: Path
 ) -> None:

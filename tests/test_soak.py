@@ -14,7 +14,7 @@ pytestmark = [
 ]
 
 ROOT = Path(__file__).parent.parent
-SHORT, LONG = "8", os.environ.get("SOAK_SECONDS") or "30"
+SHORT, LONG = "5", os.environ.get("SOAK_SECONDS") or "30"
 SEED = os.environ.get("SQLA_QUERIES_POOL_SEED")
 
 
