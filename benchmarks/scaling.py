@@ -178,6 +178,7 @@ class Queue:
         self.ledger.opened(permit.slot, self.now)
         for _ in range(waiters):
             self._join()
+        self.checkout()  # the first one also looks for what other engines can spare; then not for a while
 
     def _join(self) -> None:
         self.now += 0.001
