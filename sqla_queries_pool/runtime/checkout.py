@@ -175,8 +175,8 @@ class Checkouts:
         While the process stands still nobody can be served: that time is added to what it has left, and makes
         no queue overloaded.  Else all that wait would time out together when it goes on.
         """
-        begin, at = time.monotonic(), self._clock()
-        waiter.wait(max(0.0, seconds))
+        begin, at, seconds = time.monotonic(), self._clock(), max(0.0, seconds)  # no time left is not late
+        waiter.wait(seconds)
         if waiter.answer is None:
             waiter.stood_still += stood_still(time.monotonic() - begin - seconds)
             if stood_still(self._clock() - at - seconds):
