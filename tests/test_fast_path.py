@@ -78,12 +78,12 @@ def frames(pool: QueriesPool) -> list[str]:
 
 
 def allocated(pool: QueriesPool) -> int:
-    """Bytes at the highest point of a hundred checkouts, one after the other: the least of several turns, as
-    caches fill."""
+    """Bytes at the highest point of a hundred checkouts, one after the other: the least of many turns, as
+    caches fill, and other threads' bytes count, too."""
     pool.connect().close()
     found = []
     with sleeping_collector():
-        for _ in range(5):
+        for _ in range(30):
             tracemalloc.start()
             try:
                 for _ in range(100):

@@ -376,7 +376,7 @@ def test_an_idle_process_sleeps_until_something_happens(
     eventually(lambda: inside.sleeps_for(engine) > 100, "it sleeps")
     (outer,) = tmp_path.iterdir()
     shutil.rmtree(outer)
-    eventually(lambda: outer.is_dir(), "it is made again", 2)
+    eventually(lambda: outer.is_dir() and folders_of(str(tmp_path)), "it is made again", 2)
     (folder,) = map(Folder.at, folders_of(str(tmp_path)))
     eventually(lambda: inside.sleeps_for(engine) > 100, "it sleeps")
     os.utime(Path(folder.path) / "slot.0", (0, 0))
