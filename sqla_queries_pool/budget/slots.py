@@ -287,6 +287,7 @@ class Attachment:
         "caller",
         "classes",
         "fail_fast_after",
+        "first_look",
         "generation",
         "hollow",
         "idle",
@@ -358,6 +359,9 @@ class Attachment:
         """Seconds; no checkout waits for longer while the queue is overloaded."""
         self.fail_fast_after = fail_fast_after
         """Seconds without a connection after which checkouts that find nothing idle are rejected."""
+        self.first_look = 0.0
+        """Seconds that a checkout may wait before there is anything to look for; 0 where that is not simple:
+        the pool may reject it, or what it is handed needs more than a look at the socket."""
         self.generation = 0
         """Given to new connections; dispose() ends one."""
         self.retired: float = 0

@@ -28,6 +28,9 @@ from .settings import IGNORE, RAISE
 from .sides import NotFirst
 from .stages import OPENING, PROBING, WAITING, Stages
 
+NO_WAITER = (Record, Permit, Rejected, type(None))
+"""What else ``Checkouts.take()`` returns."""
+
 
 class Refused(Exception):
     """There is nothing, and it is worth trying again: the server has refused a connection, mostly."""
@@ -41,18 +44,21 @@ class Attempt:
     """One checkout of an engine.
 
     :param pool: the engine's ``QueriesPool``.
+    :param entry: what ``Checkouts.take()`` has returned; a waiter may have waited for a while.
     :param found: where it was asked for (stacks.py).
     """
 
-    def __init__(self, pool: Any, found: stacks.Calls) -> None:
+    def __init__(self, pool: Any, entry: Any, found: stacks.Calls) -> None:
         timeout = pool.settings.timeout
         self._pool = pool
         self._core = pool._core
+        self._entry = entry
         self._found = found
         self._timeout = math.inf if timeout is None else timeout
-        self._since = self._core.now()
+        now = self._core.now()
+        self._since: float = now if isinstance(entry, NO_WAITER) else entry.since
         """Since when it waits, by the pool's clock: its place in the queue."""
-        begin = time.monotonic()
+        begin = time.monotonic() - (now - self._since)
         self._deadline = begin + self._timeout
         """When its time is over, by ``time.monotonic``."""
         self._whose = ""
@@ -63,26 +69,25 @@ class Attempt:
             if stated.at < self._deadline:
                 self._deadline, self._whose = stated.at, stated.whose
                 self._timeout = max(0.0, round(stated.at - begin, 3))
-        self._stages = Stages()
+        self._stages = Stages(begin)
         self._refusal: Exception | None = None
         """The last error of the server that it could not use."""
         self._deadlock: Diagnosis | None = None
         """The deadlock that it is in, as far as the last look could tell."""
 
-    def run(self, entry: Any) -> Record:
+    def run(self) -> Record:
         """Return a record whose connection can be used.
 
-        :param entry: what ``Checkouts.take()`` has returned.
         :raises CheckoutTimeout: there was none within ``timeout``.
         :raises Exception: the driver's, if one can't be opened.
         """
-        again = False
+        entry, self._entry, again = self._entry, None, False
         while True:
             try:
                 left = max(0.0, self._deadline - time.monotonic())
                 if again:
                     entry = self._pool._take(self._since) if left else None
-                if entry is not None and not isinstance(entry, (Record, Permit)):
+                if isinstance(entry, Rejected) or not isinstance(entry, NO_WAITER):
                     entry = self._wait(entry, left, again)
                 if entry is None:
                     raise self._suspended() or self._refusal or self._known_refusal() or self._timed_out()

@@ -47,6 +47,7 @@ from ..labels import checkout_label
 from ..parameters import Unstated
 from ..pool import Pool, stopping
 from ..pool.manager import attach
+from ..runtime.garbage import GC_AFTER
 from ..runtime.jitter import lifetime
 from ..sockets import liveness
 from ..sockets.drivers import UNSEEN_FOR, is_seen
@@ -175,6 +176,10 @@ class QueriesPool(SQLAlchemyPool):
         stated: Any = self.settings.classes or {}
         attachment.classes = {name: Terms(**terms) for name, terms in stated.items()}
         attachment.opener = weakref.WeakMethod(self._open)
+        early = min(attachment.max_waiting, attachment.queue_target, attachment.fail_fast_after)
+        if early == math.inf and attachment.ping_after and self._recycle < 0:
+            timeout = self.settings.timeout
+            attachment.first_look = GC_AFTER if timeout is None else min(GC_AFTER, timeout / 2)
         return attachment
 
     def _attach_another(self) -> Attachment:
@@ -247,7 +252,7 @@ class QueriesPool(SQLAlchemyPool):
             # Twice, for other threads run during the poll, and one may find that the server is gone.
             if not slot.suspect and not slot.poll(0) and not slot.suspect:
                 return record
-        return Attempt(self, stacks.calls(sys._getframe(1)) if self._track_stacks else ()).run(record)
+        return Attempt(self, record, stacks.calls(sys._getframe(1)) if self._track_stacks else ()).run()
 
     def _open(self, permit: Permit) -> Record:
         """Open a connection by a permit, for the housekeeper: :func:`.open_connection`."""

@@ -12,19 +12,23 @@ _WE = "QueriesPool"
 
 
 class Stages:
-    """What a checkout has done so far, and for how long: for its error."""
+    """What a checkout has done so far, and for how long: for its error.
 
-    def __init__(self) -> None:
+    :param begin: when its first stage began, by ``time.monotonic``.
+    """
+
+    def __init__(self, begin: float) -> None:
         self._spent: dict[str, float] = {}
         self._stage = ""
-        self._since = time.monotonic()
+        self._since = begin
 
     def enter(self, stage: str) -> None:
         """Begin a stage, and end the one before."""
-        now = time.monotonic()
         if self._stage:
+            now = time.monotonic()
             self._spent[self._stage] = self._spent.get(self._stage, 0.0) + now - self._since
-        self._stage, self._since = stage, now
+            self._since = now
+        self._stage = stage
 
     def note(self, error: Any, label: str) -> None:
         """Say in which stage an error came (PEP 678; before Python 3.11 tracebacks don't show notes)."""

@@ -16,7 +16,7 @@ from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot, Wa
 from ..budget.work import Close, Wake, Work
 from ..concurrency.threads import THREADS
 from ..host.share import Share
-from ..labels import checkout_label
+from ..labels import checkout_deadline, checkout_label
 from .clock import STOOD_STILL
 from .closer import Closer
 from .connections import Connections
@@ -81,7 +81,8 @@ class Checkouts:
 
     def take(self, attachment: Attachment, since: float | None = None) -> Any:
         """Return an entry that the caller now holds, a :class:`Permit` to open a connection, or, where there
-        is no slot, a waiter: the caller is in the queue, and has to :meth:`wait` with it.
+        is no slot, a waiter: the caller is in the queue, and has to :meth:`wait` with it.  It may have waited
+        until there is something to look for; nearly all are served before that.
 
         :param since: since when it waits, by the pool's clock, if it was in the queue before: it has its
             place again.
@@ -89,6 +90,7 @@ class Checkouts:
         """
         # section.decide() written out: 0.2 of the 0.9 microseconds that a checkout takes in here.
         section, ledger, runtime = self._section, self._ledger, attachment.runtime
+        waits = False
         try:
             with self._lock:
                 if section.inside:
@@ -100,6 +102,7 @@ class Checkouts:
                     if entry is None:  # at once, lest others come and go before it looks again
                         entry = runtime.waiter(attachment, checkout_label.get(), self._declined)
                         ledger.enqueue(entry, now, since)
+                        waits = since is None
                 finally:
                     section.inside = False
         finally:
@@ -107,7 +110,25 @@ class Checkouts:
                 section.settle()
         if now > ledger.due:
             self._upkeep.remind()
-        return entry
+        return self._wait_at_first(entry) if waits else entry
+
+    def _wait_at_first(self, waiter: Waiter) -> Any:
+        """Wait until there is something to look for; return the answer, or the waiter."""
+        attachment, ledger = waiter.attachment, self._ledger
+        seconds = attachment.first_look
+        if not ledger.alone:
+            seconds = min(seconds, SPARE)
+        opens = attachment.pace.price and len(ledger.slots) < ledger.limit and not attachment.quota.full
+        closes = ledger.closing or self._closer.renewals
+        if not seconds or opens or closes or self.share is not None or checkout_deadline.get() is not None:
+            return waiter
+        try:
+            self._sleep(waiter, seconds)
+            return (waiter.answer and waiter.accept()) or waiter
+        except BaseException:
+            self._section.decide(ledger.leave, waiter)
+            self._declined(waiter)
+            raise
 
     def wait(
         self,
