@@ -463,7 +463,7 @@ def be_turned_away(pool: QueriesPool, step: Callable[[], None]) -> None:
 
 
 OTHERS = {
-    *("arrival", "everyone", "in_child", "look_in", "numbers", "vacant", "waiters"),
+    *("arrival", "everyone", "fresh", "in_child", "look_in", "numbers", "vacant", "waiters"),
     *("barred", "class_statistics", "could_serve", "late", "pace_of", "probes"),
     "cut",  # it is closed()
 }

@@ -430,7 +430,7 @@ class Ledger(LedgerState):
         """
         for slot in list(self.slots):
             self._remove(slot)
-        child = Ledger(self._on_lost, self._new_slot)
+        child = self.fresh()
         child.set_limit_to, child.limit, child.ttl = self.set_limit_to, self.limit, self.ttl
         child.by_hand.own_ttl, child.by_hand.ttl = self.by_hand.own_ttl, self.by_hand.ttl
         for ref, quota in self.attachments.items():
@@ -440,6 +440,10 @@ class Ledger(LedgerState):
                 go_on(attachment)
                 child.attachments[ref] = quota
         return child, child.relimit(now) + child._vacancy(now)
+
+    def fresh(self) -> Ledger:
+        """Return a ledger of the same kind that has nothing yet."""
+        return Ledger(self._on_lost, self._new_slot)
 
     # -- limits, ages, engines ---------------------------------------------------------------------
 
@@ -470,6 +474,7 @@ class Ledger(LedgerState):
 
     def relimit(self, now: float) -> Work:
         """Find out which limit holds, and act on it."""
+        self.note_classes()
         if self.set_limit_to is not None:
             self.limit = self.set_limit_to
         elif self.attachments:

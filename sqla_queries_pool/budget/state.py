@@ -207,6 +207,9 @@ class LedgerState:
         """How those move that are served as it is."""
         return waiter.attachment.pace
 
+    def note_classes(self) -> None:
+        """Engines have come or gone: find out which classes there are."""
+
     def class_statistics(self) -> dict[str, ClassStatistics]:
         """What each class has and has done."""
         return {}
