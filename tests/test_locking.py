@@ -38,7 +38,7 @@ from sqla_queries_pool import (
     QueriesPool,
     TooManyRequests,
 )
-from sqla_queries_pool.budget import choice, closing, locks
+from sqla_queries_pool.budget import ages, choice, closing, engines, locks
 from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.budget.backoff import Backoff
 from sqla_queries_pool.budget.ledger import Ledger
@@ -387,9 +387,9 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     renew_and_warm_up(a, eventually)
     step()
     a.connect().close()
-    entry, since = inside.decide(a, inside.ledger(a).borrow, inside.attachment(a))
+    entry, since = inside.decide(a, ages.borrow, inside.ledger(a), inside.attachment(a))
     returned = entry.slot, entry, since, inside.now(a)
-    inside.do_soon(a, inside.decide(a, inside.ledger(a).give_borrowed, *returned))
+    inside.do_soon(a, inside.decide(a, ages.give_borrowed, inside.ledger(a), *returned))
     del entry, returned
     inside.core(b).abandon(inside.attachment(b), lambda _: None)
     step()
@@ -468,7 +468,7 @@ OTHERS = {
     "cut",  # it is closed()
 }
 """Those that only read, and those that nobody else can be inside of."""
-ROOMS: tuple[Any, ...] = (LedgerState, Ledger, Backoff, Lifetimes, choice, closing, locks)
+ROOMS: tuple[Any, ...] = (LedgerState, Ledger, Backoff, Lifetimes, ages, choice, closing, engines, locks)
 """Where the operations of the ledger are."""
 OPERATIONS = {
     f"{room.__name__.rpartition('.')[2]}.{name}": (Ledger if room is LedgerState else room, name)

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from .. import parameters
-from ..budget import closing, locks
+from ..budget import ages, closing, locks
 from ..budget.audit import Audit
 from ..budget.ledger import GAVE_WAY, Ledger
 from ..budget.slots import DRAINED, HELD, IDLE, LOCKED, SUSPENDED, Numbers, Slot
@@ -68,7 +68,7 @@ class Pool:
         self.time_method = core.now
         """The pool's clock, in seconds."""
         self._made_with = idle_ttl, max_size
-        core.ledger.set_ttl(_ttl(idle_ttl), core.now())
+        ages.set_ttl(core.ledger, _ttl(idle_ttl), core.now())
         core.set_limit(_limit(max_size))
         every_pool.add(self)
 
@@ -160,7 +160,7 @@ class Pool:
         for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
             self.core.effects.reset_stale(attachment)
         self.core.effects.reset_stale(self.core.ledger.by_hand)
-        self.core.section.run(self.core.ledger.expire, self.core.now())
+        self.core.section.run(ages.expire, self.core.ledger, self.core.now())
 
     def close(self) -> None:
         """Close all connections.
@@ -254,7 +254,7 @@ class Pool:
 
         :raises ParameterError: the number has no meaning.
         """
-        self.core.section.run(self.core.ledger.set_ttl, _ttl(ttl), self.core.now())
+        self.core.section.run(ages.set_ttl, self.core.ledger, _ttl(ttl), self.core.now())
 
     def set_max_size(self, size: int | Unstated | None) -> None:
         """Set the largest number of connections; None for no limit.
@@ -270,7 +270,7 @@ class Pool:
 
     def _unset(self) -> None:
         """Forget what was set for the pool: its engines' own parameters hold."""
-        self.core.section.run(self.core.ledger.set_ttl, None, self.core.now())
+        self.core.section.run(ages.set_ttl, self.core.ledger, None, self.core.now())
         self.core.set_limit(None)
 
     def connection_handle(self, connection: Any) -> Connection:
