@@ -52,8 +52,9 @@ from ..sockets import liveness
 from ..sockets.drivers import UNSEEN_FOR, is_seen
 from ..sockets.lingering import LONGEST
 from . import credentials, failover, identity, seams
-from .attempt import Attempt, Refused, open_connection
+from .attempt import Attempt
 from .limits import Check
+from .opening import Refused, open_connection
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings, refuse_removed
 from .sides import Sides, sides
