@@ -1,13 +1,24 @@
-"""How a connection is opened: by a permit, or again in a record that has lost its own."""
+"""How a connection is opened: by a permit, or again where it was closed; and what is noted of it.
+
+However it is opened, SQLAlchemy calls what :func:`creator_of` returns.
+"""
 
 from __future__ import annotations
 
 import functools
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
-from ..budget.slots import Permit
+from sqlalchemy.pool import ConnectionPoolEntry
+
+from ..budget.slots import UNKNOWN, Attachment, Permit
+from ..runtime.jitter import lifetime
+from ..sockets import liveness
+from ..sockets.drivers import UNSEEN_FOR, is_seen
+from . import credentials
+from .limits import Check
 from .records import Record
 from .sides import NotFirst
 
@@ -89,3 +100,103 @@ def in_runtime(pool: Any, opening: Callable[[], Record], leaves_at: float = math
         leaves_at = math.inf
     record: Record = pool._sides.runtime.open(opening, unwanted, leaves_at)
     return record
+
+
+def warm_up(pool: Any, attachment: Attachment) -> None:
+    """Open connections until there are ``min_size``, or as many as there is room for.
+
+    :raises Exception: the driver's, if one can't be opened.
+    """
+    permits: list[Permit] = []
+    try:
+        # All at once: the housekeeper might begin to open some of them, too.
+        while (permit := pool._checkouts.reserve(attachment)) is not None:
+            permits.append(permit)
+        while permits:
+            pool._checkouts.give_unused(attachment, open_connection(pool, permits.pop()))
+    except Refused as error:
+        raise error.refusal or error from None
+    finally:
+        for permit in permits:
+            pool._checkouts.failed(permit)
+
+
+# -- the creator -----------------------------------------------------------------------------------
+
+
+def creator_of(
+    pool: Any, create: Callable[[ConnectionPoolEntry], Any]
+) -> Callable[[ConnectionPoolEntry], Any]:
+    """Return what SQLAlchemy calls to open a connection.
+
+    :param create: opens one; SQLAlchemy's own wrapper of the engine's creator.
+    """
+
+    def connect(record: ConnectionPoolEntry) -> Any:
+        # Read before connecting: what a dispose overtakes is of the old generation.
+        attachment, core = getattr(record, "attachment", pool._attachment), pool._core
+        generation = attachment.generation
+        core.admission.wait_for_room(pool._close_timeout, attachment.runtime.pause)
+        begin = time.monotonic()
+        try:
+            dbapi_connection = credentials.create(create, record, pool.logger)
+        except Exception as error:
+            core.admission.failed(error)
+            raise
+        if isinstance(record, Record):
+            _note(pool, record, dbapi_connection, attachment, generation, time.monotonic() - begin)
+        return dbapi_connection
+
+    return connect
+
+
+def _note(
+    pool: Any, record: Record, handle: Any, attachment: Attachment, generation: int, took: float
+) -> None:
+    """A connection was opened: tell those parts of the pool that want to know.
+
+    :param took: for how many seconds it was being opened.
+    """
+    core, sides = pool._core, pool._sides
+    core.admission.last_error = None
+    socket = sides.socket(handle)
+    _note_liveness(pool, attachment, socket)
+    begun = sides.begun(handle, pool._dialect)
+    core.connections.opened(record.slot, handle, socket, begun, generation, lifetime(pool._recycle), took)
+    if pool._invalidate_time > record.starttime:
+        # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
+        # once; here it is checked, next time.
+        record.starttime = time.time()
+        record.slot.suspect = True
+    pool.logger.info("%s: opened %r in %.3f s", pool._shared.label, record.slot, took)
+    if pool.settings.idle_in_transaction_after is not None:
+        core.idling.watch()
+    if core.limits_check is None and pool.settings.check_limits:
+        _check_limits(pool, attachment)
+
+
+def _note_liveness(pool: Any, attachment: Attachment, socket: Any) -> None:
+    """What can be done to see whether such a connection is alive?"""
+    settings, dialect, failures = pool.settings, pool._dialect, pool._core.failures
+    seen, name, before = is_seen(socket), getattr(dialect, "name", None), attachment.liveness
+    # One of SQLite's can't be lost.
+    never = settings.ping_after is None or name in (None, "sqlite")
+    if not seen and not never:
+        attachment.ping_after = min(attachment.ping_after, UNSEEN_FOR)
+    attachment.liveness = liveness.way(seen, attachment.ping_after if name else math.inf)
+    if before != UNKNOWN or name in (None, "sqlite"):
+        return
+    if seen and not liveness.AVAILABLE:
+        failures("look at sockets on this platform", "each checkout pings")
+    elif not seen:
+        after = attachment.ping_after
+        then = "nothing" if after == math.inf else f"a ping of what was idle for {after:g} s"
+        why = f"{then} tells whether a connection is alive, and ping_timeout does nothing"
+        failures(f"see the sockets of the driver {getattr(dialect, 'driver', name)}", why)
+
+
+def _check_limits(pool: Any, attachment: Attachment) -> None:
+    core = pool._core
+    core.limits_check = Check(pool, attachment)
+    if getattr(pool._dialect, "name", "") == "postgresql" and not pool._identity.private:
+        core.limits_check.begin()
