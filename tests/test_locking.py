@@ -369,6 +369,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     PoolManager.set_idle_ttl(a.pid, 0)
     step()
     PoolManager.set_idle_ttl(a.pid, 60)
+    shared.idle_start = None
     PoolManager.set_max_size(a.pid, 3)
     fail_to_open(a, step)
     be_refused(a, step)

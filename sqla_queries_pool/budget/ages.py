@@ -48,6 +48,16 @@ def expire(ledger: Ledger, now: float) -> Work:
     return work + ledger._renew(now) + ledger.expire_by(due) + ledger._vacancy(now)
 
 
+def idle_since(ledger: Ledger, start: float) -> Work:
+    """All that is idle has been so since then: the same time for all, so that their order holds."""
+    for attachment in ledger.everyone():
+        for entry in attachment.idle:
+            entry.slot.since = start
+    if ledger.vacant_since is not None:
+        ledger.vacant_since = start
+    return []
+
+
 def expire_now(ledger: Ledger, attachment: Attachment, now: float) -> Work:
     """End the lifetime of all that an engine has: one is renewed after the other, those that are out when
     they are returned, those that are being opened when they are."""
