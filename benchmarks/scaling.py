@@ -20,6 +20,7 @@ from typing import Any
 from sqlalchemy.pool import Pool
 
 from sqla_queries_pool import PoolManager, QueriesPool
+from sqla_queries_pool.budget import engines
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.budget.slots import Attachment, Permit, Quota
 from sqla_queries_pool.concurrency.threads import ThreadWaiter
@@ -170,7 +171,7 @@ class Queue:
         self.ledger = Ledger(lambda _: None)
         self.attachment = Attachment(Quota(1.0), 60.0)
         self.now = 0.0
-        self.ledger.attach(self.attachment, lambda _: None, self.now)
+        engines.attach(self.ledger, self.attachment, lambda _: None, self.now)
         permit = self.ledger.take(self.attachment, self, self.now)
         self._entry = _Entry(permit)
         permit.slot.handle = self

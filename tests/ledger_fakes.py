@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
 
-from sqla_queries_pool.budget import classes, closing, locks
+from sqla_queries_pool.budget import ages, classes, closing, engines, locks
 from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.budget.choice import PATIENCE, may_wait
 from sqla_queries_pool.budget.ledger import LOWERED, Ledger
@@ -301,7 +301,7 @@ class Simulator:
         parents = self.ledger
 
         def in_child() -> Any:
-            self.ledger, work = parents.in_child(self.now)
+            self.ledger, work = engines.in_child(parents, self.now)
             return work
 
         self.decide(in_child)
@@ -323,11 +323,11 @@ class Simulator:
         if stated:
             classes.use(self.ledger, lambda attachment: self.caller or attachment.caller or OTHER)
         self.queues[attachment] = []
-        self.decide(self.ledger.attach, attachment, self._engine_died, self.now)
+        self.decide(engines.attach, self.ledger, attachment, self._engine_died, self.now)
         return attachment
 
     def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
-        self.inbox.append((self.ledger.detach, (ref,)))
+        self.inbox.append((engines.detach, (self.ledger, ref)))
 
     # -- classes of callers ------------------------------------------------------------------------
 
@@ -548,7 +548,7 @@ class Simulator:
     def sweep(self) -> None:
         """The housekeeper comes."""
         self.told = math.inf
-        self.decide(self.ledger.expire, self.now)
+        self.decide(ages.expire, self.ledger, self.now)
 
     def do(self, item: Wake | Close | Reset, succeeds: bool = True) -> None:
         """Do one piece of work; a reset may fail."""

@@ -27,6 +27,7 @@ from sqla_queries_pool import (
     TooManyRequests,
     checkouts,
 )
+from sqla_queries_pool.budget import choice, engines
 from sqla_queries_pool.budget.slots import QUEUE_FULL, Attachment, Terms
 from sqla_queries_pool.exporters.prometheus import register
 from sqla_queries_pool.monitor.data import collect
@@ -137,7 +138,7 @@ def test_a_floor_is_used_by_others_until_it_is_needed_and_lost_by_the_next_retur
 def test_floors_above_a_limit_that_was_lowered_are_served_in_proportion() -> None:
     """Twelve were promised, three are there: two to one."""
     load = Load(12, a=Terms(min=8), b=Terms(min=4))
-    load.simulator.decide(load.simulator.ledger.set_limit, 3.0, load.simulator.now)
+    load.simulator.decide(engines.set_limit, load.simulator.ledger, 3.0, load.simulator.now)
     load.come("a", 10)
     load.come("b", 10)
     load.turns(30)
@@ -282,8 +283,6 @@ def test_a_class_that_is_served_in_time_is_not_rejected_for_another_that_is_late
 
 def test_a_waiter_at_its_ceiling_does_not_ask_again_and_again() -> None:
     """It could connect, as far as the limit goes; nobody looks before something is returned."""
-    from sqla_queries_pool.budget import choice
-
     load = Load(5, background=Terms(max=1))
     load.simulator.ledger.mean_connect = 0.4
     load.come("background", 2)

@@ -27,6 +27,7 @@ from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
+from sqla_queries_pool.budget import ages, engines
 from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.pool import Pool
@@ -238,11 +239,11 @@ def nothing_else(parent: Parent) -> Iterator[None]:
 
 @contextmanager
 def inside_the_lock(
-    parent: Parent, method: str, act: Callable[[Engine], set[int]] = use_two
+    parent: Parent, method: str, act: Callable[[Engine], set[int]] = use_two, owner: Any = Ledger
 ) -> Iterator[None]:
     """A thread is inside the ledger, in the middle of a change."""
     stop = Stop()
-    call_once(parent, Ledger, method, stop.here)
+    call_once(parent, owner, method, stop.here)
     other = Thread(act, parent.engine)
     stop.reached()
     assert inside.is_inside(shared(parent.engine))
@@ -353,7 +354,7 @@ def the_worker_closes_one(parent: Parent) -> Iterator[None]:
 def an_engine_is_being_made(parent: Parent) -> Iterator[None]:
     """A thread has the lock of the PoolManager, and a pool's."""
     stop = Stop()
-    call_once(parent, Ledger, "attach", stop.here)
+    call_once(parent, engines, "attach", stop.here)
     making = Thread(lambda: create_engine(parent.engine.url, poolclass=QueriesPool))
     stop.reached()
     yield
@@ -470,7 +471,7 @@ def test_all_of_it_at_once(
     with ExitStack() as stack:
         for hazard in (the_worker_closes_one, one_is_abandoned, one_is_opening, others_wait):
             stack.enter_context(hazard(parent))
-        stack.enter_context(inside_the_lock(parent, "set_ttl", set_ttl))
+        stack.enter_context(inside_the_lock(parent, "set_ttl", set_ttl, ages))
         before = parent.backends()
         found = in_children(lambda: live(parent.engine))
         eventually(lambda: parent.backends() == before, "a fork has changed the parent's backends")

@@ -17,6 +17,7 @@ from hazards import Handle, Thread, assert_whole, new_pid, new_pool, pool_of
 from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import PoolManager, QueriesPool
+from sqla_queries_pool.budget import ages
 from sqla_queries_pool.concurrency.housekeeping import Housekeeper
 
 Eventually = Callable[..., None]
@@ -135,7 +136,7 @@ def pool_with_clock(clock: FakeClock, **kw: Any) -> QueriesPool:
     """A pool whose time is the test's."""
     pid = new_pid()
     PoolManager.create(pid, idle_ttl=kw.get("idle_ttl", 60), max_size=8, time_method=clock)
-    inside.ledger(inside.pools()[pid]).set_ttl(None, clock())  # each engine has its own
+    ages.set_ttl(inside.ledger(inside.pools()[pid]), None, clock())  # each engine has its own
     return new_pool(pid, max_size=4, **kw)
 
 

@@ -11,7 +11,7 @@ import inside
 import pytest
 from ledger_fakes import CheckedWaiter, Record, Session, Simulator
 
-from sqla_queries_pool.budget import closing, locks
+from sqla_queries_pool.budget import ages, closing, engines, locks
 from sqla_queries_pool.budget import ledger as reasons
 from sqla_queries_pool.budget.slots import (
     CLOSING,
@@ -36,7 +36,7 @@ def simulator() -> Simulator:
 
 def limited(simulator: Simulator, limit: float | None) -> None:
     """Set the limit."""
-    simulator.decide(simulator.ledger.set_limit, limit, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, limit, simulator.now)
 
 
 def held(simulator: Simulator, engine: Attachment, number: int) -> list[Record]:
@@ -847,8 +847,8 @@ def plain(value: Any) -> Any:
 def test_a_forked_child_has_engines_and_limits_and_nothing_else(simulator: Simulator) -> None:
     """All else is as in a ledger that was just made, whatever fields there are."""
     engine, other, gone = simulator.engine(3, lifo=False), simulator.engine(), simulator.engine(9)
-    simulator.decide(simulator.ledger.set_limit, 6, simulator.now)
-    simulator.decide(simulator.ledger.set_ttl, 70.0, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, 6, simulator.now)
+    simulator.decide(ages.set_ttl, simulator.ledger, 70.0, simulator.now)
     idle(simulator, other, 1, hollows=1)
     out = held(simulator, engine, 3)
     slot = simulator.add()
@@ -1071,14 +1071,14 @@ def test_each_engine_has_its_own_ttl_unless_one_is_set_for_all(simulator: Simula
     assert simulator.told == math.inf
     simulator.do_all()
     idle(simulator, short)
-    simulator.decide(simulator.ledger.set_ttl, 50.0, simulator.now)
+    simulator.decide(ages.set_ttl, simulator.ledger, 50.0, simulator.now)
     assert (len(short.idle), len(never.idle)) == (1, 0)
     late = simulator.engine(ttl=7)
     assert late.ttl == simulator.ledger.by_hand.ttl == 50
     simulator.now += 10
     simulator.sweep()
     assert len(short.idle) == 1
-    simulator.decide(simulator.ledger.set_ttl, None, simulator.now)
+    simulator.decide(ages.set_ttl, simulator.ledger, None, simulator.now)
     assert (short.ttl, never.ttl, late.ttl, simulator.ledger.by_hand.ttl) == (1, math.inf, 7, 7)
     assert len(short.idle) == 0
 
@@ -1624,7 +1624,7 @@ def test_a_pool_that_nobody_uses_leaves_within_a_minute(
 def test_a_pool_stays_for_a_ttl_that_was_set_for_it(simulator: Simulator) -> None:
     """Whoever made it by hand wants it for connections to come."""
     ledger = simulator.ledger
-    ledger.set_ttl(3600.0, 100.0)
+    ages.set_ttl(ledger, 3600.0, 100.0)
     assert ledger.vacant_since is not None
     assert not ledger.vacant(ledger.vacant_since + 3599.0)
     assert ledger.vacant(ledger.vacant_since + 3600.0)
@@ -1678,12 +1678,12 @@ def test_a_renewal_that_an_interrupt_has_lost_keeps_no_other_from_beginning(
         record.slot.expires = simulator.now + 1.0
         simulator.ledger.lifetimes.add(record.slot)
     simulator.now += 1.0
-    (renewal,) = [item for item in simulator.ledger.expire(simulator.now) if isinstance(item, Renew)]
+    (renewal,) = [item for item in ages.expire(simulator.ledger, simulator.now) if isinstance(item, Renew)]
     assert simulator.ledger.lifetimes.renewing == [renewal.slot]
     if lost:
         del first, second, record, renewal
         gc.collect()
         simulator.settle()
         assert simulator.ledger.lifetimes.renewing == []
-    work = simulator.ledger.expire(simulator.now)
+    work = ages.expire(simulator.ledger, simulator.now)
     assert any(isinstance(item, Renew) for item in work) == lost

@@ -24,7 +24,7 @@ from hypothesis.stateful import (
 )
 from ledger_fakes import CheckedWaiter, Handle, Record, Session, Simulator
 
-from sqla_queries_pool.budget import closing, stopping
+from sqla_queries_pool.budget import ages, closing, engines, stopping
 from sqla_queries_pool.budget.ledger import LOWERED, Ledger
 from sqla_queries_pool.budget.slots import (
     CLOSING,
@@ -568,11 +568,11 @@ class LedgerMachine(RuleBasedStateMachine):
         if limit != "same":
             self.set_limit(limit)
         if ttl != "same":
-            self.simulator.decide(self.ledger.set_ttl, ttl, self.simulator.now)
+            self.simulator.decide(ages.set_ttl, self.ledger, ttl, self.simulator.now)
 
     def set_limit(self, limit: float | None) -> None:
         """The limit is what was set, or what the engines state."""
-        self.simulator.decide(self.ledger.set_limit, limit, self.simulator.now)
+        self.simulator.decide(engines.set_limit, self.ledger, limit, self.simulator.now)
         stated = [q.stated for q in self.ledger.attachments.values() if q.stated is not None]
         assert self.ledger.limit == (max(stated, default=15) if limit is None else limit)
 
@@ -638,7 +638,7 @@ class LedgerMachine(RuleBasedStateMachine):
             simulator.do_all()
         simulator.sweep()
         simulator.do_all()
-        simulator.decide(self.ledger.set_ttl, 0.0, simulator.now)
+        simulator.decide(ages.set_ttl, self.ledger, 0.0, simulator.now)
         assert all(isinstance(item, Close) for item in simulator.todo)
         simulator.do_all()
         assert not self.ledger.slots

@@ -15,7 +15,7 @@ from hazards import assert_whole, new_pid
 from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool
-from sqla_queries_pool.budget.ledger import LOOK_EVERY
+from sqla_queries_pool.budget.state import LOOK_EVERY
 from sqla_queries_pool.runtime import jitter as retirement
 
 Eventually = Callable[..., None]

@@ -15,6 +15,7 @@ from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from sqla_queries_pool import QueriesPool
+from sqla_queries_pool.budget import ages
 from sqla_queries_pool.engine import limits
 from sqla_queries_pool.engine.limits import Room, processes, warning
 
@@ -81,10 +82,10 @@ def test_the_connection_that_is_asked_is_not_checked_out(pg_url: str) -> None:
     pool: Any = engine.pool
     ledger = inside.ledger(pool)
     before = pool.statistics()
-    entry, since = inside.decide(pool, ledger.borrow, inside.attachment(pool))
+    entry, since = inside.decide(pool, ages.borrow, ledger, inside.attachment(pool))
     assert (pool.checkedin(), pool.checkedout()) == (1, 0)
     assert pool.statistics() == before
-    inside.decide(pool, ledger.give_borrowed, entry.slot, entry, since, inside.now(pool))
+    inside.decide(pool, ages.give_borrowed, ledger, entry.slot, entry, since, inside.now(pool))
     assert pool.statistics() == before
     assert pool.audit().mended == ()
     engine.dispose()

@@ -38,7 +38,7 @@ from sqla_queries_pool import (
     QueriesPool,
     TooManyRequests,
 )
-from sqla_queries_pool.budget import choice, closing, locks
+from sqla_queries_pool.budget import ages, choice, closing, engines, locks
 from sqla_queries_pool.budget.audit import check
 from sqla_queries_pool.budget.backoff import Backoff
 from sqla_queries_pool.budget.ledger import Ledger
@@ -369,6 +369,7 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     PoolManager.set_idle_ttl(a.pid, 0)
     step()
     PoolManager.set_idle_ttl(a.pid, 60)
+    shared.idle_start = None
     PoolManager.set_max_size(a.pid, 3)
     fail_to_open(a, step)
     be_refused(a, step)
@@ -387,9 +388,9 @@ def a_day(a: QueriesPool, b: QueriesPool, step: Callable[[], None], eventually: 
     renew_and_warm_up(a, eventually)
     step()
     a.connect().close()
-    entry, since = inside.decide(a, inside.ledger(a).borrow, inside.attachment(a))
+    entry, since = inside.decide(a, ages.borrow, inside.ledger(a), inside.attachment(a))
     returned = entry.slot, entry, since, inside.now(a)
-    inside.do_soon(a, inside.decide(a, inside.ledger(a).give_borrowed, *returned))
+    inside.do_soon(a, inside.decide(a, ages.give_borrowed, inside.ledger(a), *returned))
     del entry, returned
     inside.core(b).abandon(inside.attachment(b), lambda _: None)
     step()
@@ -463,12 +464,12 @@ def be_turned_away(pool: QueriesPool, step: Callable[[], None]) -> None:
 
 
 OTHERS = {
-    *("arrival", "everyone", "in_child", "look_in", "numbers", "vacant", "waiters"),
+    *("arrival", "everyone", "fresh", "in_child", "look_in", "numbers", "vacant", "waiters"),
     *("barred", "class_statistics", "could_serve", "late", "pace_of", "probes"),
     "cut",  # it is closed()
 }
 """Those that only read, and those that nobody else can be inside of."""
-ROOMS: tuple[Any, ...] = (LedgerState, Ledger, Backoff, Lifetimes, choice, closing, locks)
+ROOMS: tuple[Any, ...] = (LedgerState, Ledger, Backoff, Lifetimes, ages, choice, closing, engines, locks)
 """Where the operations of the ledger are."""
 OPERATIONS = {
     f"{room.__name__.rpartition('.')[2]}.{name}": (Ledger if room is LedgerState else room, name)

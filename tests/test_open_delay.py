@@ -15,7 +15,7 @@ from ledger_fakes import CheckedWaiter, Record, Simulator
 from sqlalchemy import create_engine, event
 
 from sqla_queries_pool import QueriesPool
-from sqla_queries_pool.budget import closing
+from sqla_queries_pool.budget import closing, engines
 from sqla_queries_pool.budget.choice import look_in
 from sqla_queries_pool.budget.queue import FIRST_LOOK, LONGEST, WORTH_IT, Pace, mean
 from sqla_queries_pool.budget.slots import Attachment, Permit
@@ -30,7 +30,7 @@ LOOK = PRICE * FIRST_LOOK
 def simulator() -> Simulator:
     """An empty pool without a limit, at time 0."""
     simulator = Simulator()
-    simulator.decide(simulator.ledger.set_limit, math.inf, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, math.inf, simulator.now)
     return simulator
 
 
@@ -231,7 +231,7 @@ def test_a_connect_that_has_hung_makes_nobody_wait_for_as_long(simulator: Simula
 def test_when_what_was_out_is_gone_a_caller_that_waits_for_it_opens(simulator: Simulator) -> None:
     """It was detached, or lost with its holder, or closes on its return: nothing is left to wait for."""
     engine = simulator.engine()
-    simulator.decide(simulator.ledger.set_limit, 4, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, 4, simulator.now)
     for how in ("detached", "lost", "disposed"):
         out = priced(simulator, engine, 1)
         (waiter,) = crowd(simulator, engine, 1)
@@ -266,10 +266,10 @@ def test_at_the_limit_nobody_looks_more_often_for_it(simulator: Simulator) -> No
     """There is nothing to open, so nothing to wake up for."""
     engine = simulator.engine()
     out = priced(simulator, engine, 2)
-    simulator.decide(simulator.ledger.set_limit, 2, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, 2, simulator.now)
     (waiter,) = crowd(simulator, engine, 1)
     assert look_in(simulator.ledger, waiter, simulator.now) == math.inf
-    simulator.decide(simulator.ledger.set_limit, 3, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, 3, simulator.now)
     assert look_in(simulator.ledger, waiter, simulator.now) == pytest.approx(LOOK, abs=0.001)
     del out
 
@@ -277,7 +277,7 @@ def test_at_the_limit_nobody_looks_more_often_for_it(simulator: Simulator) -> No
 def test_a_spare_connection_of_another_engine_is_not_closed_for_a_burst(simulator: Simulator) -> None:
     """To have one give way costs a close and a connect; after the price of a connect it does."""
     engine, other = simulator.engine(), simulator.engine()
-    simulator.decide(simulator.ledger.set_limit, 2, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, 2, simulator.now)
     (spare,) = priced(simulator, other, 1)
     out = priced(simulator, engine, 1)
     simulator.give(other, spare)

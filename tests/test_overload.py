@@ -21,7 +21,7 @@ from sqla_queries_pool import (
     TooManyRequests,
     snapshot,
 )
-from sqla_queries_pool.budget import choice
+from sqla_queries_pool.budget import choice, engines
 from sqla_queries_pool.budget.queue import INTERVAL
 from sqla_queries_pool.budget.slots import OVERLOAD, QUEUE_FULL, Attachment, Permit
 from sqla_queries_pool.insight import report
@@ -34,7 +34,7 @@ TARGET = 0.5
 def simulator() -> Simulator:
     """An empty pool for one connection, at time 0."""
     simulator = Simulator()
-    simulator.decide(simulator.ledger.set_limit, 1, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, 1, simulator.now)
     return simulator
 
 
@@ -432,7 +432,7 @@ def test_a_permit_counts_as_served(simulator: Simulator) -> None:
     record = simulator.connected(engine)
     waiters = came(simulator, engine, 2)
     simulator.now += TARGET / 2
-    simulator.decide(simulator.ledger.set_limit, 2, simulator.now)
+    simulator.decide(engines.set_limit, simulator.ledger, 2, simulator.now)
     assert isinstance(waiters[0].answer, Permit)
     simulator.now += TARGET * (INTERVAL - 0.25)
     assert not overdue(simulator, waiters[1])

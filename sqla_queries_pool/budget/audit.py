@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from . import engines
 from .choice import SPARE, may_insist, may_wait
 from .ledger import Ledger
 from .slots import CLOSING, GONE, HELD, IDLE, LOCKED, OPENING, SUSPENDED, Slot
@@ -93,7 +94,7 @@ def mend(ledger: Ledger, found: list[Finding], now: float) -> tuple[list[str], W
         work += ledger.lost(slot, now) if slot.state is LOCKED else ledger.cast_off(slot, now)
     wrong += _recount(ledger)
     ledger.totals.mended += len(wrong)
-    return wrong, work + ledger.relimit(now)
+    return wrong, work + engines.relimit(ledger, now)
 
 
 def _recount(ledger: Ledger) -> Iterator[str]:

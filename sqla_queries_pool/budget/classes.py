@@ -319,20 +319,18 @@ class ClassLedger(Ledger):
 
     # -- engines -----------------------------------------------------------------------------------
 
-    def relimit(self, now: float) -> Work:
-        """As without classes; the engines that there are say which classes there are."""
+    def note_classes(self) -> None:
         self.classes = {name: terms for a in self.everyone() for name, terms in a.classes.items()}
-        return super().relimit(now)
 
     def stood_still(self, now: float) -> None:
         super().stood_still(now)
         for pace in self.paces.values():
             pace.in_time = now
 
-    def in_child(self, now: float) -> tuple[Ledger, Work]:
-        child, work = super().in_child(now)
+    def fresh(self) -> Ledger:
+        child = super().fresh()
         use(child, self._class_of)
-        return child, work + child.relimit(now)
+        return child
 
 
 def _in_use(slot: Slot) -> bool:

@@ -3,7 +3,11 @@
 Pure: no lock, no thread, no clock, no I/O, nothing of SQLAlchemy.  The pool calls every method with its
 lock held and passes the time in, in seconds by its clock; what has to be done outside the lock (wake, close,
 reset, call again later) is returned as a list of work (work.py).  Reads by properties take no lock and may be
-a moment old.  choice.py has the rules by which it chooses; locks.py and closing.py have more operations.
+a moment old.
+
+choice.py has the rules by which it chooses, state.py the steps that it is made of.  The operations that no
+checkout needs are functions, by theme: engines.py (who uses the pool, and the limit), ages.py (idle TTL and
+lifetimes), closing.py, stopping.py and locks.py.
 
 What always holds when no method is running; :func:`audit.check` asserts it:
 
@@ -21,9 +25,7 @@ What always holds when no method is running; :func:`audit.check` asserts it:
 from __future__ import annotations
 
 import math
-import weakref
 from bisect import bisect_left
-from collections.abc import Callable
 from typing import Any
 
 from . import choice
@@ -43,9 +45,9 @@ from .slots import (
     Slot,
     Waiter,
 )
-from .state import DEFAULT_LIMIT, LedgerState, go_on
+from .state import LedgerState
 from .stats import BOUNDS, SHORTEST
-from .work import Close, Fill, Renew, Reset, Resetter, Wake, Work
+from .work import Close, Resetter, Wake, Work
 
 IDLE_TTL = "idle for longer than idle_ttl"
 DISPOSED = "ended by dispose() or expire()"
@@ -54,9 +56,6 @@ LOWERED = "max_size was lowered"
 ABANDONED = "abandoned by its holder"
 REMOVED = "removed through the queries API"
 ENDED = "its event loop has ended"
-
-LOOK_EVERY = 5.0
-"""Seconds between two looks at whether an engine still has its ``min_size`` of living connections."""
 
 
 class Ledger(LedgerState):
@@ -221,6 +220,16 @@ class Ledger(LedgerState):
         self.bind(slot, permit)
         self._add(slot, attachment)
         self.opening.add(slot)
+        return permit
+
+    def reserve(self, attachment: Attachment, now: float) -> Permit | None:
+        """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
+        room = not attachment.quota.full and len(self.slots) < self.limit
+        free = room and not self.heads() and not attachment.quota.stopped
+        if not free or self._size(attachment) >= attachment.min_size or not self.backoff.may_connect(now):
+            return None
+        permit = self._permit(attachment, 0, now, None)
+        permit.slot.holder = None
         return permit
 
     # -- waiting -----------------------------------------------------------------------------------
@@ -421,164 +430,6 @@ class Ledger(LedgerState):
 
     # -- fork --------------------------------------------------------------------------------------
 
-    def in_child(self, now: float) -> tuple[Ledger, Work]:
-        """In a forked child: return a new ledger with the same engines and limits, and its first work.
-
-        Slots and waiters are the parent's: none of them counts here, and a holder that returns one gets
-        :exc:`NotHeld`.  Another thread may have been inside a method when the process forked.  That thread is
-        not here, and what it left half done stays with the old ledger, which nobody is to use any more.
-        """
-        for slot in list(self.slots):
-            self._remove(slot)
-        child = Ledger(self._on_lost, self._new_slot)
-        child.set_limit_to, child.limit, child.ttl = self.set_limit_to, self.limit, self.ttl
-        child.by_hand.own_ttl, child.by_hand.ttl = self.by_hand.own_ttl, self.by_hand.ttl
-        for ref, quota in self.attachments.items():
-            quota.slots.clear()
-            if (attachment := ref()) is not None:  # else its death is in a letter in the parent's inbox
-                attachment.make_fresh()
-                go_on(attachment)
-                child.attachments[ref] = quota
-        return child, child.relimit(now) + child._vacancy(now)
-
-    # -- limits, ages, engines ---------------------------------------------------------------------
-
-    def attach(
-        self, attachment: Attachment, gone: Callable[[weakref.ref[Attachment]], None], now: float
-    ) -> Work:
-        """An engine begins to use the pool.
-
-        :param gone: called when the engine has died, as ``lost`` is for an entry; it must put the call of
-            :meth:`detach` aside.
-        """
-        attachment.ref = weakref.ref(attachment, gone)
-        self.by_hand.own_ttl = attachment.own_ttl
-        self.attachments[attachment.ref] = attachment.quota
-        self._apply_ttl()
-        self.vacant_since = None
-        return self.relimit(now) + self.expire(now)  # its idle_ttl holds for what was added by hand
-
-    def detach(self, ref: weakref.ref[Attachment], now: float) -> Work:
-        """An engine is gone."""
-        self.attachments.pop(ref, None)
-        return self.relimit(now) + self._vacancy(now)
-
-    def set_limit(self, limit: float | None, now: float) -> Work:
-        """Set the limit, ``inf`` for none; None leaves it to the attached engines."""
-        self.set_limit_to = limit
-        return self.relimit(now)
-
-    def relimit(self, now: float) -> Work:
-        """Find out which limit holds, and act on it."""
-        if self.set_limit_to is not None:
-            self.limit = self.set_limit_to
-        elif self.attachments:
-            stated = [q.stated for q in self.attachments.values() if q.stated is not None]
-            self.limit = max(stated, default=DEFAULT_LIMIT)
-        # Without engines it stays as it was: what they left open may still be closing.
-        work: Work = []
-        while len(self.slots) - len(self.closing) > self.limit:
-            entry = choice.pick(self, None, False, math.inf)
-            if entry is None:
-                break
-            work.append(self.close(entry, LOWERED))
-        return work + self.serve(now)
-
-    def set_ttl(self, ttl: float | None, now: float) -> Work:
-        """Set the idle TTL of all, ``inf`` for never; None leaves each engine its own."""
-        self.ttl = ttl
-        self._apply_ttl()
-        return self.expire(now)
-
-    def expire(self, now: float) -> Work:
-        """Close what was idle for too long, reset what dead sessions left, and say when to look again."""
-        work: Work = []
-        due = math.inf
-        for attachment in self.everyone():
-            work += [Reset(slot) for slot in attachment.locked if slot.stale]
-            spare = self._size(attachment) - attachment.min_size if attachment.min_size else math.inf
-            for entries in (attachment.hollow, attachment.idle):
-                while entries and spare > 0 and entries[0].slot.since + attachment.ttl <= now:
-                    if entries is attachment.idle:
-                        spare -= 1
-                    work.append(self.close(entries.popleft(), IDLE_TTL))
-                if entries and spare > 0:
-                    due = min(due, entries[0].slot.since + attachment.ttl)
-            leaks, look_at = self.leaks.look(attachment, now)
-            work += leaks
-            if look_at < due and attachment.quota.slots:
-                due = look_at
-            if attachment.warm:
-                due = min(due, now + LOOK_EVERY)
-                if spare < 0:
-                    work.append(Fill(attachment))
-        self.due = math.inf
-        return work + self._renew(now) + self.expire_by(due) + self._vacancy(now)
-
-    def _note_lifetime(self, slot: Slot) -> Work:
-        return self.expire_by(self.lifetimes.add(slot))
-
-    def _renew(self, now: float) -> Work:
-        """Have the next connection renewed whose lifetime is over: now, or when it is returned."""
-        if self.backoff.refusals:
-            return self.expire_by(now + LOOK_EVERY) if self.lifetimes else []
-        over = self.lifetimes.begin(now)
-        if over is None:
-            return self.expire_by(self.lifetimes.due)
-        slot, attachment, entry = over
-        attachment.idle.remove(entry)
-        slot.holder = None
-        self.move(slot, HELD)
-        return [Renew(slot, entry, slot.since)]
-
-    def renewed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
-        """Take back what was renewed, or could not be; if nobody waits, it is idle for as long as before."""
-        self.lifetimes.end(slot)
-        return self.give_borrowed(slot, entry, since, now)
-
-    def borrow(self, attachment: Attachment) -> tuple[Any, float] | None:
-        """Take an idle entry for the pool itself, if no checkout of its engine waits: the one that a checkout
-        would get last; return it, and since when it is idle.  It goes on to count as idle."""
-        if attachment.queue or not attachment.idle:
-            return None
-        entry = attachment.idle.popleft() if attachment.lifo else attachment.idle.pop()
-        entry.slot.holder = None
-        self.borrowed.add(entry.slot)
-        self.move(entry.slot, HELD)
-        return entry, entry.slot.since
-
-    def give_borrowed(self, slot: Slot, entry: Any, since: float, now: float) -> Work:
-        """Take it back; if nobody waits, it is idle for as long as before."""
-        attachment = slot.home() if slot.home is not None else None
-        work: Work = []
-        self.borrowed.discard(slot)
-        if slot.state is HELD and attachment is not None:
-            work = self.give_unused(attachment, entry, now) or []
-            work += self._note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted
-            if slot.state is IDLE and slot.handle is not None:
-                slot.since = since
-                idle = attachment.idle
-                idle.remove(entry)
-                idle.insert(sum(other.slot.since <= since for other in idle), entry)
-                work += self.expire_by(since + attachment.ttl)
-        return work + self._renew(now)
-
-    def expire_now(self, attachment: Attachment, now: float) -> Work:
-        """End the lifetime of all that an engine has: one is renewed after the other, those that are out when
-        they are returned, those that are being opened when they are."""
-        attachment.generation += 1  # first: by it, openings know
-        for slot in attachment.quota.slots:
-            if slot.home is attachment.ref and slot.handle is not None:
-                slot.expires = now
-                self.lifetimes.add(slot)
-        return self._renew(now)
-
-    def reserve(self, attachment: Attachment, now: float) -> Permit | None:
-        """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
-        room = not attachment.quota.full and len(self.slots) < self.limit
-        free = room and not self.heads() and not attachment.quota.stopped
-        if not free or self._size(attachment) >= attachment.min_size or not self.backoff.may_connect(now):
-            return None
-        permit = self._permit(attachment, 0, now, None)
-        permit.slot.holder = None
-        return permit
+    def fresh(self) -> Ledger:
+        """Return a ledger of the same kind that has nothing yet."""
+        return Ledger(self._on_lost, self._new_slot)

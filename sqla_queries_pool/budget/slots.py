@@ -56,10 +56,11 @@ TRANSITIONS: Final[dict[tuple[str, str], str]] = {
 }
 """(From, to): the functions that write it, and what it means.
 
-The functions are in ledger.py, state.py and locks.py and run under the pool's lock.  They change a state
-through :meth:`LedgerState.move` alone, which holds them to this table.  But the two transitions of the hot
-path, in :meth:`Ledger.take` and :meth:`Ledger.give`, are written out: a call would cost a checkout and its
-return a frame each, and tests/test_fast_path.py counts those.  A forked child removes its parent's slots."""
+The functions are in ledger.py, state.py, ages.py and locks.py and run under the pool's lock.  They change a
+state through :meth:`LedgerState.move` alone, which holds them to this table.  But the two transitions of the
+hot path, in :meth:`Ledger.take` and :meth:`Ledger.give`, are written out: a call would cost a checkout and
+its return a frame each, and tests/test_fast_path.py counts those.  A forked child removes its parent's
+slots."""
 
 UNKNOWN = "unknown"
 """What an engine does that has opened no connection yet."""

@@ -35,12 +35,14 @@ from .slots import (
     Waiter,
 )
 from .stats import ClassStatistics, Totals
-from .work import Close, Due, Work
+from .work import Close, Due, Renew, Work
 
 SUSPECTED_FOR = 1.0
 """Seconds for which one connection that was found dead makes only those suspect that are idle then."""
 VACANT_FOR = 60.0
 """Seconds for which a pool without slots and engines is kept at most, but for one made by hand."""
+LOOK_EVERY = 5.0
+"""Seconds between two looks at whether an engine still has its ``min_size`` of living connections."""
 DEFAULT_LIMIT = 15.0
 """The limit where nobody set one (design 3)."""
 
@@ -91,7 +93,7 @@ class LedgerState:
         """What ``create`` or ``set_idle_ttl`` said for all, in seconds, ``inf`` for never; None: each engine
         has its own."""
         self.due = math.inf
-        """When :meth:`Ledger.expire` is to be called next, by the :class:`Due` that was returned last."""
+        """When :func:`ages.expire` is to be called next, by the :class:`Due` that was returned last."""
         self.mean_wait = 0.0
         """Moving mean of how long the served waited, in seconds."""
         self.mean_connect = 0.0
@@ -207,6 +209,9 @@ class LedgerState:
         """How those move that are served as it is."""
         return waiter.attachment.pace
 
+    def note_classes(self) -> None:
+        """Engines have come or gone: find out which classes there are."""
+
     def class_statistics(self) -> dict[str, ClassStatistics]:
         """What each class has and has done."""
         return {}
@@ -235,11 +240,27 @@ class LedgerState:
             attachment.ttl = attachment.own_ttl if self.ttl is None else self.ttl
 
     def expire_by(self, at: float) -> Work:
-        """Have :meth:`Ledger.expire` called at that time at the latest; ``inf`` asks for nothing."""
+        """Have :func:`ages.expire` called at that time at the latest; ``inf`` asks for nothing."""
         if at >= self.due:
             return []
         self.due = at
         return [Due(at)]
+
+    def _note_lifetime(self, slot: Slot) -> Work:
+        return self.expire_by(self.lifetimes.add(slot))
+
+    def _renew(self, now: float) -> Work:
+        """Have the next connection renewed whose lifetime is over: now, or when it is returned."""
+        if self.backoff.refusals:
+            return self.expire_by(now + LOOK_EVERY) if self.lifetimes else []
+        over = self.lifetimes.begin(now)
+        if over is None:
+            return self.expire_by(self.lifetimes.due)
+        slot, attachment, entry = over
+        attachment.idle.remove(entry)
+        slot.holder = None
+        self.move(slot, HELD)
+        return [Renew(slot, entry, slot.since)]
 
     def _vacancy(self, now: float) -> Work:
         if self.slots or self.attachments:

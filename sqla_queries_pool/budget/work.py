@@ -55,7 +55,7 @@ class Resetter:
 
 
 class Renew(NamedTuple):
-    """Work: close a connection and open it again, then report :meth:`Ledger.renewed`.  Meanwhile it is
+    """Work: close a connection and open it again, then report :func:`ages.renewed`.  Meanwhile it is
     held."""
 
     slot: Slot
@@ -87,7 +87,7 @@ class Returned(NamedTuple):
 
 
 class Due(NamedTuple):
-    """Work: see to it that :meth:`Ledger.expire` is called at this time of the pool's clock."""
+    """Work: see to it that :func:`ages.expire` is called at this time of the pool's clock."""
 
     at: float
 

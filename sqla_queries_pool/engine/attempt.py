@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import exc
@@ -23,21 +22,13 @@ from ..labels import checkout_deadline, checkout_label
 from ..pool.manager import everywhere
 from . import probe
 from .failover import STANDBY
+from .opening import Refused, in_runtime, open_connection, reopen
 from .records import Record
 from .settings import IGNORE, RAISE
-from .sides import NotFirst
 from .stages import OPENING, PROBING, WAITING, Stages
 
 NO_WAITER = (Record, Permit, Rejected, type(None))
 """What else ``Checkouts.take()`` returns."""
-
-
-class Refused(Exception):
-    """There is nothing, and it is worth trying again: the server has refused a connection, mostly."""
-
-    def __init__(self, refusal: Any) -> None:
-        # Without the traceback, which would keep the record alive for as long as the checkout waits.
-        self.refusal: Exception | None = None if refusal is None else refusal.with_traceback(None)
 
 
 class Attempt:
@@ -196,7 +187,7 @@ class Attempt:
         if enough and not slot.suspect and not slot.poll(0) and not slot.suspect:
             return record
         if self._whose:
-            return _opened(pool, functools.partial(self._made_usable, record), self._leaves_at)
+            return in_runtime(pool, functools.partial(self._made_usable, record), self._leaves_at)
         return self._made_usable(record)
 
     def _made_usable(self, record: Record) -> Record:
@@ -213,7 +204,7 @@ class Attempt:
             raise
         if record.dbapi_connection is None:
             self._stages.enter(OPENING)
-            return _opened(pool, functools.partial(_reopen, pool, record))
+            return reopen(pool, record)
         return record
 
     def _probe(self, record: Record) -> None:
@@ -238,65 +229,3 @@ def _leave(slot: Slot, caller: Any) -> None:
     """What a caller has begun goes on without it; inside the section, for it may be another's by now."""
     if slot.holder is caller:
         slot.holder = None
-
-
-def open_connection(
-    pool: Any, permit: Permit, deadline: float = math.inf, leaves_at: float = math.inf
-) -> Record:
-    """Open a connection by a permit; the caller holds it then.
-
-    :param deadline: until when it may wait for another loop that opens the first one, by ``time.monotonic``.
-    :param leaves_at: when its caller leaves, by the same clock.
-    :raises TooLate: its caller has left: what is opened goes to the next one.
-    :raises Refused: the server has refused, and it is worth trying again; or the time was over.
-    :raises Exception: the driver's; the slot was given back.
-    """
-    return _opened(pool, functools.partial(_open, pool, permit, deadline), leaves_at)
-
-
-def _opened(pool: Any, opening: Callable[[], Record], leaves_at: float = math.inf) -> Record:
-    """Have the runtime open a connection.  Where its caller leaves meanwhile, it goes to the next one."""
-
-    def unwanted(record: Record) -> None:
-        pool._core.checkouts.give_unused(record.attachment, record)
-
-    if pool._identity.in_memory:  # SQLite's may be used in the thread alone that has opened it
-        leaves_at = math.inf
-    record: Record = pool._sides.runtime.open(opening, unwanted, leaves_at)
-    return record
-
-
-def _open(pool: Any, permit: Permit, deadline: float) -> Record:
-    core = pool._core
-    try:
-        core.checkouts.close_evicted(permit)
-        record = Record(pool, permit.slot)
-        core.checkouts.bind(record.slot, record)
-        with pool._sides.opening(deadline):
-            record.get_connection()
-    except NotFirst:
-        core.checkouts.failed(permit)
-        raise Refused(None) from None
-    except BaseException as error:
-        refused = core.admission.refused(error)
-        core.checkouts.failed(permit)
-        if refused:
-            raise Refused(error) from error
-        raise
-    core.checkouts.opened(record.slot)
-    return record
-
-
-def _reopen(pool: Any, record: Record) -> Record:
-    core = pool._core
-    try:
-        record.get_connection()
-    except BaseException as error:
-        refused = core.admission.refused(error)
-        record.slot.holder = None  # nobody had it: no checkout
-        record.return_hollow(error)
-        if refused:
-            raise Refused(error) from error
-        raise
-    core.checkouts.opened(record.slot)
-    return record

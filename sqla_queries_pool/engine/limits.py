@@ -12,6 +12,7 @@ import weakref
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..budget import ages
 from ..budget.slots import Attachment
 from ..sockets.transactions import of_server
 
@@ -135,7 +136,7 @@ class Check:
         pool, attachment, core = self._pool(), self._attachment(), self._core
         if pool is None or attachment is None:
             return
-        found = core.section.decide(core.ledger.borrow, attachment)
+        found = core.section.decide(ages.borrow, core.ledger, attachment)
         if found is None:
             self._again()
             return
@@ -144,7 +145,7 @@ class Check:
         try:
             room = _room(entry)
         finally:
-            core.section.run(core.ledger.give_borrowed, entry.slot, entry, since, core.now())
+            core.section.run(ages.give_borrowed, core.ledger, entry.slot, entry, since, core.now())
         if room is not None and core.limit != float("inf"):
             shared = core.share is not None
             said = warning(room, int(core.limit), 1 if shared else processes(), shared)

@@ -13,7 +13,6 @@ import logging
 import math
 import re
 import sys
-import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -31,7 +30,6 @@ from ..budget.slots import (
     LOCKED,
     OPENING,
     SUSPENDED,
-    UNKNOWN,
     Attachment,
     Permit,
     Quota,
@@ -48,13 +46,11 @@ from ..parameters import Unstated
 from ..pool import Pool, stopping
 from ..pool.manager import attach
 from ..runtime.garbage import GC_AFTER
-from ..runtime.jitter import lifetime
 from ..sockets import liveness
-from ..sockets.drivers import UNSEEN_FOR, is_seen
 from ..sockets.lingering import LONGEST
-from . import credentials, failover, identity, seams
-from .attempt import Attempt, Refused, open_connection
-from .limits import Check
+from . import failover, identity, seams
+from .attempt import Attempt
+from .opening import creator_of, open_connection, warm_up
 from .records import Proxy, Record
 from .settings import OPTIONS, Settings, refuse_removed
 from .sides import Sides, sides
@@ -259,71 +255,7 @@ class QueriesPool(SQLAlchemyPool):
         return open_connection(self, permit)
 
     def _should_wrap_creator(self, creator: Any) -> Callable[[ConnectionPoolEntry], Any]:
-        create = super()._should_wrap_creator(creator)
-
-        def connect(record: ConnectionPoolEntry) -> Any:
-            # Read before connecting: what a dispose overtakes is of the old generation.
-            attachment, core = getattr(record, "attachment", self._attachment), self._core
-            generation = attachment.generation
-            core.admission.wait_for_room(self._close_timeout, attachment.runtime.pause)
-            begin = time.monotonic()
-            try:
-                dbapi_connection = credentials.create(create, record, self.logger)
-            except Exception as error:
-                core.admission.failed(error)
-                raise
-            if isinstance(record, Record):
-                took = time.monotonic() - begin
-                core.admission.last_error = None
-                socket = self._sides.socket(dbapi_connection)
-                self._note_liveness(attachment, socket)
-                core.connections.opened(
-                    record.slot,
-                    dbapi_connection,
-                    socket,
-                    self._sides.begun(dbapi_connection, self._dialect),
-                    generation,
-                    lifetime(self._recycle),
-                    took,
-                )
-                if self._invalidate_time > record.starttime:
-                    # While it was opened, another was found dead.  SQLAlchemy would replace this one, too, at
-                    # once; here it is checked, next time.
-                    record.starttime = time.time()
-                    record.slot.suspect = True
-                self.logger.info("%s: opened %r in %.3f s", self._shared.label, record.slot, took)
-                if self.settings.idle_in_transaction_after is not None:
-                    core.idling.watch()
-                if core.limits_check is None and self.settings.check_limits:
-                    self._check_limits(attachment)
-            return dbapi_connection
-
-        return connect
-
-    def _note_liveness(self, attachment: Attachment, socket: Any) -> None:
-        """A connection was opened: what can be done to see whether such a one is alive?"""
-        seen, name, before = is_seen(socket), getattr(self._dialect, "name", None), attachment.liveness
-        # One of SQLite's can't be lost.
-        never = self.settings.ping_after is None or name in (None, "sqlite")
-        if not seen and not never:
-            attachment.ping_after = min(attachment.ping_after, UNSEEN_FOR)
-        attachment.liveness = liveness.way(seen, attachment.ping_after if name else math.inf)
-        if before != UNKNOWN or name in (None, "sqlite"):
-            return
-        if seen and not liveness.AVAILABLE:
-            self._core.failures("look at sockets on this platform", "each checkout pings")
-        elif not seen:
-            after = attachment.ping_after
-            then = "nothing" if after == math.inf else f"a ping of what was idle for {after:g} s"
-            why = f"{then} tells whether a connection is alive, and ping_timeout does nothing"
-            what = f"see the sockets of the driver {getattr(self._dialect, 'driver', name)}"
-            self._core.failures(what, why)
-
-    def _check_limits(self, attachment: Attachment) -> None:
-        core = self._core
-        core.limits_check = Check(self, attachment)
-        if getattr(self._dialect, "name", "") == "postgresql" and not self._identity.private:
-            core.limits_check.begin()
+        return creator_of(self, super()._should_wrap_creator(creator))
 
     # -- what happens to what is out; Record.checkin returns it -------------------------------------
 
@@ -380,21 +312,7 @@ class QueriesPool(SQLAlchemyPool):
         :raises Exception: the driver's, if one can't be opened.
         """
         attachment = self._sides.here
-        return self._sides.runtime.call(functools.partial(self._warm_up, attachment))
-
-    def _warm_up(self, attachment: Attachment) -> None:
-        permits: list[Permit] = []
-        try:
-            # All at once: the housekeeper might begin to open some of them, too.
-            while (permit := self._checkouts.reserve(attachment)) is not None:
-                permits.append(permit)
-            while permits:
-                self._checkouts.give_unused(attachment, self._open(permits.pop()))
-        except Refused as error:
-            raise error.refusal or error from None
-        finally:
-            for permit in permits:
-                self._checkouts.failed(permit)
+        return self._sides.runtime.call(functools.partial(warm_up, self, attachment))
 
     def expire(self, rolling: bool = False) -> None:
         """Replace this engine's connections without an error to anybody, as when credentials were rotated.

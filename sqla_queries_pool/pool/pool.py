@@ -10,12 +10,10 @@ from contextlib import suppress
 from typing import Any
 
 from .. import parameters
-from ..budget import closing, locks
+from ..budget import ages, closing, locks
 from ..budget.audit import Audit
-from ..budget.ledger import GAVE_WAY, Ledger
 from ..budget.slots import DRAINED, HELD, IDLE, LOCKED, SUSPENDED, Numbers, Slot
 from ..budget.stats import Statistics
-from ..budget.work import Work
 from ..concurrency.threads import THREADS
 from ..errors import ConnectionBusyError, ConnectionNotFoundError, NoIdleConnectionsError, PoolFullError
 from ..parameters import Unstated
@@ -25,6 +23,7 @@ from ..sockets import liveness
 from ..sockets.drivers import Remembered, socket_of
 from . import stopping
 from .connection import Connection, Connections
+from .statistics import statistics_of
 from .stopping import Stopped
 
 DEFAULT_IDLE_TTL = 60.0
@@ -68,7 +67,7 @@ class Pool:
         self.time_method = core.now
         """The pool's clock, in seconds."""
         self._made_with = idle_ttl, max_size
-        core.ledger.set_ttl(_ttl(idle_ttl), core.now())
+        ages.set_ttl(core.ledger, _ttl(idle_ttl), core.now())
         core.set_limit(_limit(max_size))
         every_pool.add(self)
 
@@ -160,7 +159,7 @@ class Pool:
         for attachment in [a for ref in list(self.core.ledger.attachments) if (a := ref())]:
             self.core.effects.reset_stale(attachment)
         self.core.effects.reset_stale(self.core.ledger.by_hand)
-        self.core.section.run(self.core.ledger.expire, self.core.now())
+        self.core.section.run(ages.expire, self.core.ledger, self.core.now())
 
     def close(self) -> None:
         """Close all connections.
@@ -254,7 +253,7 @@ class Pool:
 
         :raises ParameterError: the number has no meaning.
         """
-        self.core.section.run(self.core.ledger.set_ttl, _ttl(ttl), self.core.now())
+        self.core.section.run(ages.set_ttl, self.core.ledger, _ttl(ttl), self.core.now())
 
     def set_max_size(self, size: int | Unstated | None) -> None:
         """Set the largest number of connections; None for no limit.
@@ -270,7 +269,7 @@ class Pool:
 
     def _unset(self) -> None:
         """Forget what was set for the pool: its engines' own parameters hold."""
-        self.core.section.run(self.core.ledger.set_ttl, None, self.core.now())
+        self.core.section.run(ages.set_ttl, self.core.ledger, None, self.core.now())
         self.core.set_limit(None)
 
     def connection_handle(self, connection: Any) -> Connection:
@@ -360,7 +359,7 @@ class Pool:
     @idle_start.setter
     def idle_start(self, start: float | None) -> None:
         since = self.core.now() if start is None else start
-        self.core.section.run(_idle_since, self.core.ledger, since)
+        self.core.section.run(ages.idle_since, self.core.ledger, since)
 
     @idle_start.deleter
     def idle_start(self) -> None:
@@ -397,41 +396,7 @@ class Pool:
 
     def statistics(self) -> Statistics:
         """Return what there is and what was done; takes no lock, from any thread."""
-        n, totals = self.numbers, self.core.ledger.totals
-        used, waited, connects = totals.used.frozen(), totals.waited.frozen(), totals.connects.frozen()
-        closes = dict(totals.closes)
-        return Statistics(
-            pid=self.id,
-            label=self.label,
-            limit=self.max_size,
-            open=n.open,
-            idle=n.idle,
-            held=n.held,
-            opening=n.opening,
-            closing=n.closing,
-            waiting=n.waiting,
-            peak_held=self.core.ledger.peak_held,
-            checkouts=used.count + totals.left,
-            waits=waited.count,
-            timeouts=totals.timeouts,
-            rejected=totals.rejected,
-            deadlocks=totals.deadlocks,
-            bypasses=totals.bypasses,
-            connects=connects.count,
-            connect_errors=totals.connect_errors,
-            closes=closes,
-            evictions=closes.get(GAVE_WAY, 0),
-            dead=totals.dead,
-            failed_resets=totals.failed_resets,
-            mended=totals.mended,
-            wait_time=waited,
-            use_time=used,
-            connect_time=connects,
-            liveness=liveness.of_all(self.core.ledger.everyone()),
-            host=None if self.core.share is None else self.core.share.statistics(),
-            idle_in_transaction=self.core.idling.times(),
-            classes=self.core.ledger.class_statistics(),
-        )
+        return statistics_of(self.core)
 
     @property
     def detached(self) -> int:
@@ -537,16 +502,6 @@ def _limit(value: int | Unstated | None) -> float | None:
         return None
     size = parameters.max_size("max_size", value)
     return math.inf if size is None else size
-
-
-def _idle_since(ledger: Ledger, start: float) -> Work:
-    """All that is idle has been so since then: the same time for all, so that their order holds."""
-    for attachment in ledger.everyone():
-        for entry in attachment.idle:
-            entry.slot.since = start
-    if ledger.vacant_since is not None:
-        ledger.vacant_since = start
-    return []
 
 
 def _nothing(_: Pool) -> None: ...

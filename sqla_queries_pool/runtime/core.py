@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from ..budget import classes, closing
+from ..budget import ages, classes, closing, engines
 from ..budget.ledger import Ledger
 from ..budget.slots import HELD, OTHER, REJECTED, Attachment, EntryRef, Numbers, Slot
 from ..budget.state import DEFAULT_LIMIT
@@ -144,7 +144,7 @@ class Core:
         self.section.post(self.ledger.lost, ref.slot)
 
     def _engine_died(self, ref: weakref.ref[Attachment]) -> None:
-        self.section.post(self.ledger.detach, ref)
+        self.section.post(engines.detach, self.ledger, ref)
 
     def _leaked(self, item: Leaked | Returned) -> None:
         self.on_leak(self, item)
@@ -186,7 +186,7 @@ class Core:
         if attachment.classes:
             known_classes.update(attachment.classes)
             self.section.decide(classes.use, self.ledger, self.class_of)
-        work = self.section.decide(self.ledger.attach, attachment, self._engine_died, self._clock())
+        work = self.section.decide(engines.attach, self.ledger, attachment, self._engine_died, self._clock())
         if self.share is not None:
             self.share.resized()
         self.log_limit(before)
@@ -236,7 +236,7 @@ class Core:
         if self.share is not None:
             self.share.resized()
         self.section.run(
-            self.ledger.set_limit, limit if self.share is None else self.share.limit, self._clock()
+            engines.set_limit, self.ledger, limit if self.share is None else self.share.limit, self._clock()
         )
 
     @property
@@ -305,7 +305,7 @@ class Core:
 
     def expire_rolling(self, attachment: Attachment) -> None:
         """Renew an engine's connections one after the other, those out when they are returned."""
-        self.section.run(self.ledger.expire_now, attachment, self._clock())
+        self.section.run(ages.expire_now, self.ledger, attachment, self._clock())
 
     def suspect_own(self, attachment: Attachment) -> None:
         """Have all connections of an engine checked before they are used again."""
@@ -323,9 +323,9 @@ class Core:
         entries = [slot.entry() for slot in slots if slot.entry is not None]
         self.connections.lingering.forget()
         self.timeouts.clear()
-        ledger, work = self.ledger.in_child(self._clock())
+        ledger, work = engines.in_child(self.ledger, self._clock())
         if self.share is not None:  # what it had is the parent's
-            work += ledger.set_limit(0.0, self._clock())
+            work += engines.set_limit(ledger, 0.0, self._clock())
         self._build(self.section.label, ledger)
         self.effects.do(work)
         return [*slots, *entries]

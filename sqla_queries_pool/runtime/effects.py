@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-from ..budget import closing, locks
+from ..budget import ages, closing, locks
 from ..budget.ledger import Ledger
 from ..budget.slots import Attachment, Slot
 from ..budget.work import Close, Due, Fill, Leaked, Renew, Reset, Resetter, Returned, Wake, Work
@@ -30,7 +30,7 @@ class Effects:
     :param ledger: the pool's ledger, which is called when work is done.
     :param worker: closes.
     :param opener: opens, renews and resets: what waits for the server.
-    :param remind: has somebody call :meth:`.Ledger.expire` in so many seconds.
+    :param remind: has somebody call :func:`.ages.expire` in so many seconds.
     :param on_leak: called when a connection is out for long, or was returned after all.
     """
 
@@ -147,7 +147,7 @@ class Effects:
             self._connections.drop(slot)
             logger_of(entry).warning("%s: could not renew %r: %r", section.label, slot, error)
         finally:
-            section.run(self._ledger.renewed, slot, entry, item.since, section.clock())
+            section.run(ages.renewed, self._ledger, slot, entry, item.since, section.clock())
 
     def _begin_filling(self, attachment: Attachment) -> None:
         if attachment not in self._filling:

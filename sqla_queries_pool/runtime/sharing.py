@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+from ..budget import engines
 from ..budget.slots import Attachment
 from ..budget.state import DEFAULT_LIMIT
 from ..host.policy import IDLE_FOR, Own
@@ -65,7 +66,7 @@ class SharedPool:
         """Set how many connections the pool may have; what is idle above it is closed by the worker."""
         if self._core is not None:
             section = self._core.section
-            work = section.decide(self._core.ledger.set_limit, float(limit), section.clock())
+            work = section.decide(engines.set_limit, self._core.ledger, float(limit), section.clock())
             section.effects.do_soon(work)
 
 

@@ -11,10 +11,11 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from ..budget import closing
+from ..budget import ages, closing
 from ..budget.audit import COLLECTED, UNDER_WAY, Audit, Finding, findings, mend
-from ..budget.ledger import LOOK_EVERY, Ledger
+from ..budget.ledger import Ledger
 from ..budget.slots import Attachment
+from ..budget.state import LOOK_EVERY
 from ..concurrency.housekeeping import Housekeeper, Worker
 from ..logs import logger
 from ..sockets import liveness
@@ -104,7 +105,7 @@ class Upkeep:
             if self.mend():
                 self.schedule(2 * UNDER_WAY)
                 self._mend_at = -math.inf
-        section.effects.do_soon(section.decide(ledger.expire, section.clock()))
+        section.effects.do_soon(section.decide(ages.expire, ledger, section.clock()))
         if self._closer.catch_up() and section.clock() >= self._catch_up_at:
             self._catch_up_at = section.clock() + CATCH_UP
             self.schedule(CATCH_UP)
