@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,18 @@ def test_dispose_closes_no_other_engines_connections(
     mine.dispose()
     assert driver.numbers() == [2]
     assert other.pool.checkedin() == 1  # type: ignore[attr-defined]
+
+
+def test_a_program_that_disposes_again_and_again_leaves_one_reminder(
+    make_engine: Callable[..., Engine], eventually: Eventually
+) -> None:
+    """The housekeeper comes by once; it does not remember each time that it was asked to."""
+    engine = make_engine()
+    for _ in range(100):
+        engine.connect().close()
+        engine.dispose()
+    upkeep = inside.upkeep(inside.shared(engine.pool))
+    eventually(lambda: weakref.getweakrefcount(upkeep) == 1, "the housekeeper has read its mail")
 
 
 def test_disposing_twice_is_harmless(driver: FakeDriver, make_engine: Callable[..., Engine]) -> None:
