@@ -22,7 +22,6 @@ from ..insight.snapshot import Diagnosis
 from ..labels import checkout_deadline, checkout_label
 from ..pool.manager import everywhere
 from . import probe
-from .failover import STANDBY
 from .records import Record
 from .settings import IGNORE, RAISE
 from .sides import NotFirst
@@ -215,8 +214,8 @@ class Attempt:
         """Close a record's connection if it is dead, or is to be replaced."""
         why = probe.staleness(record)
         alive = why is not None or probe.alive(record, self._deadline)
-        if alive and why is None and self._pool.failover.is_on_standby(record, self._deadline):
-            why = STANDBY
+        if alive and why is None:
+            why = self._pool.failover.why_useless(record, self._deadline)
         # Another thread may have found a disconnect meanwhile.
         if alive and (why := why or probe.staleness(record)):
             self._pool.logger.info("Connection %r %s; recycling", record.dbapi_connection, why)

@@ -138,7 +138,7 @@ class QueriesPool(SQLAlchemyPool):
         self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self.failover = failover.Failover(self._core)
-        """Which of its connections are to be asked whether their server is a standby."""
+        """Which of its connections are to be asked whether their server can't write."""
         self._checkouts = self._core.checkouts
         self._core.on_leak, self._core.on_idle = log_leak, log_idle
         if quota.stated == math.inf:
