@@ -16,7 +16,7 @@ import sqlalchemy
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
 from hazards import DEADLINE, Stop, Thread, driver_connection_of, eventually, new_pid, new_pool
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
 import sqla_queries_pool
@@ -215,6 +215,20 @@ def test_one_that_executes_is_seen_executing(
     )
     with pytest.raises(sqlalchemy.exc.DBAPIError):
         thread.join()
+
+
+def test_one_that_is_being_opened_is_in_no_transaction(engine: Engine) -> None:
+    """What a ``connect`` listener executes is not the checkout's."""
+    found: list[Holder] = []
+
+    @event.listens_for(engine, "connect")
+    def ask(connection: Any, _: object) -> None:
+        connection.cursor().execute("SELECT 1")
+        found.extend(holders(engine.pool))
+
+    engine.connect().close()
+    assert [(holder.state, holder.transaction) for holder in found] == [("opening", None)]
+    assert found[0].backend_pid
 
 
 def test_a_driver_that_knows_nothing_of_it_is_asked_nothing(pid: str) -> None:
