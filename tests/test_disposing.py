@@ -200,7 +200,7 @@ def test_a_detached_connection_is_beyond_dispose(
     assert report(engine.pool)["connections"]["detached"] == 0  # type: ignore[arg-type]
 
 
-def test_who_waits_during_a_dispose_is_served(
+def test_a_checkout_that_waits_during_a_dispose_is_served(
     driver: FakeDriver, make_engine: Callable[..., Engine], eventually: Eventually
 ) -> None:
     """Threads in the disposed pool's line get connections, opened after the dispose; nobody is left over."""
@@ -394,7 +394,7 @@ def test_a_dropped_engine_gives_its_budget_back(
     assert report(keeper.pool)["max_size"] == 1  # type: ignore[arg-type]
 
 
-def test_who_waits_gets_the_slot_of_a_dropped_engine(
+def test_a_waiting_checkout_gets_the_slot_of_a_dropped_engine(
     driver: FakeDriver, make_engine: Callable[..., Engine], eventually: Eventually
 ) -> None:
     """A connection that was out when its engine was forgotten gives its slot to the next waiter."""

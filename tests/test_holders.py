@@ -309,7 +309,7 @@ def test_tasks_have_their_own_labels(pid: str) -> None:
     assert asyncio.run(both_of_them()) == ["a", "b"]
 
 
-def test_who_waits_has_name_label_and_time_and_then_holds_with_the_same(
+def test_a_waiting_checkout_has_name_label_and_time_and_then_holds_with_the_same(
     pid: str, clock: FakeClock, eventually: Eventually
 ) -> None:
     """In the queue, and after it was handed a connection that had another holder's label."""
@@ -370,7 +370,7 @@ def test_the_stack_survives_a_dispose_of_the_engine(pg_url: str) -> None:
 
 
 def test_while_one_is_probed_label_and_stack_are_both_its_new_holders() -> None:
-    """A ping that takes its time: who waits for it is shown, and not who had the connection before."""
+    """A ping that takes its time: the checkout that waits for it is shown, and not the holder before."""
     driver, stop = FakeDriver(), Stop()
     engine = create_engine(
         "fake://host/probing",

@@ -79,7 +79,7 @@ def test_eight_busy_processes_share_twelve(host: Hosts, eventually: Eventually) 
     assert one.peak == 12
 
 
-def test_what_is_idle_goes_to_who_waits(host: Hosts, eventually: Eventually) -> None:
+def test_what_is_idle_goes_to_waiting_checkouts(host: Hosts, eventually: Eventually) -> None:
     """One process has used all; another gets all as soon as it wants them."""
     one = host(4)
     first, second = one.start(2)
@@ -385,7 +385,7 @@ def test_an_idle_process_sleeps_until_something_happens(
     assert folder.lock(0) is None
     pool: Any = engine.pool
     PoolManager.set_idle_ttl(pool.pid, 0.1)
-    eventually(lambda: folder.lock(0) is not None, "it was told of the close", 10)
+    eventually(lambda: folder.lock(0) is not None, "it has heard of the close", 10)
     folder.close()
     engine.dispose()
 

@@ -1111,7 +1111,7 @@ def test_a_fuse_that_blows_as_the_answer_comes_costs_the_connection(
 def test_a_ping_that_hangs_is_felt_by_nobody_else(
     pg_server: SessionServer, pg_url: str, new_engine: NewEngine
 ) -> None:
-    """Not by who waits in the same pool, nor by another pool: its checkouts, its pings, its waiters."""
+    """Not by what waits in the same pool, nor by another pool: its checkouts, its pings, its waiters."""
     pid = new_pid()
     with Proxy(pg_server.host, pg_server.port) as proxy:
         stuck = new_engine(proxy.url(pg_url), pool_id=pid, max_size=2, ping_after=0, ping_timeout=None)

@@ -455,7 +455,7 @@ def test_a_loop_that_ends_leaves_no_connection(server: MariaDB, url: str, how: s
         loop = asyncio.new_event_loop()
         loop.run_until_complete(fill_there(engine))
         loop.close()
-        del loop  # who is told of its end is told by the collector
+        del loop  # its end is noticed by the collector
 
     def gone() -> bool:
         gc.collect()

@@ -115,7 +115,7 @@ def test_an_opening_that_fails_says_so(new_engine: NewEngine) -> None:
     assert list(seconds) == [OPENING]
 
 
-def test_who_waits_and_then_opens_says_both(eventually: Eventually) -> None:
+def test_a_checkout_that_waits_and_then_opens_says_both(eventually: Eventually) -> None:
     """Another engine's slot came free; the time before is the waiting's."""
     pid, driver = new_pid(), FakeDriver()
     other = new_pool(pid, driver.connect, max_size=1)
