@@ -11,11 +11,11 @@ All applications run all the time, and are asked in turn.  It needs PostgreSQL, 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import random
 import re
-import runpy
 import shutil
 import socket
 import subprocess
@@ -56,7 +56,7 @@ QUIET, BUSY = 0.3, 0.1
 """Seconds in which an application does nothing, and the processor time of each that does not count."""
 TOLD = "BENCHMARKS_APPLICATION"
 """The variable with the URL and the parameters of the engine, as JSON."""
-PGBOUNCER = Path(__file__).parent.parent / "tests" / "pgbouncer.py"
+TESTS = Path(__file__).parent.parent / "tests"
 POOLS = {kind.__name__: kind for kind in (QueuePool, NullPool, AsyncAdaptedQueuePool, QueriesPool)}
 
 READ = text("SELECT id, randomnumber FROM world WHERE id = :id")
@@ -214,10 +214,11 @@ def running(way: Way, server: EmbeddedPostgres, role: str) -> Iterator[Running]:
         processes = []
         if way.behind:
             settings = {"pool_mode": "transaction", "default_pool_size": BUDGET, "max_client_conn": 1000}
-            kind = runpy.run_path(str(PGBOUNCER))["PgBouncer"]
+            sys.path.append(str(TESTS))
+            kind = importlib.import_module("pgbouncer").PgBouncer
             bouncer = stack.enter_context(kind(server, settings, users={role: role}))
             url = url.set(port=bouncer.port)
-            processes.append(psutil.Process(bouncer._process.pid))
+            processes.append(psutil.Process(bouncer.pid))
         if way.server == "FastAPI":
             url = url.set(drivername="postgresql+asyncpg")
         told = {"url": url.render_as_string(hide_password=False), **way.options}

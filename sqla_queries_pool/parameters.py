@@ -272,8 +272,11 @@ def stated_max_size(
     return max_size("max_size", limit)
 
 
-def of_sqlalchemys(kw: dict[str, Any]) -> dict[str, Any]:
-    """What is SQLAlchemy's, with text understood: create_engine converts none, engine_from_config some."""
+def of_sqlalchemys(kw: dict[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """What is SQLAlchemy's, with text understood: create_engine converts none, engine_from_config some.
+
+    :param names: the names by which parameters were stated, where they are others: an error has those.
+    """
     convert: dict[str, Callable[[str, object], object]] = {
         "recycle": recycle,
         "pre_ping": flag,
@@ -281,7 +284,9 @@ def of_sqlalchemys(kw: dict[str, Any]) -> dict[str, Any]:
         "reset_on_return": reset_on_return,
         "logging_name": logging_name,
     }
-    return {name: convert[name](name, kw[name]) if name in convert else kw[name] for name in kw}
+    return {
+        name: convert[name](names.get(name, name), kw[name]) if name in convert else kw[name] for name in kw
+    }
 
 
 def pool_id(name: str, value: object) -> str | None:

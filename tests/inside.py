@@ -96,7 +96,7 @@ def manager() -> Any:
 
 
 def waiters(pool: Any) -> Any:
-    """Who waits for a slot."""
+    """The checkouts that wait for a slot."""
     return core(pool).ledger.waiters()
 
 
@@ -314,8 +314,8 @@ def another_ledger(of: Ledger) -> Ledger:
     return Ledger(of._on_lost, of._new_slot)
 
 
-def told_of_leaks(of: Any) -> Any:
-    """The leaks that a ledger has told of."""
+def logged_leaks(of: Any) -> Any:
+    """The leaks that a ledger has had logged."""
     return of.leaks._told
 
 
@@ -494,7 +494,7 @@ def give_no_grace(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def watched() -> tuple[bool, int]:
-    """Do all pools note where connections are checked out; and who is told of what nobody returns?"""
+    """Do all pools note where connections are checked out; and who hears of what nobody returns?"""
     return QueriesPool._track_stacks, len(unreturned.listeners)
 
 

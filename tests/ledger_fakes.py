@@ -267,7 +267,7 @@ class Simulator:
             for entry in [*attachment.idle, *attachment.hollow]:
                 assert self.told <= entry.slot.since + attachment.ttl, "nobody was told when it expires"
             stale = any(slot.stale and Reset(slot) not in self.todo for slot in attachment.locked)
-            assert not stale or self.told <= self.now + GRACE, "nobody was told of a stale lock"
+            assert not stale or self.told <= self.now + GRACE, "a stale lock was left to nobody"
         assert ledger.backoff.refusals == self.refusals
         assert not self.refusals or ledger.backoff.retry_at == self.pause_ends
         closes = [item.slot for item in self.todo if isinstance(item, Close)]

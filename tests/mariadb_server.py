@@ -14,15 +14,15 @@ import shutil
 import signal
 import subprocess
 import tempfile
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from server_process import READY_SECONDS, ServerProcess
 from sqlalchemy import URL
 
-from sqla_queries_pool.demo.embedded import _account, _free_port
+from sqla_queries_pool.demo.embedded import _free_port
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from 3.11 on
@@ -31,7 +31,6 @@ PROGRAM = shutil.which("mariadbd", path=f"{os.environ.get('PATH', '')}:/usr/sbin
 SCRIPTS = Path("/usr/share/mysql")
 SYSTEM = ("mysql_system_tables.sql", "mysql_performance_tables.sql", "mysql_system_tables_data.sql")
 """What makes the database `mysql`.  `mariadb-install-db` runs them, too, but needs MariaDB's clients."""
-READY_SECONDS = 30.0
 needs_server = pytest.mark.skipif(
     PROGRAM is None or not (SCRIPTS / SYSTEM[0]).is_file(),
     reason="there is no MariaDB server (Debian: apt-get install mariadb-server-core)",
@@ -43,8 +42,8 @@ DRIVERS = {"pymysql": "pymysql", "mysqldb": "MySQLdb", "mariadbconnector": "mari
 class MariaDB:
     """A server; settings as on its command line: ``{"max_connections": 10}``.
 
-    It refuses to run as root, whose servers run as `postgres` or `nobody`.  That account owns the data alone,
-    lest root write where a link in its place leads.  The server's own root gets in by the unix socket only.
+    The account that it runs as (server_process.py) owns the data alone, lest root write where a link in its
+    place leads.  The server's own root gets in by the unix socket only.
     """
 
     host = "127.0.0.1"
@@ -57,9 +56,8 @@ class MariaDB:
         self.password = secrets.token_urlsafe(16)
         self.port = _free_port()
         self._below = folder or Path("/tmp")
-        self._account = _account() if os.geteuid() == 0 else None
         self._folder: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = ServerProcess()
 
     def __enter__(self) -> Self:
         try:
@@ -103,24 +101,12 @@ class MariaDB:
     def start(self) -> None:
         """Start it, return when it accepts connections; the data and the port are those of before."""
         since = len(self.log())
-        self._process = self._run(f"--init-file={self.folder / 'init.sql'}")
-        deadline = time.monotonic() + READY_SECONDS
-        while "ready for connections" not in self.log()[since:]:
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"MariaDB does not start:\n{self.log()[since:]}")
-            time.sleep(0.005)
+        command = self._command(f"--init-file={self.folder / 'init.sql'}")
+        self._process.start(command, self.folder, lambda: "ready for connections" in self.log()[since:])
 
     def stop(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End it, with all its connections; SIGKILL is a crash."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.send_signal(number)
-            process.send_signal(signal.SIGCONT)  # a test may have frozen it
-            try:
-                process.wait(READY_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        self._process.stop(number)
 
     def restart(self, number: signal.Signals = signal.SIGTERM) -> None:
         """End it, and start it again."""
@@ -138,18 +124,17 @@ class MariaDB:
             f"CREATE DATABASE IF NOT EXISTS {self.database};\n"
         )
         folder.chmod(0o755)
-        if self._account is not None:
-            os.chown(folder / "data", *self._account)
-            os.chown(folder / "init.sql", *self._account)
+        if self._process.account is not None:
+            os.chown(folder / "data", *self._process.account)
+            os.chown(folder / "init.sql", *self._process.account)
         script = "".join((SCRIPTS / name).read_text() for name in SYSTEM)
         root = "SET @auth_root_socket = 'root';"  # else anybody on this machine would be root
-        bootstrap = self._run("--bootstrap", stdin=subprocess.PIPE)
+        bootstrap = self._process.run(self._command("--bootstrap"), folder, subprocess.PIPE)
         bootstrap.communicate(f"CREATE DATABASE mysql;\nUSE mysql;\n{root}\n{script}".encode(), READY_SECONDS)
         if bootstrap.returncode:
             raise RuntimeError(f"MariaDB can't be prepared:\n{self.log()}")
 
-    def _run(self, *options: str, stdin: int = subprocess.DEVNULL) -> subprocess.Popen[bytes]:
-        uid, gid = self._account or (None, None)
+    def _command(self, *options: str) -> list[str]:
         settings = {
             "bind_address": self.host,
             "port": self.port,
@@ -166,18 +151,7 @@ class MariaDB:
             "max_connect_errors": 1_000_000,
             **self.settings,
         }
-        with open(self.folder / "log", "ab") as log:
-            return subprocess.Popen(
-                [str(PROGRAM), "--no-defaults", *(f"--{k}={v}" for k, v in settings.items()), *options],
-                stdin=stdin,
-                stdout=log,
-                stderr=log,
-                cwd=self.folder,
-                user=uid,
-                group=gid,
-                extra_groups=None if uid is None else [],
-                start_new_session=True,  # Ctrl-C is for the tests, which then stop it
-            )
+        return [str(PROGRAM), "--no-defaults", *(f"--{k}={v}" for k, v in settings.items()), *options]
 
     def _discard(self) -> None:
         self.stop(signal.SIGKILL)

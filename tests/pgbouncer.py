@@ -8,33 +8,29 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import tempfile
-import time
 from collections.abc import Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import psycopg2
+from server_process import ServerProcess
 from sqlalchemy import URL
 
-from sqla_queries_pool.demo.embedded import EmbeddedPostgres, _account, _free_port
+from sqla_queries_pool.demo.embedded import EmbeddedPostgres, _free_port
 
 if TYPE_CHECKING:
     from typing_extensions import Self  # typing has it from 3.11 on
 
 PROGRAM = shutil.which("pgbouncer", path=f"{os.environ.get('PATH', '')}:/usr/sbin:/usr/local/sbin")
-READY_SECONDS = 10.0
 
 
 class PgBouncer:
     """A PgBouncer in front of `server`, or of another port that leads to it; settings as in its manual.
 
-    It refuses to run as root, whose PgBouncer runs as `postgres` or `nobody`.  The files are in a folder of
-    its own, which it can enter.
+    The files are in a folder of its own, which the account that it runs as (server_process.py) can enter.
     """
 
     host = "127.0.0.1"
@@ -61,7 +57,7 @@ class PgBouncer:
         }
         self._port_of_server = port_of_server or server.port
         self._folder: Path | None = None
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = ServerProcess()
 
     def __enter__(self) -> Self:
         try:
@@ -85,36 +81,16 @@ class PgBouncer:
         """Start it, return when it listens."""
         if self._folder is None:
             self._folder = self._prepare()
-        uid, gid = _account() if os.geteuid() == 0 else (None, None)
-        with open(self._folder / "log", "ab") as log:
-            self._process = process = subprocess.Popen(
-                [str(PROGRAM), "pgbouncer.ini"],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                cwd=self._folder,
-                user=uid,
-                group=gid,
-                extra_groups=None if uid is None else [],
-                start_new_session=True,  # Ctrl-C is for the tests, which then stop it
-            )
-        deadline = time.monotonic() + READY_SECONDS
-        while not self._listens():
-            if process.poll() is not None or time.monotonic() > deadline:
-                raise RuntimeError(f"PgBouncer does not start:\n{self.log()}")
-            time.sleep(0.005)
+        self._process.start([str(PROGRAM), "pgbouncer.ini"], self._folder, self._listens)
 
     def stop(self) -> None:
         """End it at once, with all its connections."""
-        process, self._process = self._process, None
-        if process is not None:
-            process.terminate()
-            process.send_signal(signal.SIGCONT)  # a test may have frozen it
-            try:
-                process.wait(READY_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
+        self._process.stop()
+
+    @property
+    def pid(self) -> int:
+        """Its process id, while it runs."""
+        return self._process.pid
 
     def restart(self) -> None:
         """End it, and start it again on the same port."""

@@ -40,7 +40,7 @@ def hungry_collector() -> Iterator[None]:
 
 @pytest.fixture
 def no_collector(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The collector does not run by itself; who waits may ask for it, however short ago another test did."""
+    """The collector does not run by itself; a waiting checkout may ask for it, whatever another test did."""
     inside.next_collection(monkeypatch, 0.0)
     gc.disable()
     yield
@@ -245,7 +245,7 @@ def test_300_engines_that_were_dropped_leave_nothing(
 
 
 @pytest.mark.usefixtures("no_collector")
-def test_what_a_dropped_engine_had_out_passes_on_to_who_waits(
+def test_what_a_dropped_engine_had_out_passes_on_to_waiting_checkouts(
     new_engine: Callable[..., Engine], pg_observer: Any, pg_url: str, eventually: Eventually
 ) -> None:
     """An engine and its connections, all out, are dropped in one cycle while another engine waits."""

@@ -493,7 +493,7 @@ def test_two_databases_have_a_budget_each(
 ) -> None:
     """The template multidb with max_size=1: it holds one connection to each while the application has one
     idle at each; and when one of them is checked out, that is the one that the error speaks of. (Then env.py
-    abandons its connection to the other one in a reference cycle. Who waits for it has it collected.)"""
+    abandons its connection to the other one in a cycle. A checkout that waits for it has it collected.)"""
     project = Project(tmp_path, "multidb")
     project.add("one", STEPS["one"])
     urls = {"shop": pg_url, "archive": second_url}

@@ -594,7 +594,7 @@ def test_a_nested_checkout_is_told_as_such(make: Make) -> None:
     assert (found.kind, "has started tasks" in found.cause) == ("nested-checkout", True)
 
 
-def test_tasks_that_wait_for_each_other_are_told_of(make: Make) -> None:
+def test_tasks_that_wait_for_each_other_are_reported(make: Make) -> None:
     """A deadlock of two tasks in one thread."""
 
     async def two(both: list[int]) -> None:

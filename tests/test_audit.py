@@ -53,7 +53,7 @@ class Scene:
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:
-        """Nobody is told of the death of what is bound in here, as if its callback had been interrupted."""
+        """No callback hears of the death of what is bound in here, as if it had been interrupted."""
         hear = inside.deafen(self.ledger)
         try:
             yield
@@ -381,7 +381,7 @@ def test_what_a_living_session_has_locked_stays_its_own(of: str, eventually: Eve
 
 
 @pytest.mark.parametrize("broken", LOSSES)
-def test_who_waits_gets_what_was_lost_without_an_audit(
+def test_a_waiting_checkout_gets_what_was_lost_without_an_audit(
     broken: Break, monkeypatch: pytest.MonkeyPatch, eventually: Eventually
 ) -> None:
     """It is looked for after a moment, by a waiter; what was found is told by the next audit."""

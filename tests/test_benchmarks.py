@@ -233,7 +233,7 @@ def test_every_competitor_gives_a_connection_and_takes_it_back(program: Any) -> 
         assert calls.count("rollback") == 3, competitor.name
 
 
-def test_who_waits_in_vain_is_told_so_in_sqlalchemys_words(program: Any) -> None:
+def test_a_checkout_that_waits_in_vain_fails_with_sqlalchemys_words(program: Any) -> None:
     """All that take part where somebody has to wait raise the same error, and know the same limit."""
     for competitor in (*program.overload.COMPETITORS, program.competitors.QUERIES_3):
         if competitor.there:

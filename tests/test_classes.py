@@ -345,7 +345,7 @@ def test_the_error_says_that_a_class_has_reached_its_ceiling(new: Any) -> None:
 
 
 def test_statistics_exporters_and_the_page_tell_of_classes(new: Any, no_other_pools: None) -> None:
-    """What each has, who waits, and how long those waited that were served."""
+    """What each has, how many wait, and how long those waited that were served."""
     engine = new(classes=WEB, pool_timeout=20)
 
     def job() -> None:

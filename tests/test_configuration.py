@@ -100,9 +100,9 @@ def test_reset_on_return_is_a_word(configured: Make, text: str, style: str) -> N
         ("max_size = many", "max_size='many' is not valid"),
         ("idle_ttl = -1", "idle_ttl='-1' is not valid: write a number of seconds, zero or more"),
         ("check_limits = perhaps", "check_limits='perhaps' is not valid: write True or False"),
-        ("pool_use_lifo = perhaps", "use_lifo='perhaps' is not valid"),
-        ("pool_pre_ping = perhaps", "pre_ping='perhaps' is not valid: write True or False"),
-        ("pool_recycle = -7", "recycle=-7 is not valid: write a number of seconds, zero or more, or -1"),
+        ("pool_use_lifo = perhaps", "pool_use_lifo='perhaps' is not valid"),
+        ("pool_pre_ping = perhaps", "pool_pre_ping='perhaps' is not valid: write True or False"),
+        ("pool_recycle = -7", "pool_recycle=-7 is not valid: write a number of seconds, zero or more, or -1"),
         ("pool_size = -1", "pool_size=-1 is not valid"),
     ],
 )

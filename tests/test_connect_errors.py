@@ -694,7 +694,7 @@ def test_with_a_timeout_of_0_there_is_one_attempt(outside: Outside) -> None:
 
 
 @pytest.mark.usefixtures("long_pauses")
-def test_who_waits_for_the_server_takes_what_is_returned_meanwhile(
+def test_a_checkout_that_waits_for_the_server_takes_what_is_returned_meanwhile(
     outside: Outside, eventually: Eventually
 ) -> None:
     """A connection of our own is as good as a new one: no waiting for the end of the pause."""
@@ -789,7 +789,7 @@ def test_two_engines_on_one_pool_have_one_pause(outside: Outside, eventually: Ev
 def test_a_wait_in_a_queue_that_no_server_could_shorten_asks_as_seldom_as_ever(
     outside: Outside, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Refusals of long ago, which nobody has tried to overcome, make nobody busy who waits for a slot."""
+    """Refusals of long ago, which nobody has tried to overcome, make no waiting checkout busy."""
     small, other = outside.engine(max_size=1), outside.engine(pool_timeout=0)
     with small.connect():
         outside.proxy.refuse()

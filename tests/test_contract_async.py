@@ -103,7 +103,7 @@ OTHERWISE = {
     "test_a_detached_connection_lives_on_its_own",
     "test_every_event_of_a_detached_connection",
     "test_what_nobody_refers_to_is_closed",
-    "test_what_nobody_refers_to_is_told_of_and_its_slot_is_free",
+    "test_what_nobody_refers_to_is_reported_and_its_slot_is_free",
 }
 """Before 2.0.3, SQLAlchemy was of another opinion; QueriesPool is of today's with any version."""
 
@@ -1033,7 +1033,7 @@ ABANDONED = pytest.mark.filterwarnings(
 @ABANDONED
 @pytest.mark.parametrize("cycle", [False, True])
 @in_a_loop
-async def test_what_nobody_refers_to_is_told_of_and_its_slot_is_free(engines: Engines, cycle: bool) -> None:
+async def test_what_nobody_refers_to_is_reported_and_its_slot_is_free(engines: Engines, cycle: bool) -> None:
     """Nothing can be awaited in a collection, so it is detached: a warning, and no rollback."""
     engine = engines(1)
     connection = await engine.connect()
@@ -1081,7 +1081,7 @@ def _invalidate(record: Any, _: Any) -> None:
 
 @in_a_loop
 async def test_what_was_invalidated_and_abandoned_is_just_returned(engines: Engines) -> None:
-    """There is no connection any more that could be told of."""
+    """There is no connection any more that could be reported."""
     engine = engines(1)
     connection = await engine.connect()
     fairy: Any = await connection.get_raw_connection()

@@ -41,7 +41,7 @@ new_pool = functools.partial(any_pool, on_deadlock="raise")
 Eventually = Callable[..., None]
 SEEDS = [pytest.param(seed, marks=pytest.mark.exhaustive) for seed in (20261123, 7, 4711)]
 DEADLINE = 120.0
-"""Seconds after which a thread of the stress run counts as one that nobody told of its deadlock."""
+"""Seconds after which a thread of the stress run counts as one that had no error of its deadlock."""
 
 
 class Server(Handle):
@@ -150,7 +150,7 @@ def told(waiter: Any, *pools: QueriesPool) -> Any:
 # -- the rule, by a clock of its own ----------------------------------------------------------------
 
 
-def test_who_waits_for_itself_is_told_when_nothing_has_moved_for_the_grace(
+def test_a_thread_that_waits_for_itself_has_an_error_when_nothing_has_moved_for_the_grace(
     sides: Callable[..., Side], eventually: Eventually
 ) -> None:
     """A checkout inside another, at a limit of one: nothing at the first look, nothing before the grace is
@@ -194,7 +194,7 @@ def test_a_circle_may_lead_through_several_pools(
     assert told(waiters[-1], pools[0]) is None
 
 
-def test_who_waits_and_holds_nothing_is_not_asked_to_give_up(
+def test_a_thread_that_waits_and_holds_nothing_is_not_asked_to_give_up(
     sides: Callable[..., Side], eventually: Eventually
 ) -> None:
     """A newcomer without a connection waits on; the newest of those who hold one is told all the same."""
@@ -233,7 +233,7 @@ def test_while_one_holder_does_not_wait_there_is_hope(
     assert told(worker.waits_for(pool, eventually), pool) is not None
 
 
-def test_who_waits_for_a_circle_without_being_in_it_is_not_told(
+def test_a_thread_that_waits_for_a_circle_without_being_in_it_has_no_error(
     sides: Callable[..., Side], eventually: Eventually
 ) -> None:
     """A holds in a pool of its own and waits, later than they, for a pool where two wait for each other: they
@@ -362,7 +362,7 @@ def test_an_unread_letter_is_hope(sides: Callable[..., Side], eventually: Eventu
 def test_while_the_server_refuses_it_is_no_deadlock(
     sides: Callable[..., Side], eventually: Eventually
 ) -> None:
-    """A slot is free, and who waits for it waits for the server, whatever it holds."""
+    """A slot is free, and a checkout that waits for it waits for the server, whatever it holds."""
     pool = still_pool(max_size=2)
     shared = inside.shared(pool)
     side = sides("nested", pool)
@@ -630,7 +630,7 @@ def test_garbage_is_collected_before_anybody_is_told(
     gc_on_wait: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The connection that the thread waits for is its own, forgotten in a cycle; others have asked for a
-    collection so short ago that none is due.  It is served, and not told of a deadlock with itself."""
+    collection so short ago that none is due.  It is served, and has no error of a deadlock with itself."""
     pool = new_pool(max_size=1, timeout=20.0, gc_on_wait=gc_on_wait, deadlock_grace=0.0)
     with sleeping_collector():
         Ring(pool.connect())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import threading
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,6 +73,18 @@ def test_dispose_closes_no_other_engines_connections(
     mine.dispose()
     assert driver.numbers() == [2]
     assert other.pool.checkedin() == 1  # type: ignore[attr-defined]
+
+
+def test_a_program_that_disposes_again_and_again_leaves_one_reminder(
+    make_engine: Callable[..., Engine], eventually: Eventually
+) -> None:
+    """The housekeeper comes by once; it does not remember each time that it was asked to."""
+    engine = make_engine()
+    for _ in range(100):
+        engine.connect().close()
+        engine.dispose()
+    upkeep = inside.upkeep(inside.shared(engine.pool))
+    eventually(lambda: weakref.getweakrefcount(upkeep) == 1, "the housekeeper has read its mail")
 
 
 def test_disposing_twice_is_harmless(driver: FakeDriver, make_engine: Callable[..., Engine]) -> None:
@@ -187,7 +200,7 @@ def test_a_detached_connection_is_beyond_dispose(
     assert report(engine.pool)["connections"]["detached"] == 0  # type: ignore[arg-type]
 
 
-def test_who_waits_during_a_dispose_is_served(
+def test_a_checkout_that_waits_during_a_dispose_is_served(
     driver: FakeDriver, make_engine: Callable[..., Engine], eventually: Eventually
 ) -> None:
     """Threads in the disposed pool's line get connections, opened after the dispose; nobody is left over."""
@@ -381,7 +394,7 @@ def test_a_dropped_engine_gives_its_budget_back(
     assert report(keeper.pool)["max_size"] == 1  # type: ignore[arg-type]
 
 
-def test_who_waits_gets_the_slot_of_a_dropped_engine(
+def test_a_waiting_checkout_gets_the_slot_of_a_dropped_engine(
     driver: FakeDriver, make_engine: Callable[..., Engine], eventually: Eventually
 ) -> None:
     """A connection that was out when its engine was forgotten gives its slot to the next waiter."""

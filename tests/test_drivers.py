@@ -23,6 +23,7 @@ from sqlalchemy import URL, Engine, create_engine, exc, text
 from sqlalchemy.engine import make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
+from swallowed_pings import TIMES, check_ping_ends, check_ping_in_a_loop_ends
 
 from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
@@ -167,15 +168,8 @@ def test_a_ping_of_pg8000_into_a_network_that_swallows_everything_ends(
     """After ping_timeout; then the pool connects again."""
     with Proxy(pg_server.host, pg_server.port) as proxy:
         url = pg8000_url.render_as_string(hide_password=False)
-        engine = create_engine(proxy.url(url), poolclass=QueriesPool, ping_after=0, ping_timeout=0.2)
-        engine.connect().close()
-        proxy.blackhole()
-        task = Task(engine.connect)
-        eventually(lambda: pool_of(engine).statistics().dead == 1, "the ping ends", 10)
-        proxy.pass_on()
-        task.result().close()
-        proxy.blackhole()
-        Task(engine.dispose).result()  # it says goodbye into that network
+        engine = create_engine(proxy.url(url), poolclass=QueriesPool, **TIMES)
+        check_ping_ends(proxy, engine, lambda: engine.connect().close())
 
 
 def test_with_pg8000_an_open_waits_for_the_servers_end_of_a_close(
@@ -207,24 +201,8 @@ def test_a_ping_of_asyncpg_into_a_network_that_swallows_everything_ends(
 ) -> None:
     """After ping_timeout; then the pool connects again."""
     pytest.importorskip("asyncpg")
-
-    async def main() -> None:
-        url = make_url(proxy.url(pg_url)).set(drivername="postgresql+asyncpg")
-        engine = create_async_engine(url, poolclass=QueriesPool, ping_after=0, ping_timeout=0.2)
-        async with engine.connect():
-            pass
-        proxy.blackhole()
-        connection = engine.connect()
-        task = asyncio.ensure_future(connection.start())
-        while pool_of(engine.sync_engine).statistics().dead == 0:
-            await asyncio.sleep(0.01)
-        proxy.pass_on()
-        await task
-        await connection.close()
-        await engine.dispose()
-
-    with Proxy(pg_server.host, pg_server.port) as proxy:
-        asyncio.run(asyncio.wait_for(main(), 20))
+    url = make_url(pg_url).set(drivername="postgresql+asyncpg").render_as_string(hide_password=False)
+    check_ping_in_a_loop_ends(pg_server.host, pg_server.port, url)
 
 
 def test_with_asyncpg_an_open_waits_for_the_servers_end_of_a_close(

@@ -179,6 +179,42 @@ def test_what_was_opened_to_a_standby_is_replaced_once_it_says_so(
     engine.dispose()
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
+def test_what_is_older_than_the_fence_of_its_server_is_replaced() -> None:
+    """``default_transaction_read_only`` in the configuration: one error, and all are asked before their next
+    use.  What is opened then leads to the same server here, and stays; so does a session's own wish."""
+    with EmbeddedPostgres(folder=in_memory()) as server:
+        engine = create_engine(server.url(), poolclass=QueriesPool, max_size=SIZE)
+        wish = {"options": "-c default_transaction_read_only=on"}
+        reader = create_engine(server.url(), poolclass=QueriesPool, pool_id="reader", connect_args=wish)
+
+        def writes(engine: Engine) -> None:
+            with engine.begin() as connection, pytest.raises(exc.DBAPIError, match="read-only transaction"):
+                connection.execute(text("CREATE TABLE t (n int)"))
+
+        held = [engine.connect() for _ in range(3)]
+        for connection in held:
+            connection.close()
+        writes(reader)
+        with engine.connect().execution_options(isolation_level="AUTOCOMMIT") as connection:
+            connection.execute(text("ALTER SYSTEM SET default_transaction_read_only = on"))
+            connection.execute(text("SELECT pg_reload_conf()"))
+            while connection.scalar(text("SHOW default_transaction_read_only")) == "off":
+                pass
+        for _ in range(4):
+            writes(engine)
+            writes(reader)
+        held = [engine.connect() for _ in range(3)]
+        for connection in held:
+            connection.close()
+        statistics = pool_of(engine).statistics()
+        assert (statistics.connects, statistics.closes) == (6, {"its server was set read-only": 3})
+        assert pool_of(reader).statistics().connects == 1
+        engine.dispose()
+        reader.dispose()
+
+
 def test_a_session_that_is_read_only_by_its_own_wish_costs_no_connection(pg_url: str) -> None:
     """By an option of SQLAlchemy's, and by a statement, in each of many transactions."""
     engine: Engine = create_engine(pg_url, poolclass=QueriesPool)

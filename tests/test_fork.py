@@ -464,7 +464,7 @@ def test_all_of_it_at_once(
         shared(engine).set_idle_ttl(60.0)
         return set()
 
-    # Who waits for a while would have the collector find what is abandoned.
+    # A checkout that waits for a while would have the collector find what is abandoned.
     parent = Parent(
         new_engine(max_size=7, poolclass=inside.pool_class(gc_on_wait=False)), pg_observer, monkeypatch
     )
@@ -651,7 +651,7 @@ def test_a_child_makes_snapshots_for_errors_of_its_own() -> None:
     assert "this thread already holds 1 of them" in said
 
 
-def test_who_waits_in_the_child_asks_the_collector(
+def test_a_checkout_that_waits_in_the_child_asks_the_collector(
     new_engine: Callable[..., Engine], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Although a thread of the parent was just doing so, which keeps others from it."""

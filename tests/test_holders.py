@@ -16,7 +16,7 @@ import sqlalchemy
 from conftest import Observer
 from fakes import FakeClock, FakeDriver
 from hazards import DEADLINE, Stop, Thread, driver_connection_of, eventually, new_pid, new_pool
-from sqlalchemy import Engine, create_engine, text
+from sqlalchemy import Engine, create_engine, event, text
 from sqlalchemy.orm import Session
 
 import sqla_queries_pool
@@ -217,6 +217,20 @@ def test_one_that_executes_is_seen_executing(
         thread.join()
 
 
+def test_one_that_is_being_opened_is_in_no_transaction(engine: Engine) -> None:
+    """What a ``connect`` listener executes is not the checkout's."""
+    found: list[Holder] = []
+
+    @event.listens_for(engine, "connect")
+    def ask(connection: Any, _: object) -> None:
+        connection.cursor().execute("SELECT 1")
+        found.extend(holders(engine.pool))
+
+    engine.connect().close()
+    assert [(holder.state, holder.transaction) for holder in found] == [("opening", None)]
+    assert found[0].backend_pid
+
+
 def test_a_driver_that_knows_nothing_of_it_is_asked_nothing(pid: str) -> None:
     """None, and no error."""
     pool = new_pool(pid)
@@ -295,7 +309,7 @@ def test_tasks_have_their_own_labels(pid: str) -> None:
     assert asyncio.run(both_of_them()) == ["a", "b"]
 
 
-def test_who_waits_has_name_label_and_time_and_then_holds_with_the_same(
+def test_a_waiting_checkout_has_name_label_and_time_and_then_holds_with_the_same(
     pid: str, clock: FakeClock, eventually: Eventually
 ) -> None:
     """In the queue, and after it was handed a connection that had another holder's label."""
@@ -356,7 +370,7 @@ def test_the_stack_survives_a_dispose_of_the_engine(pg_url: str) -> None:
 
 
 def test_while_one_is_probed_label_and_stack_are_both_its_new_holders() -> None:
-    """A ping that takes its time: who waits for it is shown, and not who had the connection before."""
+    """A ping that takes its time: the checkout that waits for it is shown, and not the holder before."""
     driver, stop = FakeDriver(), Stop()
     engine = create_engine(
         "fake://host/probing",

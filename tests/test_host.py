@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import random
 import shutil
@@ -30,6 +31,7 @@ from sqla_queries_pool.exporters import prometheus
 from sqla_queries_pool.host import lease
 from sqla_queries_pool.host.lease import Folder, folders_of
 from sqla_queries_pool.host.letters import Mailbox
+from sqla_queries_pool.host.postman import postman
 
 pytestmark = pytest.mark.skipif(not lease.AVAILABLE, reason="there are no flock and Unix sockets")
 
@@ -77,7 +79,7 @@ def test_eight_busy_processes_share_twelve(host: Hosts, eventually: Eventually) 
     assert one.peak == 12
 
 
-def test_what_is_idle_goes_to_who_waits(host: Hosts, eventually: Eventually) -> None:
+def test_what_is_idle_goes_to_waiting_checkouts(host: Hosts, eventually: Eventually) -> None:
     """One process has used all; another gets all as soon as it wants them."""
     one = host(4)
     first, second = one.start(2)
@@ -383,9 +385,43 @@ def test_an_idle_process_sleeps_until_something_happens(
     assert folder.lock(0) is None
     pool: Any = engine.pool
     PoolManager.set_idle_ttl(pool.pid, 0.1)
-    eventually(lambda: folder.lock(0) is not None, "it was told of the close", 10)
+    eventually(lambda: folder.lock(0) is not None, "it has heard of the close", 10)
     folder.close()
     engine.dispose()
+
+
+def test_a_log_that_takes_long_holds_nobody_up(pg_url: str, tmp_path: Path, eventually: Eventually) -> None:
+    """What is wrong with the folder is logged when the lock of all shares is free again."""
+
+    def try_lock() -> bool:
+        free = postman.lock.acquire(timeout=5)
+        if free:
+            postman.lock.release()
+        return free
+
+    class Slow(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            found.append((record.getMessage(), Thread(try_lock).join()))
+
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1)
+    found: list[tuple[str, bool]] = []
+    logger, slow = logging.getLogger("sqlalchemy.pool"), Slow(logging.WARNING)
+    logger.addHandler(slow)
+    try:
+        with engine.connect():
+            (outer,) = tmp_path.iterdir()
+            shutil.rmtree(outer)
+            outer.touch()
+            eventually(lambda: found, "it is logged")
+    finally:
+        logger.removeHandler(slow)
+    outer.unlink()
+    pool: Any = engine.pool
+    eventually(lambda: pool.statistics().host.problem is None, "the folder is made again")
+    engine.dispose()
+    ((said, free),) = found
+    assert "the budget of the host can't be used fully" in said
+    assert free
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Connections that are out for too long are told of: once, by name, and when they are returned after all."""
+"""Connections that are out for too long are logged: once, by name, and when they are returned after all."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def look(pool: QueriesPool) -> None:
     inside.upkeep(pool).sweep()
 
 
-def test_one_that_is_out_for_longer_is_told_of_once_with_who_has_it(
+def test_one_that_is_out_for_longer_is_logged_once_with_its_holder(
     pid: str, clock: FakeClock, lines: Callable[[], list[str]]
 ) -> None:
     """Not before its time, then with thread, label and for how long; not again, however long it stays out."""
@@ -80,7 +80,7 @@ def test_it_says_when_one_is_returned_after_all(
     assert lines()[1:] == ["was returned after all, after 40.0 s"]
 
 
-def test_each_use_is_told_of_anew(pid: str, clock: FakeClock, lines: Callable[[], list[str]]) -> None:
+def test_each_use_is_logged_anew(pid: str, clock: FakeClock, lines: Callable[[], list[str]]) -> None:
     """The same connection, forgotten again after it had been returned: once more."""
     pool = new_pool(pid, leak_after=30.0)
     for _ in range(3):
@@ -95,7 +95,7 @@ def test_each_use_is_told_of_anew(pid: str, clock: FakeClock, lines: Callable[[]
 def test_one_that_was_used_again_between_two_looks_counts_from_its_second_use(
     pid: str, clock: FakeClock, lines: Callable[[], list[str]]
 ) -> None:
-    """What was told of was returned and is out again: neither is that leaked, nor is it told twice."""
+    """What was logged was returned and is out again: neither is that leaked, nor is it logged twice."""
     pool = new_pool(pid, leak_after=30.0)
     first = pool.connect()
     clock.now += 30.0
@@ -206,13 +206,13 @@ def test_a_detached_connection_was_not_returned(
     other = pool.connect()
     look(pool)
     assert not [line for line in lines() if "after 0.0 s" in line]
-    assert not inside.told_of_leaks(inside.ledger(pool))
+    assert not inside.logged_leaks(inside.ledger(pool))
     other.close()
     connection.close()
 
 
 def test_it_goes_on_across_a_dispose(pid: str, clock: FakeClock, lines: Callable[[], list[str]]) -> None:
-    """What is out when its engine is disposed of is told of, and that it was returned (to be closed)."""
+    """What is out when its engine is disposed of is logged, and that it was returned (to be closed)."""
     old = new_pool(pid, leak_after=30.0)
     connection = old.connect()
     old.dispose()
@@ -232,7 +232,7 @@ def test_it_goes_on_across_a_dispose(pid: str, clock: FakeClock, lines: Callable
     again.close()
 
 
-def test_what_an_engine_that_is_gone_was_told_of_is_forgotten(
+def test_the_logged_leaks_of_an_engine_that_is_gone_are_forgotten(
     pid: str, clock: FakeClock, lines: Callable[[], list[str]]
 ) -> None:
     """No slot is kept, and nobody looks every second for one that can't be returned any more."""
@@ -250,14 +250,14 @@ def test_what_an_engine_that_is_gone_was_told_of_is_forgotten(
         clock.now += 1.5
         look(other)
     ledger = inside.ledger(other)
-    assert not inside.told_of_leaks(ledger)
+    assert not inside.logged_leaks(ledger)
     assert ledger.due - clock.now > 100.0
     kept.close()
 
 
 def test_it_is_looked_for_when_it_is_due_and_no_more_often(pid: str, clock: FakeClock) -> None:
     """After the first opening, ``leak_after`` later; then when the next may be due; every second only while
-    one is out that was told of."""
+    one is out that was logged."""
     pool = new_pool(pid, leak_after=30.0)
     ledger = inside.ledger(pool)
     connection = pool.connect()
@@ -286,7 +286,7 @@ def test_without_it_nothing_is_due_and_nobody_looks(pid: str, clock: FakeClock) 
     clock.now += 1e6
     look(pool)
     assert ledger.due == float("inf")
-    assert not inside.told_of_leaks(ledger)
+    assert not inside.logged_leaks(ledger)
     connection.close()
 
 
@@ -356,7 +356,7 @@ def test_the_housekeeper_looks_by_itself(lines: Callable[[], list[str]], eventua
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a platform without fork")
 def test_a_forked_child_tells_of_its_own_alone(pid: str, clock: FakeClock) -> None:
-    """What the parent had told of, or has out, is nothing to the child, which tells of what it has itself."""
+    """What the parent had logged, or has out, is nothing to the child, which logs what it has itself."""
     pool = new_pool(pid, leak_after=30.0)
     connection = pool.connect()
     clock.now += 31.0
@@ -366,7 +366,7 @@ def test_a_forked_child_tells_of_its_own_alone(pid: str, clock: FakeClock) -> No
     if child == 0:
         code = 1
         try:
-            kept = len(inside.told_of_leaks(inside.ledger(pool)))
+            kept = len(inside.logged_leaks(inside.ledger(pool)))
             told: list[str] = []
             handler = logging.Handler()
             handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]

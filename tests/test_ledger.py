@@ -857,7 +857,7 @@ def test_a_forked_child_has_engines_and_limits_and_nothing_else(simulator: Simul
     waiting(simulator, engine)
     simulator.refuse()
     parent = simulator.ledger
-    inside.told_of_leaks(parent)[out[0].slot] = 1, 0.0
+    inside.logged_leaks(parent)[out[0].slot] = 1, 0.0
     out[0].slot.expires = simulator.now
     parent.lifetimes.add(out[0].slot)
     parent.suspect(simulator.now)

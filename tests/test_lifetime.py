@@ -159,7 +159,7 @@ def test_one_that_is_out_is_renewed_when_it_is_returned(
     assert_whole(pool, eventually)
 
 
-def test_who_waits_does_not_wait_for_a_renewal(
+def test_a_waiting_checkout_does_not_wait_for_a_renewal(
     make: Make, driver: FakeDriver, clock: FakeClock, eventually: Eventually
 ) -> None:
     """The spread leaves time: it is handed over, and renewed when nobody wants it."""

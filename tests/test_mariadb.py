@@ -23,6 +23,7 @@ from proxy import Proxy
 from sqlalchemy import Engine, create_engine, exc, make_url
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.pool import NullPool
+from swallowed_pings import TIMES, check_ping_ends, check_ping_in_a_loop_ends
 
 from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.sockets.connect_errors import is_full, passes
@@ -225,15 +226,8 @@ def test_a_ping_into_a_network_that_swallows_everything_ends(
 ) -> None:
     """After ping_timeout, with whatever driver; then the pool connects again."""
     with Proxy(server.host, server.port) as proxy:
-        engine = new(proxy.url(server.url(driver)), ping_after=0, ping_timeout=0.2)
-        select(engine)
-        proxy.blackhole()
-        task = Task(lambda: select(engine))
-        eventually(lambda: pool_of(engine).statistics().dead == 1, "the ping ends", 10)
-        proxy.pass_on()
-        task.result()
-        proxy.blackhole()
-        Task(engine.dispose).result()  # it says goodbye into that network
+        engine = new(proxy.url(server.url(driver)), **TIMES)
+        check_ping_ends(proxy, engine, lambda: select(engine))
 
 
 def test_a_connection_that_waits_for_an_answer_can_be_closed_by_another_thread(
@@ -418,23 +412,7 @@ def test_a_killed_session_is_found_in_a_loop(server: MariaDB, url: str) -> None:
 
 def test_a_ping_in_a_loop_ends(server: MariaDB, url: str) -> None:
     """After ping_timeout; then the pool connects again."""
-
-    async def main() -> None:
-        engine = create_async_engine(proxy.url(url), poolclass=QueriesPool, ping_after=0, ping_timeout=0.2)
-        async with engine.connect():
-            pass
-        proxy.blackhole()
-        connection = engine.connect()
-        task = asyncio.ensure_future(connection.start())
-        while pool_of(engine.sync_engine).statistics().dead == 0:
-            await asyncio.sleep(0.01)
-        proxy.pass_on()
-        await task
-        await connection.close()
-        await engine.dispose()
-
-    with Proxy(server.host, server.port) as proxy:
-        asyncio.run(asyncio.wait_for(main(), 20))
+    check_ping_in_a_loop_ends(server.host, server.port, url)
 
 
 def test_in_a_loop_the_limit_is_hard_and_the_server_hears_a_goodbye(server: MariaDB, url: str) -> None:
@@ -477,7 +455,7 @@ def test_a_loop_that_ends_leaves_no_connection(server: MariaDB, url: str, how: s
         loop = asyncio.new_event_loop()
         loop.run_until_complete(fill_there(engine))
         loop.close()
-        del loop  # who is told of its end is told by the collector
+        del loop  # its end is noticed by the collector
 
     def gone() -> bool:
         gc.collect()

@@ -87,7 +87,7 @@ def ask(application: Any, path: str = "/", method: str = "GET", query: str = "",
 
 
 def of_pool(pid: str, application: Any = None, path: str = "/data.json") -> Any:
-    """What is told of one pool."""
+    """What is shown of one pool."""
     answer = ask(application or Monitor(), path, query=f"pool={urllib.request.quote(pid, errors='replace')}")  # type: ignore[attr-defined]
     return answer.json()["pools"][0] if path == "/data.json" else answer.body
 
@@ -392,7 +392,7 @@ def test_flask_serves_it_under_a_path() -> None:
 
 
 def test_the_numbers_are_the_pool_s(eventually: Callable[..., None]) -> None:
-    """Held, idle, waiting and limit as in its statistics; who holds and who waits by name and label."""
+    """Held, idle, waiting and limit as in its statistics; holders and waiting checkouts by name and label."""
     pool = new_pool(max_size=2)
     pid = inside.shared(pool).id
     with held(pool, "order 1", "web-1"), held(pool, "order 2", "web-2"):

@@ -98,14 +98,14 @@ def shop(url: str, pid: str) -> Iterator[None]:
 def test_under_load_the_page_lives(
     tab: Tab, url: str, pg_url: str, eventually: Callable[..., None], tmp_path: Path
 ) -> None:
-    """Bar, charts, holders, who waits, and timeouts with their reason; nothing is loaded again."""
+    """Bar, charts, holders, waiting checkouts, and timeouts with their reason; nothing is loaded again."""
     pid = new_pid()
     with shop(pg_url, pid):
         tab.go(f"{url}/?pool={pid}")
         tab.run("window.same = true")
         eventually(lambda: tab.text("#status") == "Live", "it is live")
         eventually(lambda: re.search(r"web-\d+\s+order \d+\s+held", tab.text("article")), "holders are shown")
-        eventually(lambda: "Waiting, longest first" in tab.text("article"), "who waits is shown")
+        eventually(lambda: "Waiting, longest first" in tab.text("article"), "waiting checkouts are shown")
         eventually(lambda: "Last timeouts, and why" in tab.text("article"), "timeouts are shown", 30)
         for kind in ("columns", "area.wait", "line.wait", "area.use", "line.use", "ticks"):
             drawn = f"document.querySelector('article path.{kind}').getBoundingClientRect().width"

@@ -46,7 +46,7 @@ Eventually = Callable[..., None]
 
 @pytest.fixture
 def provide(no_other_pools: None) -> Iterator[Provide]:
-    """Make a meter provider that is told of the pools: `provide(reader, …)`."""
+    """Make a meter provider that measures the pools: `provide(reader, …)`."""
     made: list[MeterProvider] = []
 
     def make(*readers: Any) -> MeterProvider:
@@ -238,7 +238,7 @@ def test_providers_do_not_take_from_each_other(provide: Provide, pg_url: str) ->
 
 
 def test_what_was_done_before_is_not_told(provide: Provide, pg_url: str) -> None:
-    """The sums begin where the provider was told of the pools, however long the process had run."""
+    """The sums begin where the provider got the pools, however long the process had run."""
     engine = create_engine(pg_url, poolclass=QueriesPool, max_size=2)
     use(engine, 5)
     reader = InMemoryMetricReader()

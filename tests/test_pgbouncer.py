@@ -182,7 +182,9 @@ def test_the_clients_of_all_engines_stay_within_one_limit(
 
 
 @each_mode
-def test_who_waits_is_served_in_turn(mode: str, start: Start, new: New, eventually: Eventually) -> None:
+def test_waiting_checkouts_are_served_in_order(
+    mode: str, start: Start, new: New, eventually: Eventually
+) -> None:
     """One connection, eight threads that came one after the other: they have it in that order."""
     engine = new(start(mode), max_size=1)
     order: list[int] = []

@@ -272,7 +272,7 @@ def pool_of(engine: Engine) -> Pool:
 
 
 def samples(registry: CollectorRegistry, pool: Pool) -> dict[tuple[str, ...], float]:
-    """What is told of a pool: (name without the prefix, the label that is not the pool's) -> value."""
+    """What is exported of a pool: (name without the prefix, the label that is not the pool's) -> value."""
     found = {}
     for family in text_string_to_metric_families(generate_latest(registry).decode()):
         for sample in family.samples:

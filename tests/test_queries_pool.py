@@ -77,7 +77,7 @@ def test_status_and_repr_tell_the_whole_state(driver: FakeDriver, show: Callable
     engine.dispose()
 
 
-def test_the_status_tells_who_opens_and_who_waits(driver: FakeDriver, eventually: Eventually) -> None:
+def test_the_status_counts_openings_and_waiting_checkouts(driver: FakeDriver, eventually: Eventually) -> None:
     """A connection that is being opened counts as such, and a thread that waits does, too."""
     pool = QueriesPool(driver.connect, max_size=1)
     driver.gate.clear()
@@ -121,7 +121,7 @@ def test_waiters_are_served_in_the_order_in_which_they_came(
     assert driver.attempts == 1
 
 
-def test_a_newcomer_does_not_overtake_who_waits(driver: FakeDriver, eventually: Eventually) -> None:
+def test_a_newcomer_does_not_overtake_a_waiting_checkout(driver: FakeDriver, eventually: Eventually) -> None:
     """A connection that was returned while somebody waits is that one's: who gave it back waits, too."""
     pool = QueriesPool(driver.connect, max_size=1)
     connection = pool.connect()
@@ -366,7 +366,7 @@ def test_the_caller_gets_the_drivers_error(driver: FakeDriver) -> None:
 def test_a_failure_passes_the_slot_on_to_the_next_who_tries_for_himself(
     driver: FakeDriver, eventually: Eventually
 ) -> None:
-    """Everybody who waits gets his own error from his own attempt, until one succeeds."""
+    """Each waiting checkout gets the error of its own attempt, until one succeeds."""
     pool = QueriesPool(driver.connect, max_size=1)
     driver.failures = 3
     driver.gate.clear()
@@ -475,7 +475,7 @@ def test_a_reconnect_that_fails_keeps_the_slot_hollow(driver: FakeDriver) -> Non
 
 
 def test_a_reconnect_that_fails_serves_the_next_waiter(driver: FakeDriver, eventually: Eventually) -> None:
-    """Who waits behind a failing reconnect gets the slot at once and tries for himself."""
+    """A checkout that waits behind a failing reconnect gets the slot at once and tries itself."""
     pool = QueriesPool(driver.connect, max_size=1)
     connection = pool.connect()
     connection.invalidate()
@@ -522,7 +522,9 @@ def test_a_detached_connection_that_dies_is_not_shown_any_more(driver: FakeDrive
     assert report(pool)["connections"]["detached"] == 0
 
 
-def test_who_waits_gets_the_slot_of_a_detached_connection(driver: FakeDriver, eventually: Eventually) -> None:
+def test_a_waiting_checkout_gets_the_slot_of_a_detached_connection(
+    driver: FakeDriver, eventually: Eventually
+) -> None:
     """detach() frees the slot at once: a waiter opens a connection of its own."""
     pool = QueriesPool(driver.connect, max_size=1)
     connection = pool.connect()

@@ -12,7 +12,7 @@ from sqlalchemy import create_engine, exc
 from sqlalchemy.engine import make_url
 
 from sqla_queries_pool import QueriesPool, QueriesPoolOptions
-from sqla_queries_pool.engine.settings import NAMES, OF_SQLALCHEMY, OPTIONS, REMOVED, Settings
+from sqla_queries_pool.engine.settings import NAMES, OPTIONS, REMOVED, Settings
 from sqla_queries_pool.parameters import UNSTATED
 
 PAGE = Path(__file__).parent.parent / "docs" / "configuration.rst"
@@ -46,7 +46,7 @@ def test_the_signature_has_the_parameters_and_their_defaults() -> None:
 
 def test_what_is_stated_by_default_is_what_is_understood() -> None:
     """Each default is a value that its own reader takes, and leaves as it is."""
-    assert Settings.read({name: getattr(Settings, name) for name in OPTIONS}) == Settings()
+    assert Settings.read({name: getattr(Settings, name) for name in OPTIONS}, {}) == Settings()
 
 
 def test_type_checkers_know_the_names_of_create_engine() -> None:
@@ -119,4 +119,3 @@ def test_help_says_what_each_is_for() -> None:
     """One line of documentation stands once, and where people look for it."""
     text = inspect.getdoc(QueriesPool) or ""
     assert [name for name in OPTIONS if f":param {name}: " not in text] == []
-    assert set(OF_SQLALCHEMY) <= set(NAMES)

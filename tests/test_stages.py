@@ -115,7 +115,7 @@ def test_an_opening_that_fails_says_so(new_engine: NewEngine) -> None:
     assert list(seconds) == [OPENING]
 
 
-def test_who_waits_and_then_opens_says_both(eventually: Eventually) -> None:
+def test_a_checkout_that_waits_and_then_opens_says_both(eventually: Eventually) -> None:
     """Another engine's slot came free; the time before is the waiting's."""
     pid, driver = new_pid(), FakeDriver()
     other = new_pool(pid, driver.connect, max_size=1)
@@ -170,7 +170,7 @@ def test_a_server_that_says_nothing_was_being_opened(
 
 @pytest.mark.parametrize("driver", DRIVERS)
 @pytest.mark.slow
-def test_who_waited_pinged_and_opened_in_vain_reads_all_three(
+def test_a_checkout_that_waited_pinged_and_opened_in_vain_says_all_three(
     driver: str, proxy: Proxy, pg_url: str, new_engine: NewEngine, eventually: Eventually
 ) -> None:
     """One after the other, each with its seconds; together they are no more than the checkout took."""
@@ -192,7 +192,7 @@ def test_who_waited_pinged_and_opened_in_vain_reads_all_three(
     eventually(lambda: inside.now(shared) - since > 0.3)
     proxy.blackhole()
     held.close()
-    with pytest.raises(exc.OperationalError) as raised:
+    with pytest.raises(CheckoutTimeout) as raised:
         waiting.join()
     took = time.monotonic() - began
     _, seconds = spent(raised.value)
@@ -278,7 +278,7 @@ def test_the_seconds_are_those_of_each_stage(monkeypatch: pytest.MonkeyPatch) ->
     """A stage that is entered again adds up; the one that it is in counts until now."""
     now = [10.0]
     monkeypatch.setattr("sqla_queries_pool.engine.stages.time.monotonic", lambda: now[0])
-    stages, error = Stages(), ValueError()
+    stages, error = Stages(10.0), ValueError()
     for stage, seconds in [(WAITING, 1.0), (OPENING, 2.0), (WAITING, 4.0), (PROBING, 8.5)]:
         stages.enter(stage)
         now[0] += seconds
@@ -353,7 +353,7 @@ def test_a_pre_ping_that_nobody_answers_ends_and_the_checkout_gets_another_conne
 def test_a_pre_ping_that_nobody_answers_ends_in_an_error_where_nobody_can_connect(
     driver: str, proxy: Proxy, pg_url: str, new_engine: NewEngine
 ) -> None:
-    """After ``pool_timeout``, or the driver's own limit; nothing stays taken."""
+    """After ``pool_timeout``, of which the connect has a second at least; nothing stays taken."""
     engine: Any = new_engine(
         behind(proxy, pg_url, driver),
         pool_pre_ping=True,
@@ -364,7 +364,7 @@ def test_a_pre_ping_that_nobody_answers_ends_in_an_error_where_nobody_can_connec
     )
     engine.connect().close()
     proxy.blackhole()
-    with pytest.raises(exc.DBAPIError):
+    with pytest.raises(CheckoutTimeout):
         Thread(engine.connect).join()
     assert engine.pool.checkedout() == 0
     proxy.pass_on()

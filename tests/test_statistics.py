@@ -361,7 +361,7 @@ def test_detached_and_lost_ones_count_as_checkouts_that_are_over(eventually: Eve
     fairy.dbapi_connection = fairy._connection_record = None
     del fairy
     gc.collect()
-    eventually(lambda: pool.statistics().checkouts == 3, "the lost record is told of")
+    eventually(lambda: pool.statistics().checkouts == 3, "the lost record is counted")
     eventually(lambda: pool.statistics().closes.get(ABANDONED) == 1, "its connection is closed")
     assert pool.statistics().held == 0
 

@@ -87,7 +87,7 @@ def holder(thread: int | None = OTHER, seconds: float = 0.5, **kw: Any) -> Holde
 
 
 def waiter(thread: int, seconds: float = 0.5) -> Waiting:
-    """Somebody who waits for one."""
+    """A checkout that waits for one."""
     return Waiting(thread=thread, name=f"thread-{thread}", label=None, seconds=seconds, caller=thread)
 
 
@@ -156,7 +156,9 @@ def used_for(mean: float) -> Histogram:
         (seen(holder(), error="OperationalError: no", limit=None), "refused"),
     ],
 )
-def test_the_likeliest_cause_follows_from_who_holds_and_who_waits(snapshot: Snapshot, kind: str) -> None:
+def test_the_likeliest_cause_follows_from_holders_and_waiting_checkouts(
+    snapshot: Snapshot, kind: str
+) -> None:
     """Each kind, and on both sides of what divides it from the next."""
     found = diagnose(snapshot, ME)
     assert found.kind == kind

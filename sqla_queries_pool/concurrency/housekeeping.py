@@ -9,7 +9,6 @@ nothing here can block or deadlock a check-in.
 from __future__ import annotations
 
 import _thread
-import heapq
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ class Sweepable(Protocol):
     """What the housekeeper looks after: a pool."""
 
     def sweep(self) -> None:
-        """Do what is due."""
+        """Do what is due, and have itself scheduled again for what is due later."""
 
     def neglected(self) -> None:
         """Nobody looks after it any more: it is to schedule itself at its next use."""
@@ -102,49 +101,53 @@ class Housekeeper:
     """Calls ``sweep()`` of pools at the times they asked for.  It keeps no pool alive."""
 
     def __init__(self) -> None:
-        self._heap: list[tuple[float, int, weakref.ref[Sweepable]]] = []
-        """(when, tie-breaker, pool); touched by the thread alone."""
+        self._due: dict[weakref.ref[Sweepable], float] = {}
+        """Pool -> when; touched by the thread alone."""
         self._thread = _PartTimeThread("sqla_queries_pool housekeeper", self._run)
 
     def schedule(self, pool: Sweepable, delay: float) -> None:
-        """Have ``pool`` swept in ``delay`` seconds; callable from a finalizer."""
+        """Have ``pool`` swept in ``delay`` seconds, or sooner; callable from a finalizer.
+
+        Of several times the earliest counts: what is due later the sweep finds itself.
+        """
         # A pool that dies is mail, too: the thread need not stay until its time would have come.
         ref = weakref.ref(pool, self._thread.post)
-        self._thread.post((time.monotonic() + max(0.0, delay), id(ref), ref))
+        hash(ref)  # which the reference keeps; asked for the first time after the death, it has none
+        self._thread.post((time.monotonic() + max(0.0, delay), ref))
 
     def _run(self, mail: SimpleQueue[Any]) -> None:
         try:
             self._look_after(mail)
         except BaseException:
             # The next checkout of one of them starts the thread again.
-            for pool in [entry[2]() for entry in self._heap]:
+            for pool in [ref() for ref in self._due]:
                 if pool is not None:
                     pool.neglected()
             raise
 
     def _look_after(self, mail: SimpleQueue[Any]) -> None:
-        heap = self._heap
-        deaths = False
+        due = self._due
         while True:
+            pause = min(due.values()) - time.monotonic() if due else 0.0
             try:
-                pause = min(LONGEST_SLEEP, max(0.0, heap[0][0] - time.monotonic())) if heap else 0.0
-                item = mail.get(timeout=pause)
+                self._read(mail.get(timeout=min(LONGEST_SLEEP, max(0.0, pause))))
+                while True:
+                    self._read(mail.get_nowait())
             except Empty:
-                if not heap:
+                if not due:
                     return
-            else:
-                if isinstance(item, tuple):
-                    heapq.heappush(heap, item)
-                else:
-                    deaths = True
-                if not mail.empty():
-                    continue
-            if deaths:
-                heap[:] = [entry for entry in heap if entry[2]() is not None]
-                heapq.heapify(heap)
-                deaths = False
-            while heap and heap[0][0] <= time.monotonic():
-                self._sweep(heapq.heappop(heap)[2])
+            now = time.monotonic()
+            for ref in sorted((ref for ref, when in due.items() if when <= now), key=due.__getitem__):
+                del due[ref]  # first: what the sweep asks for is for later
+                self._sweep(ref)
+
+    def _read(self, item: Any) -> None:
+        """Note when a pool is to be swept, or that it has died."""
+        if not isinstance(item, tuple):
+            self._due.pop(item, None)
+            return
+        when, ref = item
+        self._due[ref] = min(when, self._due.get(ref, when))
 
     @staticmethod
     def _sweep(ref: weakref.ref[Sweepable]) -> None:

@@ -15,18 +15,19 @@ from ..budget.slots import Permit, Rejected, Slot, Waiter
 from ..concurrency.late import TooLate
 from ..errors import PoolDeadlock
 from ..insight import deadlock, stacks
-from ..insight.diagnosis import SUSPENDED, rejected
+from ..insight.diagnosis import SILENT, SUSPENDED, rejected
 from ..insight.report import checkout_timeout
 from ..insight.snapshot import Diagnosis
 from ..labels import checkout_deadline, checkout_label
 from ..pool.manager import everywhere
 from . import probe
-from .failover import STANDBY
 from .opening import Refused, in_runtime, open_connection, reopen
 from .records import Record
 from .settings import IGNORE, RAISE
 from .stages import OPENING, PROBING, WAITING, Stages
 
+LEAST_CONNECT = 1.0
+"""Seconds that a connect has after a ping that was not answered, however little is left of the timeout."""
 NO_WAITER = (Record, Permit, Rejected, type(None))
 """What else ``Checkouts.take()`` returns."""
 
@@ -50,7 +51,7 @@ class Attempt:
         self._since: float = now if isinstance(entry, NO_WAITER) else entry.since
         """Since when it waits, by the pool's clock: its place in the queue."""
         begin = time.monotonic() - (now - self._since)
-        self._deadline = begin + self._timeout
+        self._deadline: float = begin + self._timeout
         """When its time is over, by ``time.monotonic``."""
         self._whose = ""
         """Who has stated :attr:`_deadline`, where there was a choice."""
@@ -60,6 +61,8 @@ class Attempt:
             if stated.at < self._deadline:
                 self._deadline, self._whose = stated.at, stated.whose
                 self._timeout = max(0.0, round(stated.at - begin, 3))
+        self._connects_until: float = math.inf
+        """When it leaves a connect, if its time is over: not at all, unless a ping was not answered."""
         self._stages = Stages(begin)
         self._refusal: Exception | None = None
         """The last error of the server that it could not use."""
@@ -122,15 +125,20 @@ class Attempt:
         return found
 
     def _late(self) -> Exception:
-        late = self._timed_out()
+        found = self._deadlock if self._connects_until == math.inf else SILENT
+        late = self._got_nothing(self._timeout, found, early=False)
         self._stages.note(late, self._core.section.label)
         late.__suppress_context__ = True  # that it left what it had begun says nothing more
         return late
 
     @property
     def _leaves_at(self) -> float:
-        """When it leaves what it has begun, by ``time.monotonic``: where a block has stated a deadline."""
-        return self._deadline if self._whose else math.inf
+        """When it leaves what it has begun, by ``time.monotonic``.
+
+        That is where a block has stated a deadline, or where a ping was not answered, lest a connect take as
+        long again.
+        """
+        return self._deadline if self._whose else max(self._deadline, self._connects_until)
 
     def _suspended(self) -> Exception | None:
         if self._pool._attachment.quota.stopped != slots.SUSPENDED:
@@ -204,15 +212,20 @@ class Attempt:
             raise
         if record.dbapi_connection is None:
             self._stages.enter(OPENING)
-            return reopen(pool, record)
+            # With a block's deadline all of this is left, not the connect alone.
+            leaves_at = math.inf if self._whose else self._leaves_at
+            return reopen(pool, record, leaves_at)
         return record
 
     def _probe(self, record: Record) -> None:
         """Close a record's connection if it is dead, or is to be replaced."""
         why = probe.staleness(record)
-        alive = why is not None or probe.alive(record, self._deadline)
-        if alive and why is None and self._pool.failover.is_on_standby(record, self._deadline):
-            why = STANDBY
+        try:
+            alive = why is not None or probe.alive(record, self._deadline)
+        except probe.Silent:
+            alive, self._connects_until = False, time.monotonic() + LEAST_CONNECT
+        if alive and why is None:
+            why = self._pool.failover.why_useless(record, self._deadline)
         # Another thread may have found a disconnect meanwhile.
         if alive and (why := why or probe.staleness(record)):
             self._pool.logger.info("Connection %r %s; recycling", record.dbapi_connection, why)

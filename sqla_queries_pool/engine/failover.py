@@ -2,6 +2,10 @@
 
 SQLSTATE 25006 alone is no proof, because a session may be read-only by its own wish.  So the connection is
 asked, ``pg_is_in_recovery()``, before its next use: until then the failed transaction is its holder's.
+
+A primary may also be fenced: ``default_transaction_read_only`` is set in its configuration, which its
+sessions read again.  A session that is older than that is replaced; one that was opened since is not, for
+the next one would lead to the same server.
 """
 
 from __future__ import annotations
@@ -18,7 +22,14 @@ from .records import Record
 
 READ_ONLY = "25006"
 STANDBY = "its server is a standby"
-QUERY = "SELECT pg_is_in_recovery()"
+FENCED = "its server was set read-only"
+QUERY = (
+    "SELECT pg_is_in_recovery(), EXISTS (SELECT FROM pg_settings, pg_stat_activity "
+    "WHERE name = 'default_transaction_read_only' AND setting = 'on' AND source = 'configuration file' "
+    "AND pid = pg_backend_pid() AND backend_start < pg_conf_load_time())"
+)
+"""The load time of a session is its own: see ``pg_conf_load_time`` in
+https://www.postgresql.org/docs/current/functions-info.html"""
 SPREAD_EVERY = 60.0
 """Seconds from one time that a connection on a standby has all others of its engine asked to the next.  Where
 the URL leads to a standby, those that are opened instead are on it, too."""
@@ -40,16 +51,18 @@ class Failover:
         self._to_ask.add(slot)
         slot.suspect = True
 
-    def is_on_standby(self, record: Record, deadline: float) -> bool:
-        """Is the server of a record's connection a standby?  Asked where there is a reason alone.
+    def why_useless(self, record: Record, deadline: float) -> str | None:
+        """Return why a record's connection can't write, if not by its own wish, or None.
+
+        The server is asked where there is a reason alone.
 
         :param deadline: when the checkout's time is over, by ``time.monotonic``.
         """
         if record.slot not in self._to_ask:
-            return False
+            return None
         self._to_ask.discard(record.slot)
-        if not _in_recovery(record, deadline):
-            return False
+        if (why := _ask(record, deadline)) is None:
+            return None
         now = self._core.now()
         if now - self._spread_at >= SPREAD_EVERY:
             self._spread_at = now
@@ -58,23 +71,23 @@ class Failover:
             )
             self._to_ask.discard(record.slot)
             self._core.suspect_own(record.attachment)
-        return True
+        return why
 
 
-def _in_recovery(record: Record, deadline: float) -> bool:
+def _ask(record: Record, deadline: float) -> str | None:
     """Ask the server, for as long as a ping may take.  One that does not answer is of no use either."""
     with probe.ping_timeout(record, deadline):
         try:
             cursor: Any = record.dbapi_connection.cursor()  # type: ignore[union-attr]
             try:
                 cursor.execute(QUERY)
-                (found,) = cursor.fetchone()
+                in_recovery, is_fenced = cursor.fetchone()
             finally:
                 cursor.close()
             record.reset()
         except Exception:
-            return True
-    return bool(found)
+            return STANDBY
+    return STANDBY if in_recovery else FENCED if is_fenced else None
 
 
 def listen(dialect: Any) -> None:

@@ -66,13 +66,15 @@ def _open(pool: Any, permit: Permit, deadline: float) -> Record:
     return record
 
 
-def reopen(pool: Any, record: Record) -> Record:
+def reopen(pool: Any, record: Record, leaves_at: float = math.inf) -> Record:
     """Open a record's connection again, which was closed; the caller holds it.
 
+    :param leaves_at: when its caller leaves, by ``time.monotonic``.
+    :raises TooLate: its caller has left: what is opened goes to the next one.
     :raises Refused: the server has refused, and it is worth trying again.
     :raises Exception: the driver's; the record was returned.
     """
-    return in_runtime(pool, functools.partial(_reopen, pool, record))
+    return in_runtime(pool, functools.partial(_reopen, pool, record), leaves_at)
 
 
 def _reopen(pool: Any, record: Record) -> Record:

@@ -13,6 +13,10 @@ LEAST_PING = 0.5
 """Seconds that a server has for the answer to a ping, however little is left of a checkout's timeout."""
 
 
+class Silent(Exception):
+    """The server did not answer the ping in time."""
+
+
 def staleness(record: Any) -> str | None:
     """Return why SQLAlchemy would replace a record's connection next, in its words, or None.
 
@@ -32,6 +36,7 @@ def alive(record: Any, deadline: float) -> bool:
     """Is a record's connection alive?  Asks the server only where the socket does not tell.
 
     :param deadline: when the checkout's time is over, by ``time.monotonic``.
+    :raises Silent: the server did not answer in time; the connection is lost.
     """
     pool, slot = record.owner, record.slot
     if record.attachment.ping_after == 0:
@@ -84,6 +89,8 @@ def _answers(record: Any, deadline: float) -> bool:
     finally:
         timeout.cancel()
     slot.suspect = not answers or timeout.expired
+    if timeout.expired:
+        raise Silent
     return not slot.suspect
 
 

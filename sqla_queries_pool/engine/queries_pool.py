@@ -52,7 +52,7 @@ from . import failover, identity, seams
 from .attempt import Attempt
 from .opening import creator_of, open_connection, warm_up
 from .records import Proxy, Record
-from .settings import OPTIONS, Settings, refuse_removed
+from .settings import OF_CREATE_ENGINE, OPTIONS, Settings, refuse_removed
 from .sides import Sides, sides
 
 _label = checkout_label.get
@@ -107,7 +107,9 @@ class QueriesPool(SQLAlchemyPool):
         **kw: Any,
     ) -> None:
         refuse_removed(kw)
-        self.settings = Settings.read(locals())
+        # create_engine passes its dialect, and its callers have written its names.
+        names = OF_CREATE_ENGINE if "dialect" in kw else {}
+        self.settings = Settings.read(locals(), names)
         """What was stated for this engine."""
         # Not a parameter, because create_engine would take it for one.
         predecessor: QueriesPool | None = kw.pop("_predecessor", None)
@@ -116,7 +118,7 @@ class QueriesPool(SQLAlchemyPool):
         told only if something outside leads to it; not the slot, for the registry must lead to no engine."""
         self._disposed = False
         """Was it disposed?  Then a following ``recreate()`` completes an ``Engine.dispose()``."""
-        super().__init__(creator, **parameters.of_sqlalchemys(kw))
+        super().__init__(creator, **parameters.of_sqlalchemys(kw, names))
         # SQLAlchemy's own ping knows no limit of time, and listeners run right after it.  So probe.py pings.
         self.pings, self._pre_ping = self._pre_ping, False
         """Was ``pool_pre_ping`` stated?  Then each checkout pings, as SQLAlchemy does."""
@@ -133,7 +135,7 @@ class QueriesPool(SQLAlchemyPool):
         self._shared: Pool = self._attach(who, self._attachment)
         self._core = self._shared.core
         self.failover = failover.Failover(self._core)
-        """Which of its connections are to be asked whether their server is a standby."""
+        """Which of its connections are to be asked whether their server can't write."""
         self._checkouts = self._core.checkouts
         self._core.on_leak, self._core.on_idle = log_leak, log_idle
         if quota.stated == math.inf:

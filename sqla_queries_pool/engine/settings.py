@@ -235,12 +235,13 @@ class Settings:
     ] = None
 
     @classmethod
-    def read(cls, stated: Mapping[str, Any]) -> Settings:
+    def read(cls, stated: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
         """Return what was stated, as text or not; what else is in there is left alone.
 
+        :param names: the names by which parameters were stated, where they are others: an error has those.
         :raises ParameterError: a value means nothing.
         """
-        found = {name: option.read(name, stated[name]) for name, option in OPTIONS.items()}
+        found = {name: option.read(names.get(name, name), stated[name]) for name, option in OPTIONS.items()}
         found["max_size"] = parameters.stated_max_size(
             found["max_size"], found.pop("pool_size"), found.pop("max_overflow")
         )
@@ -268,15 +269,17 @@ REMOVED = {
     "read_only_is_disconnect": "a connection that says read only is replaced if its server is a standby",
 }
 """What was a parameter once -> what holds now."""
-OF_SQLALCHEMY = (
-    "pool_recycle",
-    "pool_pre_ping",
-    "pool_reset_on_return",
-    "pool_logging_name",
-    "echo_pool",
-)
-"""What SQLAlchemy's own pools take, by the names of ``create_engine``."""
-NAMES = (*(option.name or name for name, option in OPTIONS.items()), *OF_SQLALCHEMY)
+OF_SQLALCHEMY = {
+    "recycle": "pool_recycle",
+    "pre_ping": "pool_pre_ping",
+    "reset_on_return": "pool_reset_on_return",
+    "logging_name": "pool_logging_name",
+    "echo": "echo_pool",
+}
+"""What SQLAlchemy's own pools take -> what ``create_engine`` calls it."""
+OF_CREATE_ENGINE = {name: option.name or name for name, option in OPTIONS.items()} | OF_SQLALCHEMY
+"""What a pool takes -> what ``create_engine`` calls it."""
+NAMES = tuple(OF_CREATE_ENGINE.values())
 """What can be stated, by the names of ``create_engine``; a URL with ``plugin=queries`` takes them."""
 
 

@@ -29,6 +29,9 @@ class Attended(Protocol):
     def tick(self, now: float) -> bool:
         """Do what is due; return whether it is still of use."""
 
+    def log(self) -> None:
+        """Log what went wrong; called without the lock, for a log may take as long as it likes."""
+
     def end(self) -> None:
         """It is of no use for now."""
 
@@ -89,24 +92,35 @@ class Postman:
 
     def _round(self) -> float | None:
         """Look after each share once; return after how many seconds again, or None for never."""
+        failures: list[Exception] = []
         with self.lock:
-            if self._pipe is not None:
-                with contextlib.suppress(BlockingIOError):
-                    os.read(self._pipe[0], 4096)
-            now = time.monotonic()
-            for share in list(self._shares):
-                try:
-                    stays = share.tick(now)
-                except Exception:
-                    logger.exception("Exception in the thread of a budget of the host")
-                    share.due, stays = now + AGAIN_IN, True
-                if not stays:
-                    share.end()
-                    del self._shares[share]
-            if not self._shares:
-                self._runs = False
-                return None
-            return max(0.0, min(share.due for share in self._shares) - now)
+            shares = list(self._shares)
+            pause = self._look_after(shares, failures)
+        for failure in failures:
+            logger.error("Exception in the thread of a budget of the host", exc_info=failure)
+        for share in shares:
+            share.log()
+        return pause
+
+    def _look_after(self, shares: list[Attended], failures: list[Exception]) -> float | None:
+        """:meth:`_round`, with the lock."""
+        if self._pipe is not None:
+            with contextlib.suppress(BlockingIOError):
+                os.read(self._pipe[0], 4096)
+        now = time.monotonic()
+        for share in shares:
+            try:
+                stays = share.tick(now)
+            except Exception as error:
+                failures.append(error)
+                share.due, stays = now + AGAIN_IN, True
+            if not stays:
+                share.end()
+                del self._shares[share]
+        if not self._shares:
+            self._runs = False
+            return None
+        return max(0.0, min(share.due for share in self._shares) - now)
 
     def close(self) -> None:
         """The process ends: leave no mailbox behind.  The kernel frees the leases."""

@@ -90,6 +90,8 @@ class Share:
         self._others: dict[str, tuple[Here, float]] = {}
         """Mailbox -> what its process said of itself, and when."""
         self._problem: str | None = None
+        self._unlogged: str | None = None
+        """The problem, until it is logged."""
         self._begin()
 
     def _begin(self) -> None:
@@ -143,6 +145,7 @@ class Share:
             self._nothing_to_do = self._member.needs(own, now) > 0 or self._has_all
             if not self._has_all or not postman.attends(self):
                 postman.attend(self)
+        self.log()
 
     @property
     def _has_all(self) -> bool:
@@ -168,6 +171,7 @@ class Share:
                 self._apply()
             if not postman.attends(self):
                 postman.attend(self)
+        self.log()
 
     def _lock_free(self, count: int, now: float) -> None:
         if self._box is None:  # the thread has not looked for the folder yet; if it can't be had, it says so
@@ -235,7 +239,12 @@ class Share:
 
     def _failed(self, why: str) -> None:
         if why != self._problem:
-            self._problem = why
+            self._problem = self._unlogged = why
+
+    def log(self) -> None:
+        """Log a new problem; called without ``postman.lock``, for a log may take as long as it likes."""
+        why, self._unlogged = self._unlogged, None
+        if why is not None:
             logger.warning("%s: the budget of the host can't be used fully: %s", self._side.label, why)
 
     # -- what the thread does ----------------------------------------------------------------------

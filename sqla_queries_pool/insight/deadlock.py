@@ -87,7 +87,7 @@ class Watch:
 
 
 def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
-    """Who waits for whom in a circle that ``me`` is in; none, where there is hope."""
+    """The circle of waiting checkouts that ``me`` is in; none, where there is hope."""
     waiting = {w.holder: (pool, w) for pool in pools for w in pool.core.ledger.waiters() if w.answer is None}
     stuck = dict(waiting)
     while True:

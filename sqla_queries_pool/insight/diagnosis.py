@@ -142,3 +142,9 @@ SUSPENDED = Diagnosis(
     "Call engine.pool.resume() when the failover or the migration is over.",
 )
 """What a checkout is told that was suspended for as long as it could wait."""
+SILENT = Diagnosis(
+    "slow-connect",
+    "the server is not reached: it answered neither a ping nor a connect",
+    "Check the network and the server.",
+)
+"""What a checkout is told whose ping and connect were not answered."""

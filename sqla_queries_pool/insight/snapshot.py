@@ -55,7 +55,8 @@ class Holder:
     backend_pid: int | None
     """The process id of the server's backend, where the driver tells."""
     transaction: str | None
-    """``idle``, ``in transaction``, ``in error`` or ``executing``, where the driver tells."""
+    """``idle``, ``in transaction``, ``in error`` or ``executing``, where the driver tells.  None while it is
+    opened: that is no transaction of the checkout's."""
     stack: tuple[str, ...] = field(default=(), repr=False)
     """Where it was checked out, outermost call first: with ``track_stacks=True``."""
     now_at: tuple[str, ...] = field(default=(), repr=False)
@@ -76,7 +77,7 @@ class Holder:
         about = [f"{self.seconds:.1f} s"]
         if self.state == slots.OPENING:
             about.append("opening")
-        elif self.transaction not in (None, "idle", "unknown"):
+        if self.transaction not in (None, "idle", "unknown"):
             about.append(str(self.transaction))
         return f"{named(self.name, self.label)} ({', '.join(about)})"
 
@@ -251,7 +252,7 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
         state=slot.state,
         uses=slot.uses,
         backend_pid=backend,
-        transaction=transaction,
+        transaction=None if slot.state is slots.OPENING else transaction,
         stack=stacks.as_text(slot.stack),
         now_at=() if session is not None else threads.at(caller),
         ended=session is None and caller is not None and caller.ended,

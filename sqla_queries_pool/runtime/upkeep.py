@@ -79,8 +79,6 @@ class Upkeep:
         """What looked wrong last time, and since when."""
         self._mend_at = -math.inf
         """When the housekeeper looks for something to mend again, by the pool's clock."""
-        self._catch_up_at = -math.inf
-        """When the closer is to be asked again, by the pool's clock."""
         self._look_at = -math.inf
         """When a waiter may look for something to mend again, by ``time.monotonic``: a look goes through all
         connections."""
@@ -106,8 +104,7 @@ class Upkeep:
                 self.schedule(2 * UNDER_WAY)
                 self._mend_at = -math.inf
         section.effects.do_soon(section.decide(ages.expire, ledger, section.clock()))
-        if self._closer.catch_up() and section.clock() >= self._catch_up_at:
-            self._catch_up_at = section.clock() + CATCH_UP
+        if self._closer.catch_up():
             self.schedule(CATCH_UP)
         if ledger.vacant(section.clock()):
             self._on_vacant()

@@ -92,7 +92,7 @@ def look(handle: Any, poll: Poll, failed: Failed = unheard) -> str:
     Dead is one that the server has hung up on, or said an error to: it says why before it hangs up.
     In doubt is what can't be read: under TLS everything is encrypted, and one look reads 8 KB.
 
-    :param failed: is told of a socket that can't be read at all.
+    :param failed: is called for a socket that can't be read at all.
     """
     if not AVAILABLE:
         return DOUBT
