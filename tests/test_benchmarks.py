@@ -814,6 +814,7 @@ def test_everything_is_measured(program: Any, cells: list[Any], tiny: Any) -> No
     all_who_are_installed_are_measured(program, cells)
     hikaricp_is_measured_where_it_is(program, cells)
     what_is_counted_does_not_depend_on_the_machine(cells)
+    the_chart_has_bars_of_threads_and_of_tasks(program, cells)
 
 
 def all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: list[Any], tiny: Any) -> None:
@@ -868,6 +869,15 @@ def what_is_counted_does_not_depend_on_the_machine(cells: list[Any]) -> None:
     checkout = targets["waiters in the ledger: instructions, ratio"].value
     assert checkout.least == checkout.most
     assert 0 < targets["bytes above SQLAlchemy's own record"].value.median < 1024
+
+
+def the_chart_has_bars_of_threads_and_of_tasks(program: Any, cells: list[Any]) -> None:
+    """Of the time of one, and of the throughput of many."""
+    bars = {(bar.label.split(" (")[0], bar.less) for bar in program.chart.bars(cells)}
+    assert {("checkout, PostgreSQL", True), ("throughput, 6 threads", False)} <= bars
+    for driver in program.async_competitors.DRIVERS:
+        one = {(f"one task, {driver}: {part}", True) for part in ("pool", "engine")}
+        assert bars > one | {(f"throughput, tasks, {driver}", False)}
 
 
 def test_the_load_of_a_grid_cell_lasts_for_as_many_turns_as_were_asked_for(
