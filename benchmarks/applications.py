@@ -101,7 +101,9 @@ def ways(share: str, timeout: float = TIMEOUT) -> list[Way]:
     asynchronous = queue | {"poolclass": "AsyncAdaptedQueuePool"}
     null = {"poolclass": "NullPool"}
     bouncer = {"query_wait_timeout": timeout}
-    discard = {"server_reset_query_always": 1}  # of what asyncpg has prepared
+    discard = {
+        "server_reset_query_always": 1
+    }  # what asyncpg has prepared, as SQLAlchemy's documentation says
     ours = {"poolclass": "QueriesPool", "max_size": own, "pool_timeout": timeout}
     shared = ours | {"max_size": BUDGET}
     return [

@@ -113,9 +113,9 @@ def fastapi() -> Any:
 
 
 def _behind_pgbouncer() -> dict[str, Any]:
-    """asyncpg prepares all statements; as SQLAlchemy's documentation has it, none is prepared for later.
+    """As SQLAlchemy's documentation has it: asyncpg prepares all statements, and none for later.
 
-    Their names must not be those of another client that had the server's connection before.
+    Their names must not be those of another process that had the server's connection before.
     """
     return {
         "statement_cache_size": 0,
