@@ -101,9 +101,7 @@ def ways(share: str, timeout: float = TIMEOUT) -> list[Way]:
     asynchronous = queue | {"poolclass": "AsyncAdaptedQueuePool"}
     null = {"poolclass": "NullPool"}
     bouncer = {"query_wait_timeout": timeout}
-    discard = {
-        "server_reset_query_always": 1
-    }  # what asyncpg has prepared, as SQLAlchemy's documentation says
+    discard = {"server_reset_query_always": 1}  # what asyncpg has prepared: see SQLAlchemy's documentation
     ours = {"poolclass": "QueriesPool", "max_size": own, "pool_timeout": timeout}
     shared = ours | {"max_size": BUDGET}
     return [
@@ -451,7 +449,8 @@ def show_overload(overloads: Sequence[Overload], console: Console) -> None:
 
 
 def _table(title: str, names: Sequence[str]) -> Table:
-    table = Table("", title=title, title_justify="left")
+    table = Table(title=title, title_justify="left")
+    table.add_column(no_wrap=True)
     for name in names:
         table.add_column(name, justify="right")
     return table
