@@ -104,7 +104,9 @@ def _parser() -> argparse.ArgumentParser:
         "--only", nargs="+", choices=GROUPS, default=list(GROUPS), metavar="NAME", help=", ".join(GROUPS)
     )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures to this file, too")
-    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw the ratios to QueuePool (matplotlib)")
+    parser.add_argument(
+        "--svg", type=Path, metavar="FILE", help="draw ratios to SQLAlchemy's pools (matplotlib)"
+    )
     parser.add_argument("--url", help="the PostgreSQL (default: DATABASE_URL, else one of its own)")
     return parser
 

@@ -1,11 +1,22 @@
 """Real applications with different pools: ``python -m benchmarks.applications``.
 
 Flask on gunicorn, 2 workers with 16 threads each, and FastAPI with an async engine on uvicorn, 2 workers.  A
-table has 10,000 rows, and the endpoints have the shapes of TechEmpower's: ``/db`` reads a row, ``/queries``
-reads some, ``/updates`` reads and writes some.  wrk asks for them.  Each way may have 16 connections in all.
+table has 10,000 rows; ``benchmarks.web`` has the endpoints.  Each way may have 16 connections in all.
 
-All applications run all the time, and are asked in turn.  It needs PostgreSQL, wrk and PgBouncer (Debian's
-``wrk`` and ``pgbouncer``), and ``pip install -e ".[demo,benchmarks]"``.
+First wrk asks, with so many clients of whom each waits for its answer: a closed loop.  All applications run
+all the time, and are asked in turn.
+
+Then there is an overload: twice as many requests come as can be served, whatever becomes of them, from
+clients that give up after a second (``benchmarks.crowd`` says why that is not wrk).  An answer within the
+second is in time.  They ask for ``/slow``, which is ``/updates`` with 100 ms more in the database, as if that
+were busy: so what is short are connections.  Where it is the machine's processors, most of an overload is
+HTTP, and a pool can save little.  What can be served is what wrk's clients get of SQLAlchemy's own pool, just
+before; it is the same for all ways of a server.  Each pool, and PgBouncer, lets requests wait for half a
+second, so that there is time left to serve them.  QueriesPool is there with ``queue_target`` and
+``max_waiting``, too, which are meant for this.
+
+It needs PostgreSQL, wrk and PgBouncer (Debian's ``wrk`` and ``pgbouncer``), and
+``pip install -e ".[demo,benchmarks]"``.  It takes less than nine minutes, and ``--quick`` three.
 """
 
 from __future__ import annotations
@@ -14,8 +25,6 @@ import argparse
 import importlib
 import json
 import os
-import random
-import re
 import shutil
 import socket
 import subprocess
@@ -24,29 +33,29 @@ import tempfile
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
 from rich.console import Console
 from rich.table import Table
-from sqlalchemy import Connection, create_engine, make_url, text
-from sqlalchemy.pool import AsyncAdaptedQueuePool, NullPool, QueuePool
+from sqlalchemy import create_engine, make_url, text
 
-from sqla_queries_pool import QueriesPool
 from sqla_queries_pool.demo.embedded import EmbeddedPostgres
 
-ROWS = 10_000
-SEVERAL = 5
-"""Rows of a request for several."""
+from . import wrk
+from .crowd import Answers, offer
+from .web import ENDPOINTS, ROWS, SLOW, TOLD
+
+SERVERS = ("Flask", "FastAPI")
 WORKERS, THREADS = 2, 16
 BUDGET = 16
 """Connections of a way, in all its processes."""
 CLIENTS = (16, 64, 256)
-ENDPOINTS = ("db", "queries", "updates")
 TIMEOUT = 10
 """Seconds that a checkout waits, and that wrk waits for an answer."""
 READY = 60.0
@@ -54,77 +63,19 @@ SAMPLE = 0.05
 """Seconds between two looks at how many connections there are."""
 QUIET, BUSY = 0.3, 0.1
 """Seconds in which an application does nothing, and the processor time of each that does not count."""
-TOLD = "BENCHMARKS_APPLICATION"
-"""The variable with the URL and the parameters of the engine, as JSON."""
 TESTS = Path(__file__).parent.parent / "tests"
-POOLS = {kind.__name__: kind for kind in (QueuePool, NullPool, AsyncAdaptedQueuePool, QueriesPool)}
+BOUNCER = {"pool_mode": "transaction", "default_pool_size": BUDGET, "max_client_conn": 8000}
 
-READ = text("SELECT id, randomnumber FROM world WHERE id = :id")
-WRITE = text("UPDATE world SET randomnumber = :randomnumber WHERE id = :id")
-
-
-# -- the applications -------------------------------------------------------------------------------
-
-
-def _engine_arguments() -> dict[str, Any]:
-    told: dict[str, Any] = json.loads(os.environ[TOLD])
-    return told | {"poolclass": POOLS[told["poolclass"]]}
-
-
-def _ids(endpoint: str) -> list[int]:
-    """In order: else two that write would wait for each other."""
-    return sorted(random.sample(range(1, ROWS + 1), 1 if endpoint == "db" else SEVERAL))
-
-
-def flask() -> Any:
-    """Make the application of Flask."""
-    from flask import Flask, jsonify
-
-    engine = create_engine(**_engine_arguments())
-    application = Flask(__name__)
-
-    def answer(endpoint: str) -> Any:
-        with engine.connect() as connection:
-            found = _work(connection, endpoint)
-        return jsonify(found)
-
-    application.add_url_rule("/<any(db, queries, updates):endpoint>", view_func=answer)
-    return application
-
-
-def _work(connection: Connection, endpoint: str) -> list[dict[str, int]]:
-    found = [dict(connection.execute(READ, {"id": each}).one()._mapping) for each in _ids(endpoint)]
-    if endpoint == "updates":
-        for row in found:
-            row["randomnumber"] = random.randint(1, ROWS)
-            connection.execute(WRITE, row)
-        connection.commit()
-    return found
-
-
-def fastapi() -> Any:
-    """Make the application of FastAPI."""
-    from fastapi import FastAPI
-    from sqlalchemy.ext.asyncio import create_async_engine
-
-    engine = create_async_engine(**_engine_arguments())
-    application = FastAPI()
-
-    async def answer(endpoint: str) -> list[dict[str, int]]:
-        async with engine.connect() as connection:
-            found = [
-                dict((await connection.execute(READ, {"id": each})).one()._mapping) for each in _ids(endpoint)
-            ]
-            if endpoint == "updates":
-                for row in found:
-                    row["randomnumber"] = random.randint(1, ROWS)
-                    await connection.execute(WRITE, row)
-                await connection.commit()
-        return found
-
-    application.add_api_route("/{endpoint}", answer)
-    return application
-
+OVERLOAD = "overload"
+LOAD = 2.0
+"""Arrivals, in requests that can be served."""
+LIMIT = 1
+"""Seconds after which a client gives up."""
+ENOUGH, CAPACITY_SECONDS = 64, 4
+"""Clients of wrk who get what can be served, and for how long they ask."""
+WARM_UP = 2
+"""Seconds until an overload has come to stay: the queue is as long as clients wait, or is kept short."""
+QUEUE_TARGET = LIMIT / 20
 
 # -- who is compared --------------------------------------------------------------------------------
 
@@ -136,30 +87,51 @@ class Way:
     server: str
     pool: str
     options: dict[str, Any] = field(hash=False)
-    behind: bool = False
-    """Is PgBouncer in between?"""
+    bouncer: dict[str, Any] | None = field(default=None, hash=False)
+    """The settings of the PgBouncer in between, apart from those that all have; None if there is none."""
 
     def __str__(self) -> str:
         return f"{self.server}, {self.pool}"
 
 
-def ways(share: str) -> list[Way]:
+def ways(share: str, timeout: float = TIMEOUT) -> list[Way]:
     """All of them; the processes of each that share a budget meet in a folder below ``share``."""
     own = BUDGET // WORKERS
-    queue = {"poolclass": "QueuePool", "pool_size": own, "max_overflow": 0, "pool_timeout": TIMEOUT}
+    queue = {"poolclass": "QueuePool", "pool_size": own, "max_overflow": 0, "pool_timeout": timeout}
     asynchronous = queue | {"poolclass": "AsyncAdaptedQueuePool"}
-    ours = {"poolclass": "QueriesPool", "max_size": own, "pool_timeout": TIMEOUT}
+    null = {"poolclass": "NullPool"}
+    bouncer = {"query_wait_timeout": timeout}
+    discard = {"server_reset_query_always": 1}  # what asyncpg has prepared: see SQLAlchemy's documentation
+    ours = {"poolclass": "QueriesPool", "max_size": own, "pool_timeout": timeout}
     shared = ours | {"max_size": BUDGET}
     return [
         Way("Flask", "QueuePool", queue),
         Way("Flask", "QueuePool, pre-ping", queue | {"pool_pre_ping": True}),
-        Way("Flask", "NullPool behind PgBouncer", {"poolclass": "NullPool"}, behind=True),
+        Way("Flask", "NullPool behind PgBouncer", null, bouncer),
         Way("Flask", "QueriesPool", ours),
-        Way("Flask", 'QueriesPool, share="host"', shared | {"share": f"{share}/flask"}),
+        Way("Flask", 'QueriesPool, share="host"', shared | {"share": f"{share}/Flask"}),
         Way("FastAPI", "AsyncAdaptedQueuePool", asynchronous),
+        Way("FastAPI", "NullPool behind PgBouncer", null, bouncer | discard),
         Way("FastAPI", "QueriesPool", ours),
-        Way("FastAPI", 'QueriesPool, share="host"', shared | {"share": f"{share}/fastapi"}),
+        Way("FastAPI", 'QueriesPool, share="host"', shared | {"share": f"{share}/FastAPI"}),
     ]
+
+
+def overloaded_ways(share: str, capacities: Mapping[str, float]) -> list[Way]:
+    """All of them, and QueriesPool with what is meant for an overload.
+
+    ``capacities`` are answers per second.  FastAPI's tasks all wait in the pool: as many may do so as can be
+    served in half the time that they have.  gunicorn's threads are few, so there are never that many in the
+    pool.  Requests wait for a thread instead, where nobody rejects them, and each is late when it has one.
+    So there no thread may wait.
+    """
+    found = ways(share, LIMIT / 2)
+    ours = next(way.options for way in found if way.pool == "QueriesPool")
+    for server, capacity in capacities.items():
+        waiting = 0 if server == "Flask" else round(capacity / WORKERS * LIMIT / 2)
+        for name, value in (("max_waiting", waiting), ("queue_target", QUEUE_TARGET)):
+            found.append(Way(server, f"QueriesPool, {name}={value}", ours | {name: value}))
+    return sorted(found, key=lambda way: SERVERS.index(way.server))
 
 
 @dataclass
@@ -194,29 +166,32 @@ class Running:
             time.sleep(QUIET)
 
     def wait(self) -> None:
-        """Until it answers."""
+        """Until it answers, and all its processes have started."""
         deadline = time.monotonic() + READY
-        while True:
-            try:
-                with urllib.request.urlopen(self.url("updates"), timeout=TIMEOUT):
-                    return
-            except OSError:
-                if time.monotonic() > deadline:
-                    raise RuntimeError(f"{self.way} does not answer, see above") from None
-                time.sleep(0.1)
+        while not self._answers():
+            if time.monotonic() > deadline:
+                raise RuntimeError(f"{self.way} does not answer, see above")
+            time.sleep(0.1)
+        self.rest()
+
+    def _answers(self) -> bool:
+        try:
+            with urllib.request.urlopen(self.url("updates"), timeout=TIMEOUT):
+                return True
+        except OSError:
+            return False
 
 
 @contextmanager
 def running(way: Way, server: EmbeddedPostgres, role: str) -> Iterator[Running]:
-    """Start the processes; at the end they are stopped."""
+    """Start the processes; at the end they are killed."""
     with ExitStack() as stack:
         url = make_url(server.url()).set(username=role, password=role)
         processes = []
-        if way.behind:
-            settings = {"pool_mode": "transaction", "default_pool_size": BUDGET, "max_client_conn": 1000}
+        if way.bouncer is not None:
             sys.path.append(str(TESTS))
             kind = importlib.import_module("pgbouncer").PgBouncer
-            bouncer = stack.enter_context(kind(server, settings, users={role: role}))
+            bouncer = stack.enter_context(kind(server, BOUNCER | way.bouncer, users={role: role}))
             url = url.set(port=bouncer.port)
             processes.append(psutil.Process(bouncer.pid))
         if way.server == "FastAPI":
@@ -225,13 +200,20 @@ def running(way: Way, server: EmbeddedPostgres, role: str) -> Iterator[Running]:
         port = _free_port()
         process = subprocess.Popen(_command(way.server, port), env=os.environ | {TOLD: json.dumps(told)})
         stack.callback(process.wait)
-        stack.callback(process.terminate)
-        processes.append(psutil.Process(process.pid))
-        yield Running(way, role, port, processes)
+        first = psutil.Process(process.pid)
+        stack.callback(_kill, first)
+        yield Running(way, role, port, [*processes, first])
+
+
+def _kill(first: psutil.Process) -> None:
+    """At once: after an overload it has work left that nobody waits for."""
+    for process in (first, *first.children(recursive=True)):
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
 
 
 def _command(server: str, port: int) -> list[str]:
-    module, workers = "benchmarks.applications", str(WORKERS)
+    module, workers = "benchmarks.web", str(WORKERS)
     if server == "Flask":
         options = ["--workers", workers, "--threads", str(THREADS), "--log-level", "warning"]
         return [
@@ -264,12 +246,7 @@ class Result:
     way: str
     endpoint: str
     clients: int
-    goodput: float
-    """Answers per second that were no errors."""
-    p50: float
-    p99: float
-    """Milliseconds."""
-    errors: int
+    answers: wrk.Answers
     backends: int
     """The most that were seen at once."""
     processor: float
@@ -281,17 +258,25 @@ class Observer:
 
     def __init__(self, url: str) -> None:
         self._engine = create_engine(url, isolation_level="AUTOCOMMIT")
+        self._numbers = count()
 
-    def prepare(self, roles: Sequence[str]) -> None:
-        """Make the table, and the roles that use it."""
-        statements = [
+    def prepare(self) -> None:
+        """Make the table."""
+        self._execute(
             "CREATE TABLE world (id integer PRIMARY KEY, randomnumber integer NOT NULL)",
             f"INSERT INTO world SELECT id, 1 + random() * {ROWS - 1} FROM generate_series(1, {ROWS}) id",
             "ANALYZE world",
-        ]
-        for role in roles:
-            statements.append(f"CREATE ROLE {role} LOGIN PASSWORD '{role}'")
-            statements.append(f"GRANT SELECT, UPDATE ON world TO {role}")
+        )
+
+    def admit(self) -> str:
+        """Make another role that uses the table."""
+        role = f"way_{next(self._numbers)}"
+        self._execute(
+            f"CREATE ROLE {role} LOGIN PASSWORD '{role}'", f"GRANT SELECT, UPDATE ON world TO {role}"
+        )
+        return role
+
+    def _execute(self, *statements: str) -> None:
         with self._engine.connect() as connection:
             for statement in statements:
                 connection.exec_driver_sql(statement)
@@ -301,12 +286,12 @@ class Observer:
         """All that was seen meanwhile."""
         seen: list[int] = []
         ended = threading.Event()
-        count = text("SELECT count(*) FROM pg_stat_activity WHERE usename = :role")
+        backends = text("SELECT count(*) FROM pg_stat_activity WHERE usename = :role")
 
         def look() -> None:
             with self._engine.connect() as connection:
                 while not ended.wait(SAMPLE):
-                    seen.append(connection.execute(count, {"role": role}).scalar_one())
+                    seen.append(connection.execute(backends, {"role": role}).scalar_one())
 
         thread = threading.Thread(target=look)
         thread.start()
@@ -323,106 +308,193 @@ class Observer:
 
 def measure(target: Running, endpoint: str, clients: int, seconds: int, observer: Observer) -> Result:
     """Have so many clients ask for so long."""
-    options = ["--threads", "1", "--connections", str(clients), "--duration", f"{seconds}s"]
-    command = ["wrk", *options, "--timeout", f"{TIMEOUT}s", "--latency", target.url(endpoint)]
     before = target.processor()
     with observer.watch(target.role) as seen:
-        said = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
-    used = target.processor() - before
+        answers = wrk.ask(target.url(endpoint), clients, seconds, TIMEOUT)
+    each = 1000 * (target.processor() - before) / max(1, answers.good)
     target.rest()
-    return understand(said, str(target.way), endpoint, clients, max(seen, default=0), used)
+    return Result(str(target.way), endpoint, clients, answers, max(seen, default=0), each)
 
 
-def understand(said: str, way: str, endpoint: str, clients: int, backends: int, used: float) -> Result:
-    """Read what wrk printed."""
-    answers, took, unit = _found(r"(\d+) requests in ([\d.]+)(ms|s|m)\b", said)
-    bad = int((_found(r"Non-2xx or 3xx responses: (\d+)", said) or "0")[0])
-    sockets = sum(
-        map(int, _found(r"Socket errors: connect (\d+), read (\d+), write (\d+), timeout (\d+)", said))
-    )
-    good = int(answers) - bad
-    p50, p99 = (_milliseconds(rf"\b{part}%\s+([\d.]+)(us|ms|s|m)\b", said) for part in (50, 99))
-    rate = 1000 * good / (float(took) * UNITS[unit])
-    each = 1000 * used / max(1, good)
-    return Result(way, endpoint, clients, rate, p50, p99, bad + sockets, backends, each)
+# -- the overload -----------------------------------------------------------------------------------
 
 
-UNITS = {"us": 0.001, "ms": 1.0, "s": 1000.0, "m": 60_000.0}
+@dataclass(frozen=True)
+class Overload:
+    """What came of one way when too many asked."""
+
+    way: Way
+    capacity: float
+    """What can be served, in answers per second."""
+    answers: Answers
+    backends: int
+    """The most that were seen at once."""
+    processor: float
+    """Milliseconds of processor time for an answer in time, of those whom ``Result`` has."""
 
 
-def _found(pattern: str, said: str) -> tuple[str, ...]:
-    match = re.search(pattern, said)
-    return match.groups() if match else ()
-
-
-def _milliseconds(pattern: str, said: str) -> float:
-    number, unit = _found(pattern, said)
-    return float(number) * UNITS[unit]
+def flood(target: Running, capacity: float, seconds: int, observer: Observer) -> Overload:
+    """Have too many come for so long."""
+    before: list[float] = []
+    with observer.watch(target.role) as seen:
+        answers = offer(
+            target.url(SLOW),
+            LOAD * capacity,
+            seconds,
+            LIMIT,
+            warm_up=WARM_UP,
+            settled=lambda: before.append(target.processor()),
+        )
+    each = 1000 * (target.processor() - before[0]) / max(1, len(answers.in_time))
+    return Overload(target.way, capacity, answers, max(seen, default=0), each)
 
 
 # -- the program ------------------------------------------------------------------------------------
 
 
-def compare(
-    seconds: int, clients: Sequence[int], endpoints: Sequence[str], named: str = ""
-) -> Iterator[Result]:
-    """Ask all ways in turn whose name contains ``named``."""
+@dataclass(frozen=True)
+class Stage:
+    """A server with the table, and a folder for those whose processes share a budget."""
+
+    server: EmbeddedPostgres
+    observer: Observer
+    share: str
+
+    @contextmanager
+    def running(self, way: Way) -> Iterator[Running]:
+        """Start an application, which has a role of its own."""
+        with running(way, self.server, self.observer.admit()) as target:
+            yield target
+
+
+@contextmanager
+def stage() -> Iterator[Stage]:
+    """Start the server."""
     with ExitStack() as stack:
         server = stack.enter_context(EmbeddedPostgres({"max_connections": "200"}))
         share = stack.enter_context(tempfile.TemporaryDirectory())
+        for name in SERVERS:
+            Path(share, name).mkdir(mode=0o700)
         observer = Observer(server.url())
         stack.callback(observer.close)
-        all_ways = [way for way in ways(share) if named in str(way)]
-        roles = [f"way_{number}" for number in range(len(all_ways))]
-        observer.prepare(roles)
-        for folder in ("flask", "fastapi"):
-            Path(share, folder).mkdir(mode=0o700)
-        targets = [
-            stack.enter_context(running(way, server, role)) for way, role in zip(all_ways, roles, strict=True)
-        ]
+        observer.prepare()
+        yield Stage(server, observer, share)
+
+
+def compare(
+    on: Stage, seconds: int, clients: Sequence[int], endpoints: Sequence[str], named: str = ""
+) -> Iterator[Result]:
+    """Ask all ways in turn whose name contains ``named``."""
+    with ExitStack() as stack:
+        everybody = [way for way in ways(on.share) if named in str(way)]
+        targets = [stack.enter_context(on.running(way)) for way in everybody]
         for target in targets:
             target.wait()
         for endpoint in endpoints:
             for number in clients:
                 for target in targets:
-                    yield measure(target, endpoint, number, seconds, observer)
+                    yield measure(target, endpoint, number, seconds, on.observer)
+
+
+def overload(on: Stage, seconds: int, named: str = "") -> Iterator[Overload]:
+    """Ask too much of all ways whose name contains ``named``, one after the other."""
+    capacities = {server: _capacity(on, server) for server in SERVERS}
+    for way in overloaded_ways(on.share, capacities):
+        if named in str(way):
+            with on.running(way) as target:
+                target.wait()
+                yield flood(target, capacities[way.server], seconds, on.observer)
+
+
+def _capacity(on: Stage, server: str) -> float:
+    """What can be served: by SQLAlchemy's own pool."""
+    with on.running(next(way for way in ways(on.share) if way.server == server)) as target:
+        target.wait()
+        return measure(target, SLOW, ENOUGH, CAPACITY_SECONDS, on.observer).answers.goodput
 
 
 def show(results: Sequence[Result], console: Console) -> None:
-    """Print a table."""
-    table = Table(title="applications", title_justify="left")
-    for name in ("", "answers/s", "p50, ms", "p99, ms", "errors", "backends", "processor, ms per answer"):
-        table.add_column(name, justify="right" if name else "left")
+    """Print a table of what wrk's clients got."""
+    names = ("answers/s", "p50, ms", "p99, ms", "errors", "backends", "processor, ms per answer")
+    table = _table("applications", names)
     place = None
     for result in results:
         if (result.endpoint, result.clients) != place:
             place = (result.endpoint, result.clients)
             table.add_section()
             table.add_row(f"[bold]/{result.endpoint}, {result.clients} clients[/]")
-        figures = [f"{result.goodput:,.0f}", f"{result.p50:,.0f}", f"{result.p99:,.0f}", str(result.errors)]
+        answers = result.answers
+        figures = [f"{figure:,.0f}" for figure in (answers.goodput, answers.p50, answers.p99, answers.errors)]
         table.add_row(f"  {result.way}", *figures, str(result.backends), f"{result.processor:.2f}")
     console.print(table)
 
 
+def show_overload(overloads: Sequence[Overload], console: Console) -> None:
+    """Print a table of what came of too many requests."""
+    names = ("in time/s", "of capacity", "p50, ms", "p99, ms", "rejected", "given up", "errors", "backends")
+    table = _table("overload", (*names, "processor, ms per answer"))
+    server = None
+    for each in overloads:
+        if each.way.server != server:
+            server = each.way.server
+            table.add_section()
+            table.add_row(f"[bold]{server}: /{SLOW}, {LOAD * each.capacity:,.0f} requests/s[/]")
+        answers = each.answers
+        many = len(answers.in_time)
+        spread = [f"{1000 * answers.within(part):,.0f}" if many else "" for part in (0.5, 0.99)]
+        lost = [str(number) for number in (answers.rejected, answers.given_up, answers.failed)]
+        figures = [f"{answers.goodput:,.0f}", f"{answers.goodput / each.capacity:.2f}", *spread, *lost]
+        processor = f"{each.processor:.2f}" if many else ""
+        table.add_row(f"  {each.way.pool}", *figures, str(each.backends), processor)
+    console.print(table)
+
+
+def _table(title: str, names: Sequence[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    table.add_column(no_wrap=True)
+    for name in names:
+        table.add_column(name, justify="right")
+    return table
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Measure, and print a table; return the exit status."""
+    """Measure, and print the tables; return the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.applications",
         description="Real applications with different pools; takes less than ten minutes.",
     )
-    parser.add_argument("--seconds", type=int, default=5, help="of each cell, of which there are 72 (5)")
-    parser.add_argument("--clients", type=int, nargs="+", default=CLIENTS, help="how many ask at once")
-    parser.add_argument("--only", nargs="+", choices=ENDPOINTS, default=ENDPOINTS, help="these endpoints")
+    parser.add_argument("--quick", action="store_true", help="measure for three minutes, less exactly")
+    parser.add_argument("--seconds", type=int, help="of each cell, and half of those of an overload (3; 1)")
+    parser.add_argument("--clients", type=int, nargs="+", help="how many ask at once (16 64 256; 64)")
+    parser.add_argument(
+        "--only", nargs="+", choices=(*ENDPOINTS, OVERLOAD), help="these endpoints, or the overload"
+    )
     parser.add_argument("--ways", default="", metavar="NAME", help="those whose name contains this")
     chosen = parser.parse_args(arguments)
     absent = [name for name in ("wrk", "pgbouncer") if not find_program(name)]
     if absent:
         parser.error(f"{' and '.join(absent)} must be installed")
-    results = []
-    for result in compare(chosen.seconds, chosen.clients, chosen.only, chosen.ways):
-        print(f"/{result.endpoint}, {result.clients} clients: {result.way}", file=sys.stderr)
-        results.append(result)
-    show(results, Console(width=None if sys.stdout.isatty() else 120, highlight=False))
+    seconds = chosen.seconds or (1 if chosen.quick else 3)
+    clients = chosen.clients or (CLIENTS[1:2] if chosen.quick else CLIENTS)
+    only = chosen.only or (*ENDPOINTS, OVERLOAD)
+    endpoints = [name for name in only if name != OVERLOAD]
+    results, overloads = [], []
+    begin = time.monotonic()
+    with stage() as on:
+        if endpoints:
+            for result in compare(on, seconds, clients, endpoints, chosen.ways):
+                print(f"/{result.endpoint}, {result.clients} clients: {result.way}", file=sys.stderr)
+                results.append(result)
+        if OVERLOAD in only:
+            for each in overload(on, 2 * seconds, chosen.ways):
+                print(f"overload: {each.way}", file=sys.stderr)
+                overloads.append(each)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    if results:
+        show(results, console)
+    if overloads:
+        show_overload(overloads, console)
+    console.print(f"It took {time.monotonic() - begin:.0f} s.")
     return 0
 
 

@@ -86,8 +86,8 @@ async def _measure(
     for competitor in competitors:
         if competitor is not QUERIES:
             ratio = throughput(outcomes, QUERIES.name, competitor.name)
-            bound = 1.0 if competitor is QUEUE else None
-            cell.targets.append(Target(f"throughput / {competitor.name}", ratio, at_least=bound))
+            bound, bar = (1.0, f"throughput, tasks, {place.driver}") if competitor is QUEUE else (None, "")
+            cell.targets.append(Target(f"throughput / {competitor.name}", ratio, at_least=bound, bar=bar))
     ours = cell.figures[QUERIES.name]
     cell.targets.append(Target("Jain's index", ours["Jain"], at_least=0.99))
     if load.work:

@@ -67,10 +67,15 @@ async def _measure(
         }
     for other in [name for name in sources if name != QUERIES.name]:
         beside = ratio(rows, QUERIES.name, other)
-        judged = other == QUEUE.name
-        what = f"time / {other}" + (f", {place.driver}" if judged else "")
-        cell.targets.append(Target(what, beside, at_most=BOUNDS[place.driver] if judged else None))
+        cell.targets.append(_target(place, other, beside, "pool" if each is pool else "engine"))
     return cell
+
+
+def _target(place: Place, other: str, value: Figure, part: str) -> Target:
+    if other != QUEUE.name:
+        return Target(f"time / {other}", value)
+    what, bar = f"time / {other}, {place.driver}", f"one task, {place.driver}: {part}"
+    return Target(what, value, at_most=BOUNDS[place.driver], bar=bar)
 
 
 async def _round(

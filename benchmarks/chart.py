@@ -1,4 +1,4 @@
-"""The chart: QueriesPool's ratios to QueuePool."""
+"""The chart: QueriesPool's ratios to QueuePool, and to AsyncAdaptedQueuePool where tasks ask."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def draw(cells: Sequence[Cell], path: Path) -> None:
     )
     for axis, (title, members) in zip(axes[:, 0], sides, strict=False):
         _side(axis, title, members)
-    figure.suptitle("QueriesPool's ratio to SQLAlchemy's QueuePool", fontsize=11)
+    figure.suptitle("QueriesPool's ratio to QueuePool (tasks: to AsyncAdaptedQueuePool)", fontsize=11)
     figure.tight_layout()
     figure.savefig(path, format="svg", bbox_inches="tight", metadata={"Date": None})
     plot.close(figure)

@@ -43,6 +43,9 @@ GROUP = "HikariCP's scenarios"
 HIKARI = "HikariCP"
 QUERIES_CHECKED = f"{QUERIES.name}, ping_after=0"
 """What checks at each checkout; else it does so after 30 s without use."""
+FAIL_FAST_AFTER = 1.0
+QUERIES_FAST = f"{QUERIES.name}, fail_fast_after={FAIL_FAST_AFTER:g}"
+"""What fails at once when the server has refused for so many seconds."""
 SOURCE = Path(__file__).with_name("Hikari.java")
 JARS = Path("/usr/share/java")
 NEEDED = ("HikariCP.jar", "slf4j-api.jar", "slf4j-nop.jar", "postgresql.jar")
@@ -266,6 +269,7 @@ def callers(url: URL, timeout: float, jvm: Jvm | None) -> Iterator[tuple[str, Ca
     for name, more in (
         (QUERIES.name, {}),
         (QUERIES_CHECKED, {"ping_after": 0, "ping_timeout": timeout}),
+        (QUERIES_FAST, {"fail_fast_after": FAIL_FAST_AFTER}),
     ):
         ours: dict[str, Any] = {"poolclass": QueriesPool, "max_size": SIZE, "pool_id": secrets.token_hex(8)}
         yield name, Caller(create_engine(url, connect_args=connect, pool_timeout=timeout, **ours, **more))
@@ -346,7 +350,7 @@ def _targets(cell: Cell, timeout: float) -> Iterator[Target]:
     longest = cell.figures[QUERIES_CHECKED]["longest request, s"].median
     ratio = Figure.of([longest / (timeout + _connect_timeout(timeout))])
     yield Target("longest request / timeouts of pool and driver", ratio, at_most=1.1)
-    for name in (QUERIES.name, QUERIES_CHECKED):
+    for name in (QUERIES.name, QUERIES_CHECKED, QUERIES_FAST):
         recovered = cell.figures[name]["recovered after, s"]
         yield Target(f"{name}: recovered after, s", recovered, at_most=2.0)
 

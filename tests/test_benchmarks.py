@@ -9,9 +9,10 @@ import json
 import re
 import sys
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
+from itertools import cycle
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -608,16 +609,65 @@ ERRORS = """  Socket errors: connect 1, read 2, write 3, timeout 4
 
 def test_what_wrk_says_is_understood(program: Any) -> None:
     """In milliseconds, and an error is no answer."""
-    result = program.applications.understand(WRK + ERRORS, "way", "db", 16, 7, 8.0)
-    assert result == program.applications.Result("way", "db", 16, 2000.0, 0.812, 1250.0, 20, 7, 2.0)
-    assert program.applications.understand(WRK, "way", "db", 16, 7, 8.0).errors == 0
+    assert program.wrk.understand(WRK + ERRORS) == program.wrk.Answers(2000.0, 4000, 0.812, 1250.0, 20)
+    assert program.wrk.understand(WRK).errors == 0
+
+
+class Erratic:
+    """A web server, of whose requests each has another fate, in turn."""
+
+    FATES = ("200 OK", "503 Unavailable", "500 Error", "no answer", "the end of the connection")
+
+    def __init__(self) -> None:
+        self.met: Counter[str] = Counter()
+        self.connections = 0
+        self._fates = cycle(self.FATES)
+
+    async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
+        with suppress(asyncio.IncompleteReadError, ConnectionError), closing(writer):
+            while await reader.readuntil(b"\r\n\r\n"):
+                fate = next(self._fates)
+                self.met[fate] += 1
+                if fate == "the end of the connection":
+                    return
+                if fate != "no answer":
+                    writer.write(f"HTTP/1.1 {fate}\r\nContent-Length: 2\r\n\r\nok".encode())
+
+
+def test_a_crowd_comes_whatever_becomes_of_it_and_gives_up(program: Any) -> None:
+    """Each request counts for what came of it; those of the warm-up do not."""
+    erratic = Erratic()
+    before: list[int] = []
+
+    async def offer(limit: float, **more: Any) -> Any:
+        async with await asyncio.start_server(erratic, "127.0.0.1") as server:
+            host, port = server.sockets[0].getsockname()
+            url = f"http://{host}:{port}/db"
+            return await asyncio.to_thread(program.crowd.offer, url, 300.0, 0.3, limit, **more)
+
+    answers = asyncio.run(offer(1.0))
+    met = erratic.met
+    assert met.total() == len(list(program.crowd.arrivals(300.0, 0.3))) > len(Erratic.FATES)
+    assert len(answers.in_time) == met["200 OK"]
+    assert answers.rejected == met["503 Unavailable"]
+    assert answers.given_up == met["no answer"]
+    assert answers.failed == met["500 Error"] + met["the end of the connection"]
+    assert erratic.connections < met.total()
+    assert answers.goodput == pytest.approx(met["200 OK"] / 0.3)
+    assert 0.0 < answers.within(0.5) <= answers.within(0.99) < 1.0
+    erratic.met.clear()
+    warm = asyncio.run(offer(0.2, warm_up=0.3, settled=lambda: before.append(erratic.met.total())))
+    assert before[0] > 0
+    counted = len(warm.in_time) + warm.rejected + warm.given_up + warm.failed
+    assert 0 < counted < erratic.met.total()
 
 
 @pytest.fixture
 def world(program: Any, pg_url: str) -> None:
     """The table that the applications use."""
     with closing(program.applications.Observer(pg_url)) as observer:
-        observer.prepare([])
+        observer.prepare()
 
 
 async def _get(application: Any, endpoints: Sequence[str]) -> dict[str, Any]:
@@ -635,40 +685,73 @@ def test_the_applications_read_and_write(
     pytest.importorskip(server)
     url = make_url(pg_url).set(drivername=f"postgresql+{driver}").render_as_string(hide_password=False)
     told = {"url": url, "poolclass": "QueriesPool", "max_size": 2}
-    monkeypatch.setenv(program.applications.TOLD, json.dumps(told))
-    application = getattr(program.applications, server)()
+    monkeypatch.setenv(program.web.TOLD, json.dumps(told))
+    application = getattr(program.web, server)()
     if server == "flask":
         client = application.test_client()
-        got = {name: client.get(f"/{name}").json for name in program.applications.ENDPOINTS}
+        got = {name: client.get(f"/{name}").json for name in program.web.ENDPOINTS}
     else:
-        got = asyncio.run(_get(application, program.applications.ENDPOINTS))
-    assert [len(got[name]) for name in program.applications.ENDPOINTS] == [1, 5, 5]
+        got = asyncio.run(_get(application, program.web.ENDPOINTS))
+    assert [len(got[name]) for name in program.web.ENDPOINTS] == [1, 5, 5]
     looking = create_engine(pg_url, poolclass=NullPool)
     with looking.connect() as connection:
         for row in got["updates"]:
-            assert connection.execute(program.applications.READ, row).one() == (
+            assert connection.execute(program.web.READ, row).one() == (
                 row["id"],
                 row["randomnumber"],
             )
 
 
-@pytest.mark.exhaustive
-def test_all_processes_of_an_application_share_the_budget_that_is_measured(program: Any) -> None:
-    """Both servers, with wrk; and the table has them."""
+@pytest.fixture
+def stage(program: Any) -> Iterator[Any]:
+    """A server for the applications, if they are all installed."""
     for name in ("flask", "gunicorn", "fastapi", "uvicorn", "asyncpg"):
         pytest.importorskip(name)
-    if program.applications.find_program("wrk") is None:
-        pytest.skip("wrk is not installed")
-    results = list(program.applications.compare(1, [32], ["updates"], "share="))
-    assert [result.way.split(",")[0] for result in results] == ["Flask", "FastAPI"]
+    for name in ("wrk", "pgbouncer"):
+        if program.applications.find_program(name) is None:
+            pytest.skip(f"{name} is not installed")
+    with program.applications.stage() as stage:
+        yield stage
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize(
+    ("named", "servers"), [("share=", ["Flask", "FastAPI"]), ("FastAPI, NullPool", ["FastAPI"])]
+)
+def test_all_processes_of_an_application_have_the_budget_that_is_measured(
+    program: Any, stage: Any, named: str, servers: list[str]
+) -> None:
+    """Whoever shares it out: QueriesPool, or PgBouncer; and the table has them."""
+    results = list(program.applications.compare(stage, 1, [32], ["updates"], named))
+    assert [result.way.split(",")[0] for result in results] == servers
     for result in results:
-        assert result.goodput > 0
-        assert result.errors == 0
+        assert result.answers.goodput > 0
+        assert result.answers.errors == 0
         assert 0 < result.backends <= program.applications.BUDGET
         assert result.processor > 0
     text = io.StringIO()
     program.applications.show(results, Console(file=text, width=120))
     assert "/updates, 32 clients" in text.getvalue()
+
+
+@pytest.mark.exhaustive
+def test_an_overload_is_rejected_and_the_others_are_served_in_time(
+    program: Any, stage: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By both servers, where no more may wait than can be served."""
+    monkeypatch.setattr(program.applications, "CAPACITY_SECONDS", 1)
+    monkeypatch.setattr(program.applications, "WARM_UP", 1)
+    overloads = list(program.applications.overload(stage, 1, "max_waiting"))
+    assert [each.way.server for each in overloads] == ["Flask", "FastAPI"]
+    for each in overloads:
+        assert each.answers.goodput > 0
+        assert each.answers.rejected > 0
+        assert each.answers.failed == 0
+        assert 0 < each.backends <= program.applications.BUDGET
+    text = io.StringIO()
+    program.applications.show_overload(overloads, Console(file=text, width=140))
+    assert "Flask: /slow" in text.getvalue()
+    assert "max_waiting=0" in text.getvalue()
 
 
 # -- the program ------------------------------------------------------------------------------------
@@ -731,6 +814,7 @@ def test_everything_is_measured(program: Any, cells: list[Any], tiny: Any) -> No
     all_who_are_installed_are_measured(program, cells)
     hikaricp_is_measured_where_it_is(program, cells)
     what_is_counted_does_not_depend_on_the_machine(cells)
+    the_chart_has_bars_of_threads_and_of_tasks(program, cells)
 
 
 def all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: list[Any], tiny: Any) -> None:
@@ -785,6 +869,15 @@ def what_is_counted_does_not_depend_on_the_machine(cells: list[Any]) -> None:
     checkout = targets["waiters in the ledger: instructions, ratio"].value
     assert checkout.least == checkout.most
     assert 0 < targets["bytes above SQLAlchemy's own record"].value.median < 1024
+
+
+def the_chart_has_bars_of_threads_and_of_tasks(program: Any, cells: list[Any]) -> None:
+    """Of the time of one, and of the throughput of many."""
+    bars = {(bar.label.split(" (")[0], bar.less) for bar in program.chart.bars(cells)}
+    assert {("checkout, PostgreSQL", True), ("throughput, 6 threads", False)} <= bars
+    for driver in program.async_competitors.DRIVERS:
+        one = {(f"one task, {driver}: {part}", True) for part in ("pool", "engine")}
+        assert bars > one | {(f"throughput, tasks, {driver}", False)}
 
 
 def test_the_load_of_a_grid_cell_lasts_for_as_many_turns_as_were_asked_for(
