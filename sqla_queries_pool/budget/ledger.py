@@ -136,11 +136,11 @@ class Ledger(LedgerState):
 
     def _give_on(self, attachment: Attachment, entry: Any, slot: Slot, now: float) -> Work:
         """Pass on an entry that was returned: to a waiter, to be closed, or to the idle ones."""
-        if len(self.slots) - len(self.closing) > self.limit:
+        if len(self.slots) > self.limit and len(self.slots) - len(self.closing) > self.limit:
             return [self.close(entry, LOWERED), *self.serve(now)]
         if slot.generation < attachment.retired and not self._serves_yet(attachment, slot):
             return [self.close(entry, DISPOSED), *self.serve(now)]
-        if attachment.queue and len(self.queues) == 1 and slot.handle is not None:
+        if len(self.queues) == 1 and attachment.queue and slot.handle is not None:
             first = next(iter(attachment.queue))
             return [self._answer(first, self._hold(entry, first.holder, now), now)]
         if slot.handle is not None and now >= slot.expires and not self.queues:
@@ -188,6 +188,9 @@ class Ledger(LedgerState):
         :param last: it can't wait.
         """
         quota = attachment.quota
+        full = len(self.slots) >= self.limit or quota.full
+        if full and self.alone and not (attachment.idle or attachment.hollow or attachment.locked):
+            return None  # nothing can give way, as for most that begin to wait
         if choice.unreachable(self, attachment, now) and choice.probes(self, attachment, now):
             return None
         if self.backoff.pausing(now) or quota.stopped == SUSPENDED:
@@ -195,7 +198,6 @@ class Ledger(LedgerState):
         if not last and choice.may_wait(self, attachment, holder, now):
             return None
         evicts = None
-        full = quota.full or len(self.slots) >= self.limit
         if full or self.backoff.refusals:  # a server that is full has room for what gives way here
             before = now if insist or not attachment.own else now - choice.SPARE
             evicts = choice.pick(self, attachment, quota.full, before)
