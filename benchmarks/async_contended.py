@@ -81,7 +81,7 @@ async def _measure(
     effort: Effort,
     name: str,
 ) -> Cell:
-    outcomes = await _outcomes(place, competitors, load, work, effort)
+    outcomes = await take_turns(place, competitors, load, work, effort)
     cell = Cell(GRID, name, {each: figures(outcomes[each], load.turn) for each in outcomes})
     for competitor in competitors:
         if competitor is not QUERIES:
@@ -101,7 +101,7 @@ def _seconds(load: Load, effort: Effort) -> float:
     return max(effort.task_seconds, TURNS * load.seconds(effort))
 
 
-async def _outcomes(
+async def take_turns(
     place: Place, competitors: Sequence[AsyncCompetitor], load: Load, work: tasks.Work, effort: Effort
 ) -> dict[str, list[Outcome]]:
     """Let the competitors take turns."""
@@ -136,7 +136,7 @@ def _budget(place: Place, effort: Effort) -> Iterator[Cell]:
 
 async def _several(place: Place, load: Load, effort: Effort, judged: bool) -> Cell:
     work = tasks.on_server(load.work)
-    outcomes = await _outcomes(place, (QUERIES, QUERIES_3, QUEUE), load, work, effort)
+    outcomes = await take_turns(place, (QUERIES, QUERIES_3, QUEUE), load, work, effort)
     cell = Cell(BUDGET, f"{place}: {load}", {each: figures(outcomes[each], load.turn) for each in outcomes})
     for each, runs in outcomes.items():
         cell.figures[each]["connects"] = Figure.of(outcome.connects for outcome in runs)

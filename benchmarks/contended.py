@@ -61,7 +61,7 @@ def grid(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
     for number, backend in enumerate(backends):
         group = ON_SERVER if number else GRID
         for load in [Load(*each) for each in SERVER_LOADS] if number else loads:
-            outcomes = _measure(backend, competitors, load, effort)
+            outcomes = measure(backend, competitors, load, effort)
             cell = _cell(group, str(load), outcomes, load)
             bar = "" if number else f"throughput, {load.threads} threads"
             cell.targets.extend(_beside(outcomes, competitors, bar))
@@ -74,7 +74,7 @@ def budget(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
     competitors = (QUERIES, QUERIES_3, QUEUE)
     for backend in backends:
         for load in [Load(*each) for each in BUDGET_LOADS]:
-            outcomes = _measure(backend, competitors, load, effort)
+            outcomes = measure(backend, competitors, load, effort)
             cell = _cell(BUDGET, f"{backend.name}: {load}", outcomes, load)
             ratio = throughput(outcomes, QUERIES_3.name, QUERIES.name)
             fair = cell.figures[QUERIES_3.name]["Jain"]
@@ -84,7 +84,7 @@ def budget(backends: Sequence[Backend], effort: Effort) -> Iterator[Cell]:
             yield cell
 
 
-def _measure(
+def measure(
     backend: Backend, competitors: Sequence[Competitor], load: Load, effort: Effort
 ) -> dict[str, list[Outcome]]:
     """Let the competitors take turns."""
