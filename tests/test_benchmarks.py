@@ -823,6 +823,9 @@ def all_groups_have_their_cells_and_all_cells_are_shown(program: Any, cells: lis
     assert groups.count("one thread: checkout and return") == 3
     assert groups.count("many threads, fake driver") == 2 * 1 * 2
     assert groups.count("many threads, PostgreSQL") == len(program.contended.SERVER_LOADS)
+    assert groups.count("designs of a hand-over, fake driver") == 1
+    assert groups.count("designs of a hand-over, PostgreSQL") == 1
+    assert groups.count("designs of a hand-over, tasks, asyncpg, asyncio") == len(tiny.task_works)
     assert groups.count("one budget") == 2 * len(program.contended.BUDGET_LOADS)
     assert groups.count("50 requests at once") == 2
     assert groups.count("more of something") == 4
