@@ -368,6 +368,7 @@ def pool_class(**constants: Any) -> type[QueriesPool]:
 def set_timeout(pool: Any, timeout: float | None) -> None:
     """Change an engine's ``timeout``."""
     pool.settings = dataclasses.replace(pool.settings, timeout=timeout)
+    pool._attachment.first_look = 0.0  # it was made of the timeout before
 
 
 def do_get(pool: Any) -> Any:

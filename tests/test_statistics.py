@@ -33,6 +33,7 @@ from sqla_queries_pool import (
     PoolManager,
     QueriesPool,
     Statistics,
+    checkouts,
 )
 from sqla_queries_pool.budget.ledger import ABANDONED, DISPOSED, GAVE_WAY, IDLE_TTL, LOWERED, REMOVED
 from sqla_queries_pool.budget.stats import Durations
@@ -564,8 +565,7 @@ def test_the_managers_numbers_are_the_sum_of_the_pools(
         connection = pool.connect()
         waiter = Thread(lambda pool=pool: pool.connect().invalidate())
         eventually(lambda pool=pool: pool.statistics().waiting, "it waits")
-        inside.set_timeout(pool, 0)
-        with pytest.raises(CheckoutTimeout):
+        with checkouts(timeout=0), pytest.raises(CheckoutTimeout):
             pool.connect()
         connection.close()
         waiter.join()

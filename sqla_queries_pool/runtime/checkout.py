@@ -113,7 +113,7 @@ class Checkouts:
         return self._wait_at_first(entry) if waits else entry
 
     def _wait_at_first(self, waiter: Waiter) -> Any:
-        """Wait until there is something to look for; return the answer, or the waiter."""
+        """Wait until there is something to look for; return what was handed over, or the waiter."""
         attachment, ledger = waiter.attachment, self._ledger
         seconds = attachment.first_look
         if not ledger.alone:
@@ -124,7 +124,9 @@ class Checkouts:
             return waiter
         try:
             self._sleep(waiter, seconds)
-            return (waiter.answer and waiter.accept()) or waiter
+            if waiter.answer is None or isinstance(waiter.answer, Permit):
+                return waiter  # the long way knows for how long it has waited
+            return waiter.accept() or waiter
         except BaseException:
             self._section.decide(ledger.leave, waiter)
             self._declined(waiter)
