@@ -6,6 +6,7 @@ the pool, and the numbers of docs/recipes/pgbouncer.rst, are from these tests (`
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from contextlib import ExitStack, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import inside
 import psycopg2
@@ -26,6 +28,7 @@ from conftest import observer
 from fakes import SECONDS, Task
 from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.pool import NullPool
 
 from sqla_queries_pool import CheckoutTimeout, QueriesPool
@@ -148,6 +151,35 @@ def crowd(engine: Engine, checkouts: int = CHECKOUTS // ROUNDS) -> list[str]:
     for task in [Task(work) for _ in range(THREADS)]:
         task.result()
     return errors
+
+
+async def tasks(bouncer: PgBouncer, connect_args: dict[str, Any]) -> None:
+    """64 tasks at once on 16 connections to PgBouncer, four times, each with a statement of its own."""
+    url = bouncer.url("asyncpg", DATABASE)
+    engine = create_async_engine(url, poolclass=QueriesPool, max_size=THREADS, connect_args=connect_args)
+
+    async def one(number: int) -> None:
+        async with engine.connect() as connection:
+            statement = text(f"SELECT CAST(:number AS INTEGER) + {number}")
+            assert await connection.scalar(statement, {"number": number}) == 2 * number
+
+    try:
+        for _ in range(ROUNDS):
+            await asyncio.gather(*map(one, range(64)))
+    finally:
+        await engine.dispose()
+
+
+@pytest.mark.exhaustive
+def test_asyncpg_works_in_transaction_mode_with_the_settings_of_the_page(start: Start) -> None:
+    """With its defaults it meets statements that other clients have prepared."""
+    pytest.importorskip("asyncpg")
+    bouncer = start("transaction", default_pool_size=2, server_reset_query_always=1)
+    no_cache = {"statement_cache_size": 0, "prepared_statement_cache_size": 0}
+    asyncio.run(tasks(bouncer, no_cache | {"prepared_statement_name_func": lambda: f"__asyncpg_{uuid4()}__"}))
+    bouncer = start("transaction", default_pool_size=2)
+    with pytest.raises(exc.DBAPIError, match="prepared statement"):
+        asyncio.run(tasks(bouncer, {}))
 
 
 def waiting(engine: Engine) -> int:
