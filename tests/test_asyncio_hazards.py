@@ -328,6 +328,30 @@ def test_a_program_ends_clean(pg_url: str, driver: str, how: str) -> None:
 # -- cancellation ----------------------------------------------------------------------------------------
 
 
+def test_cancelled_statements_that_end_meanwhile_are_closed_silently(pg_url: str) -> None:
+    """asyncpg connects to the server to cancel a statement; the close does not stop that halfway."""
+    tasks = create_async_engine(url_of(pg_url, "asyncpg"), poolclass=QueriesPool, max_size=8)
+    complaints: list[object] = []
+
+    async def use(turns: int) -> None:
+        async with tasks.connect() as connection:
+            execute = asyncio.ensure_future(connection.execute(text("SELECT pg_sleep(0.001)")))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            execute.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await execute
+
+    async def main() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _, context: complaints.append(context))
+        for turns in range(40):
+            await asyncio.gather(*(use(turns % 10 + extra) for extra in range(8)))
+        await tasks.dispose()
+
+    asyncio.run(main())
+    assert complaints == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [600, pytest.param(5_000, marks=pytest.mark.exhaustive)])
 @pytest.mark.parametrize("uv", [False, True], ids=["asyncio", "uvloop"])

@@ -51,8 +51,16 @@ def _end_asyncpg(connection: Any) -> Any:
 
 
 async def _cancel_and_close(connection: Any) -> None:
+    # A statement may have ended by itself.  Then close() may end before the requests to cancel are sent.
+    # It would stop them in the middle of a connect, and the loop would log a ConnectionError.
+    requests = set(connection._cancellations)
+    connection._cancellations.clear()
     with contextlib.suppress(Exception):  # it is closed then, too
         await connection.close(timeout=CANCELLED_IN)
+    if requests:
+        _, late = await asyncio.wait(requests, timeout=CANCELLED_IN)
+        for request in late:
+            request.cancel()
 
 
 def _bury_asyncpg(connection: Any) -> None:
