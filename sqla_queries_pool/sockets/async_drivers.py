@@ -53,8 +53,9 @@ def _end_asyncpg(connection: Any) -> Any:
 async def _cancel_and_close(connection: Any) -> None:
     # A statement may have ended by itself.  Then close() may end before the requests to cancel are sent.
     # It would stop them in the middle of a connect, and the loop would log a ConnectionError.
-    requests = set(connection._cancellations)
-    connection._cancellations.clear()
+    pending: set[Any] = getattr(connection, "_cancellations", set())
+    requests = set(pending)
+    pending.clear()
     with contextlib.suppress(Exception):  # it is closed then, too
         await connection.close(timeout=CANCELLED_IN)
     if requests:
