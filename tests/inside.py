@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import time
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -439,6 +440,11 @@ def before_a_deadlock_is_told(monkeypatch: pytest.MonkeyPatch, act: Callable[[],
         return real(*args)
 
     monkeypatch.setattr(deadlock, "_told", later)
+
+
+def forget_holders(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody has looked yet for who holds a connection."""
+    monkeypatch.setattr(deadlock, "_last", (-math.inf, frozenset()))
 
 
 def sleep_lightly(waiter: Any, seconds: float) -> None:

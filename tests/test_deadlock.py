@@ -7,6 +7,7 @@ import functools
 import gc
 import itertools
 import logging
+import math
 import random
 import threading
 import time
@@ -137,7 +138,7 @@ def still_pool(pid: str | None = None, **kw: Any) -> QueriesPool:
 
 def watch(*pools: QueriesPool, grace: float = 1.0) -> deadlock.Watch:
     """What one checkout sees, of these pools."""
-    return deadlock.Watch(lambda: [inside.shared(pool) for pool in pools], grace)
+    return deadlock.Watch(lambda: [inside.shared(pool) for pool in pools], grace, math.inf)
 
 
 def told(waiter: Any, *pools: QueriesPool) -> Any:
@@ -206,8 +207,11 @@ def test_a_thread_that_waits_and_holds_nothing_is_not_asked_to_give_up(
     assert told(newer, pool) is not None
 
 
-def test_who_holds_nothing_looks_once(sides: Callable[..., Side], eventually: Eventually) -> None:
-    """It can't get one while it waits: the further looks of a long line cost nothing."""
+def test_a_checkout_whose_caller_holds_nothing_looks_once_and_those_that_wait_with_it_not_at_all(
+    sides: Callable[..., Side], eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It can't get one while it waits.  So many that time out at once cost little beside many pools."""
+    inside.forget_holders(monkeypatch)
     pool = still_pool()
     sides("holder", pool)
     waiter = sides("newcomer").waits_for(pool, eventually)
@@ -217,9 +221,14 @@ def test_who_holds_nothing_looks_once(sides: Callable[..., Side], eventually: Ev
         looked.append(1)
         return [inside.shared(pool)]
 
-    look = deadlock.Watch(everywhere, 0.0)
-    assert [look.hopeless(waiter, now) for now in (0.0, 1.0, 2.0)] == [None] * 3
+    look = deadlock.Watch(everywhere, 0.0, began=1.0)
+    assert [look.hopeless(waiter, now) for now in (2.0, 3.0, 4.0)] == [None] * 3
     assert len(looked) == 1
+    assert deadlock.Watch(everywhere, 0.0, began=1.5).hopeless(waiter, 4.0) is None
+    assert len(looked) == 1
+    holder = sides("one that takes one later", still_pool()).waits_for(pool, eventually)
+    assert deadlock.Watch(everywhere, 0.0, began=2.5).hopeless(holder, 4.0) is None
+    assert len(looked) == 2
 
 
 def test_while_one_holder_does_not_wait_there_is_hope(

@@ -50,7 +50,8 @@ class Attempt:
         now = self._core.now()
         self._since: float = now if isinstance(entry, NO_WAITER) else entry.since
         """Since when it waits, by the pool's clock: its place in the queue."""
-        begin = time.monotonic() - (now - self._since)
+        self._began = begin = time.monotonic() - (now - self._since)
+        """The same by ``time.monotonic``."""
         self._deadline: float = begin + self._timeout
         """When its time is over, by ``time.monotonic``."""
         self._whose = ""
@@ -163,7 +164,7 @@ class Attempt:
 
     def _watch(self) -> Any:
         """Return what looks for a deadlock when a checkout waits in vain."""
-        watch = deadlock.Watch(everywhere, self._pool._deadlock_grace)
+        watch = deadlock.Watch(everywhere, self._pool._deadlock_grace, self._began)
 
         told = False
 

@@ -10,6 +10,7 @@ Nothing of it is on the way of a checkout that need not wait.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -35,10 +36,11 @@ class Watch:
 
     :param everywhere: returns all pools of the process.
     :param grace: seconds for which nothing may have moved.
+    :param began: when it began to wait, by ``time.monotonic``.
     """
 
-    def __init__(self, everywhere: Callable[[], list[Pool]], grace: float) -> None:
-        self._everywhere, self._grace = everywhere, grace
+    def __init__(self, everywhere: Callable[[], list[Pool]], grace: float, began: float) -> None:
+        self._everywhere, self._grace, self._began = everywhere, grace, began
         self._seen: tuple[Any, float] | None = None
         self._holds: bool | None = None
         self._told: tuple[Any, Diagnosis] | None = None
@@ -52,9 +54,12 @@ class Watch:
         """
         if self._holds is False:  # it can't take one while it waits
             return None
-        pools, me = self._everywhere(), waiter.holder
-        self._holds = any(slot.holder is me for pool in pools for slot in pool.core.slots())
-        sides = _sides(me, pools) if self._holds else []
+        me = waiter.holder
+        self._holds = me in _holders(self._everywhere, self._began, now)
+        if not self._holds:
+            return None
+        pools = self._everywhere()
+        sides = _sides(me, pools)
         newest = max(sides, key=lambda side: (side[1].since, side[1].holder.ident), default=None)
         if newest is None or newest[1] is not waiter:
             self._seen = None
@@ -84,6 +89,22 @@ class Watch:
         pools = self._everywhere()
         now = tuple(sorted(_moves(_sides(waiter.holder, pools), pools)))
         return self._told[1] if now == self._told[0] else None
+
+
+_last: tuple[float, frozenset[Any]] = -math.inf, frozenset()
+"""Who held something, and when that was looked for, by ``time.monotonic``."""
+
+
+def _holders(everywhere: Callable[[], list[Pool]], began: float, now: float) -> frozenset[Any]:
+    """Return who holds a connection, of any pool; as for those that wait since ``began``, to the moment.
+
+    A look at all pools takes long where there are many, and many may wait in vain at once.  While one waits,
+    it takes nothing and returns nothing: so any look since then will do, also another's.
+    """
+    global _last
+    if _last[0] < began:  # written whole, so without a lock: at worst two look
+        _last = now, frozenset(slot.holder for pool in everywhere() for slot in pool.core.slots())
+    return _last[1]
 
 
 def _sides(me: Caller, pools: list[Pool]) -> list[tuple[Pool, Waiter]]:
