@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Measure QueriesPool beside other pools; takes less than twenty minutes.",
+        description="Measure QueriesPool beside other pools; takes about 25 minutes.",
     )
     parser.add_argument(
         "--quick", action="store_true", help="measure for three minutes at most, less exactly"
