@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import inside
@@ -16,6 +16,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, ParameterError, PoolManager, QueriesPool
 from sqla_queries_pool.budget.state import LOOK_EVERY
+from sqla_queries_pool.concurrency.threads import THREADS
 from sqla_queries_pool.runtime import jitter as retirement
 
 Eventually = Callable[..., None]
@@ -271,6 +272,36 @@ def test_warm_up_opens_min_size_at_once(make: Make, driver: FakeDriver) -> None:
     assert (driver.numbers(), pool.checkedin(), pool.checkedout()) == ([1, 2, 3], 3, 0)
     pool.warm_up()
     assert driver.attempts == 3
+
+
+@pytest.mark.parametrize("failures", [0, 1])
+def test_warm_up_waits_for_what_the_housekeeper_opens(
+    make: Make,
+    driver: FakeDriver,
+    clock: FakeClock,
+    eventually: Eventually,
+    monkeypatch: pytest.MonkeyPatch,
+    failures: int,
+) -> None:
+    """When it returns, that is there, too.  Where the housekeeper fails, it is opened by who warms up."""
+
+    def pause(descriptors: Iterable[int], seconds: float) -> None:
+        driver.gate.set()
+        real(descriptors, seconds)
+
+    pool = make(min_size=2)
+    pool.warm_up()
+    pool.connect().invalidate()
+    driver.gate.clear()
+    driver.failures = failures
+    clock.now += LOOK_EVERY
+    inside.upkeep(pool).sweep()
+    eventually(lambda: driver.connecting == 1, "the housekeeper opens one")
+    real = THREADS.pause
+    monkeypatch.setattr(THREADS, "pause", pause)
+    pool.warm_up()
+    assert inside.shared(pool).numbers.idle == 2
+    assert driver.attempts == 3 + failures
 
 
 def test_warm_up_opens_as_many_as_there_is_room_for(make: Make, driver: FakeDriver) -> None:

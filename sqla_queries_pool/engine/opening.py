@@ -13,7 +13,7 @@ from typing import Any
 
 from sqlalchemy.pool import ConnectionPoolEntry
 
-from ..budget.slots import UNKNOWN, Attachment, Permit
+from ..budget.slots import HELD, OPENING, UNKNOWN, Attachment, Permit
 from ..runtime.jitter import lifetime
 from ..sockets import liveness
 from ..sockets.drivers import UNSEEN_FOR, is_seen
@@ -21,6 +21,9 @@ from . import credentials
 from .limits import Check
 from .records import Record
 from .sides import NotFirst
+
+LOOK_EVERY = 0.01
+"""Seconds between two looks at what the pool itself opens, while an application waits for it."""
 
 
 class Refused(Exception):
@@ -109,6 +112,14 @@ def warm_up(pool: Any, attachment: Attachment) -> None:
 
     :raises Exception: the driver's, if one can't be opened.
     """
+    _fill(pool, attachment)
+    # The housekeeper may have begun one just before.  Where that fails, it is opened here.
+    while _in_work(attachment):
+        attachment.runtime.pause((), LOOK_EVERY)
+        _fill(pool, attachment)
+
+
+def _fill(pool: Any, attachment: Attachment) -> None:
     permits: list[Permit] = []
     try:
         # All at once: the housekeeper might begin to open some of them, too.
@@ -121,6 +132,13 @@ def warm_up(pool: Any, attachment: Attachment) -> None:
     finally:
         for permit in permits:
             pool._checkouts.failed(permit)
+
+
+def _in_work(attachment: Attachment) -> bool:
+    """Does the pool itself open one for it, or renew one?  Takes no lock."""
+    slots = attachment.quota.slots.copy()
+    its = (slot for slot in slots if slot.home is attachment.ref and slot.holder is None)
+    return any(slot.state in (OPENING, HELD) for slot in its)
 
 
 # -- the creator -----------------------------------------------------------------------------------
