@@ -282,6 +282,30 @@ def test_engines_of_one_process_state_the_same(pg_url: str, tmp_path: Path) -> N
     second.dispose()
 
 
+def test_a_folder_that_is_gone_is_no_error_of_engines_made_later(
+    pg_url: str, tmp_path: Path, eventually: Eventually, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``Engine.dispose()`` makes one.  The process goes on with what it has, and says so."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=3)
+    engine.connect().close()
+    (outer,) = tmp_path.iterdir()
+    shutil.rmtree(outer)
+    outer.touch()
+    engine.dispose()
+    other = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=3)
+    with engine.connect() as one:
+        assert one.scalar(text("SELECT 1")) == 1
+    with other.connect() as two:
+        assert two.scalar(text("SELECT 1")) == 1
+    pool: Any = engine.pool
+    assert "can't be used" in pool.statistics().host.problem
+    assert "the budget of the host can't be used fully" in caplog.text
+    outer.unlink()
+    eventually(lambda: pool.statistics().host.problem is None, "it is made again")
+    engine.dispose()
+    other.dispose()
+
+
 @pytest.mark.parametrize(
     ("url", "options", "why"),
     [

@@ -124,6 +124,16 @@ class Share:
         """
         self._folder.prepare(min(size, MOST))
 
+    def prepare_more(self, size: int) -> None:
+        """One more engine states a size.  Where no file can be made now, that is no error: the process goes
+        on with what it has, and makes them when they are needed."""
+        try:
+            self.prepare(size)
+        except ParameterError as error:
+            with postman.lock:
+                self._failed(str(error))
+        self.log()
+
     @property
     def limit(self) -> float:
         """How many connections the pool may have now."""

@@ -197,15 +197,15 @@ class Core:
 
         :param share: ``host``, a folder, or None.
         :param stated: the engine's ``max_size``.
-        :raises ParameterError: other engines of this pool state something else; there is no limit; the folder
-            can't be used.
+        :raises ParameterError: other engines of this pool state something else; there is no limit; it is the
+            first one, and the folder can't be used.
         """
         if share is not None and math.inf in (stated, self.stated_limit):
             raise ParameterError(f"share={share!r} needs a limit: set max_size to a number")
         before = None if self.share is None else self.share.name
         if share == before:
             if self.share is not None and stated is not None:
-                self.share.prepare(int(stated))
+                self.share.prepare_more(int(stated))
             return
         if self.ledger.slots or any(ref() is not None for ref in list(self.ledger.attachments)):
             raise ParameterError(
