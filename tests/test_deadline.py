@@ -80,7 +80,7 @@ def test_the_timeout_of_the_engine_counts_where_it_ends_earlier(new: Callable[..
     """And the error says that it was the engine's."""
     engine = new(pool_timeout=0.02)
     with engine.connect(), checkouts(timeout=30):
-        assert "within 0.02 s (timeout=0.02 of the engine): open 1" in error_of(engine)
+        assert "within 0.02 s (the engine's timeout): open 1" in error_of(engine)
     with engine.connect():
         assert "within 0.02 s: open 1" in error_of(engine)
 

@@ -58,7 +58,7 @@ class Attempt:
         """Who has stated :attr:`_deadline`, where there was a choice."""
         stated = checkout_deadline.get()
         if stated is not None:
-            self._whose = f"timeout={timeout:g} of the engine" if timeout is not None else ""
+            self._whose = "the engine's timeout" if timeout is not None else ""
             if stated.at < self._deadline:
                 self._deadline, self._whose = stated.at, stated.whose
                 self._timeout = max(0.0, round(stated.at - begin, 3))
