@@ -283,7 +283,7 @@ def unset(pool: Any) -> None:
 
 # -- the ledger ------------------------------------------------------------------------------------------
 
-_STEPS = {"remove": "_remove", "add": "_add", "closing": "_closing", "permit": "_permit"}
+_STEPS = {"remove": "remove", "add": "_add", "closing": "_closing", "permit": "_permit"}
 
 
 def step(of: Ledger, name: str) -> Any:

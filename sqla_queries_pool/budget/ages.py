@@ -18,7 +18,7 @@ from .work import Fill, Reset, Work
 def set_ttl(ledger: Ledger, ttl: float | None, now: float) -> Work:
     """Set the idle TTL of all, ``inf`` for never; None leaves each engine its own."""
     ledger.ttl = ttl
-    ledger._apply_ttl()
+    ledger.apply_ttl()
     return expire(ledger, now)
 
 
@@ -28,7 +28,7 @@ def expire(ledger: Ledger, now: float) -> Work:
     due = math.inf
     for attachment in ledger.everyone():
         work += [Reset(slot) for slot in attachment.locked if slot.stale]
-        spare = ledger._size(attachment) - attachment.min_size if attachment.min_size else math.inf
+        spare = ledger.size_of(attachment) - attachment.min_size if attachment.min_size else math.inf
         for entries in (attachment.hollow, attachment.idle):
             while entries and spare > 0 and entries[0].slot.since + attachment.ttl <= now:
                 if entries is attachment.idle:
@@ -45,7 +45,7 @@ def expire(ledger: Ledger, now: float) -> Work:
             if spare < 0:
                 work.append(Fill(attachment))
     ledger.due = math.inf
-    return work + ledger._renew(now) + ledger.expire_by(due) + ledger._vacancy(now)
+    return work + ledger.renew(now) + ledger.expire_by(due) + ledger.vacancy(now)
 
 
 def idle_since(ledger: Ledger, start: float) -> Work:
@@ -66,7 +66,7 @@ def expire_now(ledger: Ledger, attachment: Attachment, now: float) -> Work:
         if slot.home is attachment.ref and slot.handle is not None:
             slot.expires = now
             ledger.lifetimes.add(slot)
-    return ledger._renew(now)
+    return ledger.renew(now)
 
 
 def renewed(ledger: Ledger, slot: Slot, entry: Any, since: float, now: float) -> Work:
@@ -94,11 +94,11 @@ def give_borrowed(ledger: Ledger, slot: Slot, entry: Any, since: float, now: flo
     ledger.borrowed.discard(slot)
     if slot.state is HELD and attachment is not None:
         work = ledger.give_unused(attachment, entry, now) or []
-        work += ledger._note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted
+        work += ledger.note_lifetime(slot)  # also where a waiter has it now, who returns it unnoted
         if slot.state is IDLE and slot.handle is not None:
             slot.since = since
             idle = attachment.idle
             idle.remove(entry)
             idle.insert(sum(other.slot.since <= since for other in idle), entry)
             work += ledger.expire_by(since + attachment.ttl)
-    return work + ledger._renew(now)
+    return work + ledger.renew(now)

@@ -282,8 +282,8 @@ class ClassLedger(Ledger):
         if waiter is None and retired:  # those that wait are of classes at their ceilings
             work = [self.close(entry, DISPOSED), *self.serve(now)]
         elif waiter is None and not hollow and now >= slot.expires:
-            work = self._idle_again(attachment, entry, now) + self._note_lifetime(slot)
-            work += [] if self.queues else self._renew(now)
+            work = self._idle_again(attachment, entry, now) + self.note_lifetime(slot)
+            work += [] if self.queues else self.renew(now)
         else:
             work = self._pass_on(attachment, entry, waiter, now)
         # Where it goes to another class, one of its own may have what is idle elsewhere.

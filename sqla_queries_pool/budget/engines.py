@@ -27,7 +27,7 @@ def attach(
     attachment.ref = weakref.ref(attachment, gone)
     ledger.by_hand.own_ttl = attachment.own_ttl
     ledger.attachments[attachment.ref] = attachment.quota
-    ledger._apply_ttl()
+    ledger.apply_ttl()
     ledger.vacant_since = None
     return relimit(ledger, now) + ages.expire(ledger, now)  # its idle_ttl holds for what was added by hand
 
@@ -35,7 +35,7 @@ def attach(
 def detach(ledger: Ledger, ref: weakref.ref[Attachment], now: float) -> Work:
     """An engine is gone."""
     ledger.attachments.pop(ref, None)
-    return relimit(ledger, now) + ledger._vacancy(now)
+    return relimit(ledger, now) + ledger.vacancy(now)
 
 
 def set_limit(ledger: Ledger, limit: float | None, now: float) -> Work:
@@ -70,7 +70,7 @@ def in_child(ledger: Ledger, now: float) -> tuple[Ledger, Work]:
     not here, and what it left half done stays with the old ledger, which nobody is to use any more.
     """
     for slot in list(ledger.slots):
-        ledger._remove(slot)
+        ledger.remove(slot)
     child = ledger.fresh()
     child.set_limit_to, child.limit, child.ttl = ledger.set_limit_to, ledger.limit, ledger.ttl
     child.by_hand.own_ttl, child.by_hand.ttl = ledger.by_hand.own_ttl, ledger.by_hand.ttl
@@ -80,4 +80,4 @@ def in_child(ledger: Ledger, now: float) -> tuple[Ledger, Work]:
             attachment.make_fresh()
             go_on(attachment)
             child.attachments[ref] = quota
-    return child, relimit(child, now) + child._vacancy(now)
+    return child, relimit(child, now) + child.vacancy(now)

@@ -144,7 +144,7 @@ class Ledger(LedgerState):
             first = next(iter(attachment.queue))
             return [self._answer(first, self._hold(entry, first.holder, now), now)]
         if slot.handle is not None and now >= slot.expires and not self.queues:
-            return self._idle_again(attachment, entry, now) + self._note_lifetime(slot) + self._renew(now)
+            return self._idle_again(attachment, entry, now) + self.note_lifetime(slot) + self.renew(now)
         hollow = slot.handle is None
         waiter = choice.next_for(self, attachment, hollow, now)
         connects = waiter is not None and (hollow or waiter.attachment is not attachment)
@@ -164,7 +164,7 @@ class Ledger(LedgerState):
         if waiter.attachment is attachment:
             # Direct hand-over: never idle in between, so no newcomer can overtake.
             return [self._answer(waiter, self._hold(entry, waiter.holder, now), now)]
-        self._remove(entry.slot)
+        self.remove(entry.slot)
         permit = self._permit(waiter.attachment, waiter.holder, now, entry)
         return [self._answer(waiter, permit, now), *self.serve(now)]
 
@@ -202,7 +202,7 @@ class Ledger(LedgerState):
             before = now if insist or not attachment.own else now - choice.SPARE
             evicts = choice.pick(self, attachment, quota.full, before)
             if evicts is not None:
-                self._remove(evicts.slot)
+                self.remove(evicts.slot)
             elif full:
                 return None
         self.backoff.may_connect(now)
@@ -228,7 +228,7 @@ class Ledger(LedgerState):
         """Return the right to open one more for an engine that has fewer than its ``min_size``, or None."""
         room = not attachment.quota.full and len(self.slots) < self.limit
         free = room and not self.heads() and not attachment.quota.stopped
-        if not free or self._size(attachment) >= attachment.min_size or not self.backoff.may_connect(now):
+        if not free or self.size_of(attachment) >= attachment.min_size or not self.backoff.may_connect(now):
             return None
         permit = self._permit(attachment, 0, now, None)
         permit.slot.holder = None
@@ -342,13 +342,13 @@ class Ledger(LedgerState):
             self.mean_connect = moving_mean(self.mean_connect, now - slot.since)
             self.move(slot, HELD)
         slot.since = now
-        work = self._note_lifetime(slot)
+        work = self.note_lifetime(slot)
         attachment = slot.home() if slot.home is not None else None
         if attachment is not None and attachment.leak_after < math.inf:
             work += self.expire_by(now + attachment.leak_after)
         if attachment is not None and attachment.min_size:
             attachment.warm = True
-            if attachment.min_size > self._size(attachment):
+            if attachment.min_size > self.size_of(attachment):
                 work += self.expire_by(now)  # the first of several
         return work + self.let_in(now)
 
@@ -401,7 +401,7 @@ class Ledger(LedgerState):
         evicted, slot.instead_of = slot.instead_of, None
         if slot.state is OPENING and evicted is not None and evicted.handle is not None:
             # The permit died before what gave way was closed: that counts again until it is.
-            self._remove(slot)
+            self.remove(slot)
             evicted.entry = None
             evicted.quota = slot.quota
             self.slots.add(evicted)
@@ -417,8 +417,8 @@ class Ledger(LedgerState):
         return [self._closing(slot, None, reason), *self.serve(now)]
 
     def _free(self, slot: Slot, now: float) -> Work:
-        self._remove(slot)
-        return self.serve(now) + self._vacancy(now)
+        self.remove(slot)
+        return self.serve(now) + self.vacancy(now)
 
     def add(self, slot: Slot, now: float) -> Work | None:
         """Count a connection that was opened elsewhere; None if there is no slot for it."""

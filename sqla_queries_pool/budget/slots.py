@@ -37,22 +37,22 @@ TRANSITIONS: Final[dict[tuple[str, str], str]] = {
     (GONE, CLOSING): "_closing: it gave way to a permit that died before it was closed, so it counts again",
     (OPENING, HELD): "opened: the one that opened it has it",
     (OPENING, CLOSING): "_closing: the one that opened it has died with the socket open",
-    (OPENING, GONE): "_remove: opening failed, or its permit has died",
+    (OPENING, GONE): "remove: opening failed, or its permit has died",
     (
         IDLE,
         HELD,
-    ): "take, _hold, _renew, borrow: a checkout has it, at once or as a waiter; or the pool itself",
+    ): "take, _hold, renew, borrow: a checkout has it, at once or as a waiter; or the pool itself",
     (IDLE, LOCKED): "lock: a session has it",
     (IDLE, CLOSING): "_closing: it is too old, too many, disposed, dead or removed",
-    (IDLE, GONE): "_remove: it gave way to a permit, which closes its connection",
+    (IDLE, GONE): "remove: it gave way to a permit, which closes its connection",
     (HELD, IDLE): "give: it was returned; it may go on to a waiter or be closed in the same operation",
     (HELD, CLOSING): "_closing: its entry has died, nobody can return it",
-    (HELD, GONE): "_remove: it was detached, or its entry has died without a connection",
+    (HELD, GONE): "remove: it was detached, or its entry has died without a connection",
     (LOCKED, HELD): "give_back: the lock of its session was taken off and it was reset; it is returned next",
     (LOCKED, CLOSING): "_closing: it was removed, by force if its session lives",
-    (LOCKED, GONE): "_remove: its session has died, and it gave way: as from idle",
+    (LOCKED, GONE): "remove: its session has died, and it gave way: as from idle",
     (CLOSING, CLOSING): "_closing: the work of closing it got lost, and is made again",
-    (CLOSING, GONE): "_remove: it is closed",
+    (CLOSING, GONE): "remove: it is closed",
 }
 """(From, to): the functions that write it, and what it means.
 

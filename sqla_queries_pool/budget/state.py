@@ -139,7 +139,7 @@ class LedgerState:
         self.slots.add(slot)
         self.vacant_since = None
 
-    def _remove(self, slot: Slot) -> None:
+    def remove(self, slot: Slot) -> None:
         """It does not count any more, if it did."""
         if slot.state is not GONE:
             self.move(slot, GONE)
@@ -235,7 +235,8 @@ class LedgerState:
         for slot in attachment.quota.slots:
             slot.suspect = True
 
-    def _apply_ttl(self) -> None:
+    def apply_ttl(self) -> None:
+        """Tell the engines their TTL: what was set for the pool comes before their own."""
         for attachment in self.everyone():
             attachment.ttl = attachment.own_ttl if self.ttl is None else self.ttl
 
@@ -246,10 +247,11 @@ class LedgerState:
         self.due = at
         return [Due(at)]
 
-    def _note_lifetime(self, slot: Slot) -> Work:
+    def note_lifetime(self, slot: Slot) -> Work:
+        """A connection is idle again, or new: have it renewed when its lifetime is over."""
         return self.expire_by(self.lifetimes.add(slot))
 
-    def _renew(self, now: float) -> Work:
+    def renew(self, now: float) -> Work:
         """Have the next connection renewed whose lifetime is over: now, or when it is returned."""
         if self.backoff.refusals:
             return self.expire_by(now + LOOK_EVERY) if self.lifetimes else []
@@ -262,7 +264,8 @@ class LedgerState:
         self.move(slot, HELD)
         return [Renew(slot, entry, slot.since)]
 
-    def _vacancy(self, now: float) -> Work:
+    def vacancy(self, now: float) -> Work:
+        """See whether the pool has neither slots nor engines, and have it looked at when it may leave."""
         if self.slots or self.attachments:
             return []
         if self.vacant_since is None:
@@ -301,7 +304,7 @@ class LedgerState:
         return (s for s in attachment.quota.slots if s.state is HELD and s.home is attachment.ref)
 
     @staticmethod
-    def _size(attachment: Attachment) -> int:
+    def size_of(attachment: Attachment) -> int:
         """How many connections an engine has, or is opening."""
         slots = [slot for slot in attachment.quota.slots if slot.home is attachment.ref]
         return sum(slot.state is not CLOSING for slot in slots) - len(attachment.hollow)
