@@ -777,7 +777,7 @@ def test_a_python_that_has_the_gil_says_that_it_is_not_measured(
 @pytest.mark.exhaustive
 def test_throughput_with_and_without_the_gil_is_measured_in_other_processes(program: Any, tiny: Any) -> None:
     """On a Python that can't do without it, both are with it."""
-    cell = program.gil.compare(tiny)
+    cell = program.gil.compare(dataclasses.replace(tiny, seconds=0.5))  # a busy machine does nothing in less
     assert all(figures["checkouts/s"].least > 0 for figures in cell.figures.values())
     assert [target.what for target in cell.targets] == ["throughput / with the GIL"]
 
