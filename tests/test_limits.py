@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from conftest import Observer, SessionServer
 from pgbouncer import PROGRAM, PgBouncer
 from sqlalchemy import Engine, create_engine, make_url, text
 
-from sqla_queries_pool import QueriesPool
+from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.budget import ages
 from sqla_queries_pool.engine import limits
 from sqla_queries_pool.engine.limits import Room, processes, warning
@@ -117,6 +118,45 @@ def test_a_connection_stays_idle_for_as_long_as_before(limited: str, eventually:
     with engine.connect() as connection:
         info: Any = connection.connection.driver_connection
         assert info.info.transaction_status == 0
+    engine.dispose()
+
+
+def test_a_limit_that_was_raised_is_asked_for_again(
+    limited: str, caplog: pytest.LogCaptureFixture, eventually: Eventually
+) -> None:
+    """By the first connection that is opened after that; and not for one that was lowered."""
+    engine = create_engine(limited, poolclass=QueriesPool, max_size=2)
+    with caplog.at_level(logging.WARNING):
+        asked(engine, eventually)
+        assert said(caplog) == []
+        larger = create_engine(limited, poolclass=QueriesPool, max_size=7)
+        asked(larger, eventually)
+        eventually(lambda: said(caplog))
+        pool: Any = larger.pool
+        PoolManager.set_max_size(pool.pid, 6)
+        larger.dispose()
+        asked(larger, eventually)
+    (told,) = said(caplog)
+    assert "max_size=7 is more than the server has room for, 3" in told
+    engine.dispose()
+    larger.dispose()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
+def test_a_forked_child_asks_for_itself(limited: str, eventually: Eventually) -> None:
+    """A server that loads the application first has asked when it was alone: its workers are more."""
+    engine = create_engine(limited, poolclass=QueriesPool, max_size=5)
+    asked(engine, eventually)
+    pool: Any = engine.pool
+    child = os.fork()
+    if child == 0:
+        try:
+            before = inside.is_checked(pool)
+            asked(engine, eventually)
+            os._exit(1 if before else 0)
+        finally:
+            os._exit(2)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     engine.dispose()
 
 

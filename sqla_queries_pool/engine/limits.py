@@ -105,7 +105,7 @@ def _command(process: int) -> bytes:
 
 
 class Check:
-    """Asks once for a pool; the housekeeper calls :meth:`sweep`.
+    """Asks once for a pool, and for a larger limit that it gets later; the housekeeper calls :meth:`sweep`.
 
     :param pool: an engine's, which it does not keep alive.
     :param attachment: the engine's side on which a connection was opened.
@@ -116,6 +116,8 @@ class Check:
         self._attachment = weakref.ref(attachment)
         self._core = pool._core
         self._tries = 0
+        self.size: float = self._core.limit
+        """The limit for which it asks."""
         self.done = False
         """Was it asked?"""
         self.neglected = self._again
@@ -129,7 +131,8 @@ class Check:
 
     def sweep(self) -> None:
         """Have the question asked where this engine's connections are used: by the opener, or in the loop."""
-        if (attachment := self._attachment()) is not None:
+        attachment = self._attachment()
+        if attachment is not None and self._core.limits_check is self:  # else a later one asks for more
             attachment.runtime.submit(self._core.opener, self._ask)
 
     def _ask(self) -> None:
@@ -141,14 +144,14 @@ class Check:
             self._again()
             return
         entry, since = found
-        room = None
+        room, self.size = None, core.limit
         try:
             room = _room(entry)
         finally:
             core.section.run(ages.give_borrowed, core.ledger, entry.slot, entry, since, core.now())
-        if room is not None and core.limit != float("inf"):
+        if room is not None and self.size != float("inf"):
             shared = core.share is not None
-            said = warning(room, int(core.limit), 1 if shared else processes(), shared)
+            said = warning(room, int(self.size), 1 if shared else processes(), shared)
             if said is not None:
                 pool.logger.warning("%s: %s", core.section.label, said)
         self.done = True

@@ -191,7 +191,7 @@ def _note(
     pool.logger.info("%s: opened %r in %.3f s", pool._shared.label, record.slot, took)
     if pool.settings.idle_in_transaction_after is not None:
         core.idling.watch()
-    if core.limits_check is None and pool.settings.check_limits:
+    if pool.settings.check_limits and (core.limits_check is None or core.limit > core.limits_check.size):
         _check_limits(pool, attachment)
 
 

@@ -88,7 +88,7 @@ class Core:
         """Snapshots of the last checkouts that got nothing, the newest last."""
         self._warned_of_no_limit = False
         self.limits_check: Any = None
-        """What asks the server whether it has room (engine/limits.py); once for a pool."""
+        """What asks the server whether it has room (engine/limits.py); once for a pool and its limit."""
         self.stated_limit: float | None = None
         """What ``create`` or ``set_max_size`` said; None leaves it to the attached engines."""
         self.share: Share | None = None
@@ -323,6 +323,7 @@ class Core:
         entries = [slot.entry() for slot in slots if slot.entry is not None]
         self.connections.lingering.forget()
         self.timeouts.clear()
+        self.limits_check = None  # the child has siblings, and its parent may have had none
         ledger, work = engines.in_child(self.ledger, self._clock())
         if self.share is not None:  # what it had is the parent's
             work += engines.set_limit(ledger, 0.0, self._clock())
