@@ -239,6 +239,23 @@ def test_a_process_that_has_all_asks_nothing_of_the_host(
     larger.dispose()
 
 
+def test_an_engine_that_has_all_of_its_own_does_not_blame_other_processes(
+    pg_url: str, tmp_path: Path
+) -> None:
+    """There is more in the budget, which is not for this engine."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, pool_timeout=0)
+    larger = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=3)
+    for path in tmp_path.rglob("slot.*"):
+        os.utime(path, (0, 0))
+    held = engine.connect()
+    other = Thread(engine.connect)
+    with pytest.raises(CheckoutTimeout, match="this engine has reached its own limit of 1"):
+        other.join()
+    held.close()
+    engine.dispose()
+    larger.dispose()
+
+
 def test_a_checkout_that_finds_an_idle_connection_pays_nothing(pg_url: str, tmp_path: Path) -> None:
     """It calls what it calls without a share: no function more, of Python or of C, and so no system call."""
 
@@ -336,6 +353,14 @@ def test_a_checkout_that_cannot_wait_locks_what_is_free(pg_url: str, tmp_path: P
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="others have no /proc")
+def test_a_checkout_that_comes_too_soon_for_a_new_folder_is_told_so(pg_url: str, tmp_path: Path) -> None:
+    """There are no other processes, so the error does not speak of them."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=2, pool_timeout=0)
+    with pytest.raises(CheckoutTimeout, match=r"its files are new.* Try again in a moment"):
+        engine.connect()
+    engine.dispose()
+
+
 def test_a_daemon_finds_the_folder_at_once(pg_url: str, tmp_path: Path) -> None:
     """It has closed all descriptors, the folder's too, and its first checkout can't wait for a thread."""
     engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1, pool_timeout=0)

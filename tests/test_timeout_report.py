@@ -426,7 +426,11 @@ def test_an_engines_own_ceiling_is_said() -> None:
     pid = new_pid()
     large, small = new_pool(pid, max_size=5), new_pool(pid, max_size=1, timeout=0)
     with held(small, "one"), held(large, "two"):
-        assert "limit 5 (1 for this engine)." in str(fails(small)).splitlines()[0]
+        on_thread = Thread(lambda: fails(small))  # one that holds nothing itself
+        line = str(on_thread.join()).splitlines()[0]
+    assert "limit 5 (1 for this engine)." in line
+    assert "this engine has reached its own limit of 1" in line
+    assert "Raise the max_size of this engine" in line
 
 
 def test_sqlalchemys_link_and_code_stay(pid: str) -> None:

@@ -153,6 +153,10 @@ class LabelledTime:
         return {"label": self.label, "caller": self.caller, "time": self.time.as_dict()}
 
 
+NEW_FOLDER = "its files are new, and for half a second only processes whose folder was deleted use them"
+"""A :attr:`HostStatistics.problem` that passes."""
+
+
 @dataclass(frozen=True)
 class HostProcess:
     """One process that shares a budget."""

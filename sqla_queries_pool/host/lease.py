@@ -138,6 +138,8 @@ class Folder:
                 f"share={share!r}: the path {self.path} is too long for Unix sockets in it on this platform. "
                 "Pass share='/path' of a folder with a shorter path, to all processes"
             )
+        self.is_new = False
+        """Was the slot that :meth:`lock` was asked for last too new to be locked?"""
         self.fd = self._open()
         self._is = _identity(os.fstat(self.fd))
 
@@ -242,8 +244,9 @@ class Folder:
             fd, young = self._slot(number)
         except _NotOurs:
             return None
+        self.is_new = young and not moved
         try:
-            if moved or not young:
+            if not self.is_new:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # It may have been deleted between the two: then it is nobody's.
                 if self._is_slot(fd, number):

@@ -16,7 +16,7 @@ import sys
 import time
 from typing import Protocol
 
-from ..budget.stats import HostProcess, HostStatistics
+from ..budget.stats import NEW_FOLDER, HostProcess, HostStatistics
 from ..errors import ParameterError
 from ..logs import logger
 from .lease import BOX, MOST, Folder, Lease
@@ -244,7 +244,10 @@ class Share:
             if now - at < REMEMBERED
         ]
         return HostStatistics(
-            self.name, self.budget, (me, *sorted(others, key=lambda each: -each.leases)), self._problem
+            self.name,
+            self.budget,
+            (me, *sorted(others, key=lambda each: -each.leases)),
+            self._problem or (NEW_FOLDER if self._folder.is_new else None),
         )
 
     def _failed(self, why: str) -> None:

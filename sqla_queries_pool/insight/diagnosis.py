@@ -6,7 +6,7 @@ import math
 
 from ..budget import slots
 from ..budget.slots import QUEUE_FULL, Rejected
-from ..budget.stats import HostStatistics
+from ..budget.stats import NEW_FOLDER, HostStatistics
 from .snapshot import Diagnosis, Snapshot
 
 LONG = 10.0
@@ -23,12 +23,15 @@ NEVER_NEST = (
 )
 
 
-def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagnosis:
+def diagnose(
+    seen: Snapshot, asker: int, parents: tuple[int, ...] = (), own: float | None = None
+) -> Diagnosis:
     """Say why a checkout got nothing, most likely, and what to do about it.
 
     :param asker: the :attr:`.Holder.caller` whose checkout this is; 0 where the snapshot may be older than
         the checkout, so that nothing is said of the asker itself.
     :param parents: of the asker, as :attr:`.Waiting.parents`.
+    :param own: the limit of the asker's engine, where that has all of it and the pool has more.
     """
     callers = [(holder, holder.caller) for holder in seen.holders if holder.caller is not None]
     nested = [holder for holder, who in callers if who == asker or who in seen.callers_waiting]
@@ -41,7 +44,7 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
             f"the server refuses connections ({seen.last_connect_error.splitlines()[0]})",
             "Check the server. The pool keeps trying and serves waiting checkouts as soon as it connects.",
         )
-    elsewhere = n.host is not None and n.host.is_elsewhere
+    elsewhere = n.host is not None and n.host.is_elsewhere and own is None
     if nested and not elsewhere:
         kind = "task" if nested[0].is_task else "thread"
         whose = f"this {kind} already holds" if mine else f"waiting {kind}s already hold"
@@ -77,6 +80,12 @@ def diagnose(seen: Snapshot, asker: int, parents: tuple[int, ...] = ()) -> Diagn
         return _leak(f"{longest} seems to have forgotten to return its connection")
     if n.host is not None and elsewhere:
         return _host(n.host)
+    if own is not None:
+        return Diagnosis(
+            "too-small",
+            f"this engine has reached its own limit of {own:.0f}, and none is held for long",
+            "Raise the max_size of this engine, or return connections sooner.",
+        )
     return Diagnosis(
         "too-small",
         "all connections are in use, and none for long",
@@ -105,7 +114,9 @@ def _host(host: HostStatistics) -> Diagnosis:
         return Diagnosis(
             "host",
             f"the budget of the host can't be used fully: {host.problem}",
-            "Give the folder back to this user, or make room where it is.",
+            "Try again in a moment."
+            if host.problem == NEW_FOLDER
+            else "Give the folder back to this user, or make room where it is.",
         )
     others = host.leases - host.mine
     hold = f"hold {others} of the {host.budget}" if others else f"hold the other {host.budget - host.mine}"

@@ -38,6 +38,8 @@ def checkout_timeout(
     :param whose: who has stated the timeout, where there was a choice.
     """
     early = early and found is not None
+    ceiling = attachment.quota.stated
+    own_limit = ceiling is not None and ceiling < (pool.max_size or math.inf)
     deadlock = found is not None and found.kind not in REJECTED
     if found is not None and deadlock and early:
         seen, likely = snapshot(pool), found
@@ -52,7 +54,8 @@ def checkout_timeout(
         waiting = seen.statistics.waiting + bool(waited and me.number not in seen.callers_waiting)
         # What the asker held when a shared snapshot was made, it may have returned since.
         asker = me.number if own_snapshot else 0
-        likely = found if found is not None and deadlock else diagnose(seen, asker, me.parents)
+        own = ceiling if own_limit and attachment.quota.full and not pool.is_full else None
+        likely = found if found is not None and deadlock else diagnose(seen, asker, me.parents, own)
         if found is None and seen.statistics.classes:
             likely = of_class(seen, pool.core.class_of(attachment), likely)
         numbers = dataclasses.replace(seen.statistics, waiting=waiting)
@@ -68,8 +71,6 @@ def checkout_timeout(
         kind = KINDS.get(found.kind, TooManyRequests)
         what = f"rejected a checkout after {timeout:.1f} s because {found.cause}: "
         advice = found.remedy if found.kind in KINDS else f"{found.remedy} {advice}"
-    ceiling = attachment.quota.stated
-    own_limit = ceiling is not None and ceiling < (pool.max_size or math.inf)
     error = kind(
         f"QueriesPool {seen.line(what)}{f' ({ceiling:.0f} for this engine)' if own_limit else ''}. "
         f"{named}. {advice}\n{seen.report(lists)}",
