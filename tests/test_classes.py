@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import math
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import inside
@@ -470,6 +472,33 @@ def test_engines_of_one_database_can_t_contradict_each_other(new: Any) -> None:
     ):
         checkouts(caller="wbe").__enter__()
     engine.connect().close()
+
+
+def test_an_engine_goes_on_where_the_limit_was_lowered_below_its_floors(new: Any) -> None:
+    """A dispose is no new engine; nor has one that states no classes any floors of its own."""
+    engine = new(classes={"web": {"min": 3}})
+    PoolManager.set_max_size(engine.pool.pid, 2)
+    engine.dispose()
+    engine.connect().close()
+    new().connect().close()
+    with pytest.raises(ParameterError, match="the floors of the classes are 4 in sum, above the limit of 2"):
+        new(classes={"cron": {"min": 1}})
+
+
+def test_an_engine_that_was_dropped_contradicts_nobody(tmp_path: Path) -> None:
+    """Although the garbage collector has not found it yet."""
+
+    def made(**options: Any) -> Any:
+        return create_engine(url, poolclass=QueriesPool, module=FakeDriver(), **options).pool
+
+    url = f"fake://me@host/{new_pid()}"
+    gc.disable()
+    try:
+        made(classes={"web": {"min": 3}})
+        assert made(classes={"web": {"min": 2}}).statistics().classes["web"].min == 2
+        assert made(share=str(tmp_path)).statistics().host is not None
+    finally:
+        gc.enable()
 
 
 def test_classes_in_a_url_survive() -> None:

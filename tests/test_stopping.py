@@ -23,7 +23,7 @@ from sqla_queries_pool import (
     labelled,
 )
 from sqla_queries_pool.budget.audit import check
-from sqla_queries_pool.budget.slots import SUSPENDED
+from sqla_queries_pool.budget.slots import DRAINED, SUSPENDED
 
 Make = Callable[..., QueriesPool]
 
@@ -190,6 +190,16 @@ def test_a_suspended_engine_hands_nothing_out_until_it_is_resumed(make: Make, dr
     tasks[0].result().close()
     assert pool.checkedin() == 1  # it is kept, as ever
     whole(pool)
+
+
+def test_what_is_drained_is_not_suspended_and_the_result_says_so(make: Make) -> None:
+    """Its checkouts are rejected as before, and do not wait."""
+    pool = make(timeout=0.01)
+    pool.drain(0)
+    stopped = pool.suspend()
+    assert (stopped.state, str(stopped)) == (DRAINED, f"{stopped.pool}: drained, nothing is out after 0.0 s")
+    with pytest.raises(PoolDrained):
+        pool.connect()
 
 
 def test_what_a_suspended_engine_opened_before_closes_when_it_is_returned_after(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import gc
 import os
 import threading
 import time
@@ -13,7 +14,7 @@ from ..budget.audit import Audit
 from ..budget.slots import DRAINED, SUSPENDED, Attachment
 from ..budget.stats import ManagerStatistics
 from ..concurrency.threads import THREADS
-from ..errors import ConnectionBusyError, PoolFullError
+from ..errors import ConnectionBusyError, ParameterError, PoolFullError
 from ..parameters import UNSTATED
 from ..runtime.connections import close_quietly
 from . import stopping
@@ -331,6 +332,15 @@ def attach(pid: str, label: str, attachment: Attachment, share: str | None = Non
     :raises ParameterError: other engines of this pool state another ``share``, or other classes; these can't
         be had.
     """
+    try:
+        return _attach(pid, label, attachment, share)
+    except ParameterError:
+        pass  # not here: the traceback refers to the other engine
+    gc.collect()  # that may have been dropped, for an engine is a cycle
+    return _attach(pid, label, attachment, share)
+
+
+def _attach(pid: str, label: str, attachment: Attachment, share: str | None) -> Pool:
     with PoolManager._lock:
         pool = PoolManager._pools.get(pid) or Pool(pid, UNSTATED, UNSTATED)
         pool.core.agree(attachment)

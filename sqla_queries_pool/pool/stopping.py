@@ -70,6 +70,8 @@ def stop(
     quotas = engines(core) if quotas is None else quotas
     counted = [*quotas, ledger.by_hand.quota] if all_of_it else quotas
     core.section.run(stopping.stop, ledger, quotas, how, core.now())
+    if quotas and all(quota.stopped == DRAINED for quota in quotas):
+        how = DRAINED  # as it was before, if it is to be suspended now
     while True:
         if all_of_it:
             core.section.run(ledger.close_idle, ledger.by_hand, REMOVED)

@@ -268,11 +268,18 @@ class Core:
     def agree(self, attachment: Attachment) -> None:
         """An engine is about to attach: is what it says of classes of callers right, beside the others'?
 
+        An engine that goes on, after a dispose or in another loop, was asked when it was new; the limit may
+        have been lowered since.
+
         :raises ParameterError: it is not.
         """
-        everyone = [*self.ledger.everyone(), attachment]
+        others = list(self.ledger.everyone())
+        if any(other.quota is attachment.quota for other in others):
+            return
+        everyone = [*others, attachment]
         sizes = [a.quota.stated for a in everyone if a.quota.stated is not None]
         limit = self.stated_limit if self.stated_limit is not None else max(sizes, default=DEFAULT_LIMIT)
+        limit = limit if attachment.classes else math.inf  # else the floors are not its own
         why = classes.objection([a.classes for a in everyone], [a.caller for a in everyone], limit)
         if why is not None:
             raise ParameterError(f"{self.section.label}: {why}")
