@@ -173,7 +173,7 @@ def _host(chosen: argparse.Namespace) -> None:
             if silent:
                 print(f"  {silent} more did not answer")
     if not shown:
-        print(f"No process shares a budget below {base_of(chosen.share)}")
+        print(f"No process that this user may see shares a budget below {base_of(chosen.share)}")
 
 
 def _explain(chosen: argparse.Namespace) -> None:

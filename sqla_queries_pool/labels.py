@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 from .budget.slots import OTHER
 from .errors import ParameterError
@@ -38,13 +38,11 @@ checkout_deadline: Final[ContextVar[Deadline | None]] = ContextVar(
 """The earliest of those that the blocks around have stated."""
 
 
-@contextlib.contextmanager
-def checkouts(
-    *, timeout: float | None = None, label: str | None = None, caller: str | None = None
-) -> Iterator[None]:
-    """Say something of all checkouts of a block, in this thread or task.
+class checkouts(contextlib.AbstractContextManager[None]):
+    """``with checkouts(…):`` says something of all checkouts of a block, in this thread or task.
 
     Blocks nest.  What an inner one does not state is as in the outer one; a deadline can only become earlier.
+    It is no decorator: an ``async def`` or a generator would run after the block had ended.
 
     :param timeout: seconds from now in which checkouts may wait, open and ping; 0 for not at all.  Where an
         engine's own ``timeout`` ends earlier, that counts.  None states nothing.
@@ -53,6 +51,21 @@ def checkouts(
         does not know it counts them to the engine's own ``caller``.  None states nothing.
     :raises ParameterError: the timeout is no number of seconds; engines have classes, and none has this.
     """
+
+    def __init__(
+        self, *, timeout: float | None = None, label: str | None = None, caller: str | None = None
+    ) -> None:
+        self._block = _block(timeout, label, caller)
+
+    def __enter__(self) -> None:
+        self._block.__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._block.__exit__(*error)
+
+
+@contextlib.contextmanager
+def _block(timeout: float | None, label: str | None, caller: str | None) -> Iterator[None]:
     if caller not in (None, OTHER) and known_classes and caller not in known_classes:
         known = ", ".join(sorted(known_classes))
         raise ParameterError(

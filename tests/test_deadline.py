@@ -137,6 +137,17 @@ def test_a_timeout_that_means_nothing_is_an_error(timeout: Any) -> None:
         checkouts(timeout=timeout).__enter__()
 
 
+def test_a_block_is_no_decorator() -> None:
+    """The block around an ``async def`` would end before that runs: it is an error, and not nothing."""
+
+    async def endpoint() -> None: ...
+
+    for block in (checkouts(timeout=1), labelled("report")):
+        decorate: Any = block
+        with pytest.raises(TypeError, match="'checkouts' object is not callable"):
+            decorate(endpoint)
+
+
 def test_a_label_alone_states_no_deadline(new: Callable[..., Any]) -> None:
     """``labelled()`` is the short form."""
     engine = new(pool_timeout=0.01)

@@ -536,7 +536,7 @@ def test_the_command_lists_who_has_what(host: Hosts) -> None:
     first.kill()
     second.kill()
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said == f"No process shares a budget below {one.folder}\n"
+    assert said == f"No process that this user may see shares a budget below {one.folder}\n"
 
 
 def test_a_process_answers_the_command(
@@ -554,7 +554,7 @@ def test_a_process_answers_the_command(
         eventually(lambda: "1 of 3 taken" in said()[0], "it has a mailbox")
         assert f"  process {os.getpid()} " in said()[1]
     assert main(["host", "--share", str(tmp_path / "elsewhere")]) == 0
-    assert "No process shares a budget below" in capsys.readouterr().out
+    assert "No process that this user may see shares a budget below" in capsys.readouterr().out
     engine.dispose()
 
 
