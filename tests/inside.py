@@ -536,3 +536,9 @@ def has_all_of_the_host(pool: Any) -> bool:
 def sleeps_for(pool: Any) -> float:
     """After how many seconds the thread looks after its share, if nothing happens."""
     return core(pool).share.due - time.monotonic()
+
+
+def of_the_host(pool: Any) -> Any:
+    """What the share of a pool sees of it, and whether the thread of the host looks after that."""
+    share = core(pool).share
+    return share._side.own(), postman().attends(share)

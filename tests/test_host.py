@@ -28,7 +28,7 @@ from sqlalchemy.ext.asyncio import create_async_engine
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
 from sqla_queries_pool.__main__ import main
 from sqla_queries_pool.exporters import prometheus
-from sqla_queries_pool.host import lease
+from sqla_queries_pool.host import lease, share
 from sqla_queries_pool.host.lease import Folder, folders_of
 from sqla_queries_pool.host.letters import Mailbox
 from sqla_queries_pool.host.postman import postman
@@ -254,6 +254,26 @@ def test_an_engine_that_has_all_of_its_own_does_not_blame_other_processes(
     held.close()
     engine.dispose()
     larger.dispose()
+
+
+def test_a_suspended_engine_wants_nothing_of_the_host_until_it_is_resumed(
+    pg_url: str, tmp_path: Path, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its waiting checkouts could not use it: the others would lack it for nothing."""
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=2, pool_timeout=5)
+    pool: Any = engine.pool
+    pool.suspend()
+    other = Thread(lambda: engine.connect().close())
+    eventually(lambda: inside.of_the_host(pool)[1], "it waits")
+    assert inside.waiters(pool)
+    assert inside.of_the_host(pool)[0].waiting == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(share, "LINGER", 0.0)
+        inside.postman().wake()
+        eventually(lambda: not inside.of_the_host(pool)[1], "nobody looks after it")
+    pool.resume()
+    other.join()
+    engine.dispose()
 
 
 def test_a_checkout_that_finds_an_idle_connection_pays_nothing(pg_url: str, tmp_path: Path) -> None:

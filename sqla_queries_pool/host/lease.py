@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import math
 import os
 import re
 import stat
@@ -138,8 +139,7 @@ class Folder:
                 f"share={share!r}: the path {self.path} is too long for Unix sockets in it on this platform. "
                 "Pass share='/path' of a folder with a shorter path, to all processes"
             )
-        self.is_new = False
-        """Was the slot that :meth:`lock` was asked for last too new to be locked?"""
+        self._new_until = -math.inf
         self.fd = self._open()
         self._is = _identity(os.fstat(self.fd))
 
@@ -234,6 +234,11 @@ class Folder:
                 "there, or name another folder: share='/path'"
             ) from None
 
+    @property
+    def is_new(self) -> bool:
+        """Was :meth:`lock` asked for a slot that is too new to be locked, a moment ago?"""
+        return time.monotonic() < self._new_until
+
     def lock(self, number: int, moved: bool = False) -> Lease | None:
         """Lock a slot if it is free; else return None.
 
@@ -244,9 +249,10 @@ class Folder:
             fd, young = self._slot(number)
         except _NotOurs:
             return None
-        self.is_new = young and not moved
+        if young and not moved:
+            self._new_until = time.monotonic() + YOUNG
         try:
-            if not self.is_new:
+            if moved or not young:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # It may have been deleted between the two: then it is nobody's.
                 if self._is_slot(fd, number):

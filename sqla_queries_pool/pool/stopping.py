@@ -92,6 +92,8 @@ def resume(core: Core, quotas: Collection[Quota] | None) -> None:
     """Let engines go on that were stopped; None for all of the pool."""
     quotas = engines(core) if quotas is None else quotas
     core.section.run(stopping.resume, core.ledger, quotas, core.now())
+    if core.share is not None:  # those that waited have asked the host for nothing
+        core.share.wanted()
 
 
 def engines(core: Core) -> set[Quota]:

@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from ..budget import engines
-from ..budget.slots import Attachment
+from ..budget.slots import SUSPENDED, Attachment
 from ..budget.state import DEFAULT_LIMIT
 from ..host.policy import IDLE_FOR, Own
 
@@ -71,7 +71,10 @@ class SharedPool:
 
 
 def _may_have(attachment: Attachment, wanting: int) -> int:
-    """How many of those that wait could use one more: not those whose engine has all that it may have."""
+    """How many of those that wait could use one more: not those whose engine is suspended, or has all that it
+    may have."""
     quota = attachment.quota
+    if quota.stopped == SUSPENDED:
+        return 0
     room = math.inf if quota.stated is None else quota.stated - len(quota.slots)
     return int(max(0, min(wanting, room)))
