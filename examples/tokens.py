@@ -20,6 +20,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 from sqlalchemy.util import await_only
 
 log = logging.getLogger(__name__)
+LEAST = 10.0  # seconds from one request to the next, where a wrong clock says that a token has ended already
 
 
 class Fetched(NamedTuple):
@@ -55,7 +56,7 @@ class Tokens:
         with self._one:
             if self.current is refused:
                 arguments, seconds = self._fetch()
-                self.current, self._renew_at = arguments, time.monotonic() + seconds * 2 / 3
+                self.current, self._renew_at = arguments, time.monotonic() + max(LEAST, seconds * 2 / 3)
                 self._on_renewed()
             return self.current
 

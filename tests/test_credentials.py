@@ -41,6 +41,7 @@ def example() -> Any:
     module = importlib.util.module_from_spec(spec)
     sys.modules["tokens"] = module
     spec.loader.exec_module(module)
+    module.__dict__["LEAST"] = 0.0  # these tokens live for less than a second
     return module
 
 
@@ -79,6 +80,23 @@ def engine_of(pg_url: str, role: str, **kw: Any) -> Engine:
     """An engine whose URL has no password."""
     url = make_url(pg_url)._replace(username=role, password=None)
     return create_engine(url, **{"poolclass": QueriesPool, "max_size": 4, "check_limits": False, **kw})
+
+
+def test_a_token_that_seems_to_have_ended_is_not_asked_for_again_and_again(
+    example: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the machine's clock is ahead: the service would be asked all the time, and refuse."""
+    monkeypatch.setattr(example, "LEAST", 10.0)
+    asked = threading.Semaphore(0)
+
+    def fetch() -> Any:
+        asked.release()
+        return example.Fetched({"password": "secret"}, -1)
+
+    tokens = example.Tokens(fetch)
+    assert asked.acquire(timeout=10)
+    assert not asked.acquire(timeout=0.1)
+    tokens.end()
 
 
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
