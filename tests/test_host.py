@@ -344,6 +344,24 @@ def test_a_folder_that_is_gone_is_no_error_of_engines_made_later(
     other.dispose()
 
 
+def test_a_folder_that_stays_away_is_no_flood_in_the_log(
+    pg_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two steps fail by turns, each with a text of its own, as often as they are tried."""
+    folder = tmp_path / "share"
+    folder.mkdir()
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(folder), max_size=2, pool_timeout=1)
+    with engine.connect():
+        shutil.rmtree(folder)
+        with pytest.raises(CheckoutTimeout, match="the budget of the host can't be used fully"):
+            engine.connect()
+    said = [r.getMessage() for r in caplog.records if "can't be used fully" in r.getMessage()]
+    said = [line for line in said if "had no connection" not in line]
+    assert said
+    assert len(said) == len(set(said))
+    engine.dispose()
+
+
 @pytest.mark.parametrize(
     ("url", "options", "why"),
     [

@@ -257,6 +257,7 @@ class Folder:
                 # It may have been deleted between the two: then it is nobody's.
                 if self._is_slot(fd, number):
                     lease, fd = Lease(number, fd), -1
+                    self._new_until = -math.inf
                     return lease
         except BlockingIOError:
             pass

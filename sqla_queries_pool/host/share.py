@@ -49,6 +49,8 @@ TELL_EVERY = 2.0
 """Seconds between two questions who else is there."""
 BURY_EVERY = 10.0
 """Seconds between two looks for the mailboxes of the dead: one of them may have stated the largest budget."""
+LOG_EVERY = 60.0
+"""Seconds from one line in the log about a problem to the next."""
 REMEMBERED = 15.0
 """Seconds for which an answer to that is believed."""
 
@@ -92,6 +94,8 @@ class Share:
         self._problem: str | None = None
         self._unlogged: str | None = None
         """The problem, until it is logged."""
+        self._log_at: dict[str, float] = {}
+        """A problem -> when it is logged again: where two take turns, each has a line of its own."""
         self._begin()
 
     def _begin(self) -> None:
@@ -251,8 +255,9 @@ class Share:
         )
 
     def _failed(self, why: str) -> None:
-        if why != self._problem:
-            self._problem = self._unlogged = why
+        self._problem, now = why, time.monotonic()
+        if now >= self._log_at.get(why, 0.0):
+            self._log_at[why], self._unlogged = now + LOG_EVERY, why
 
     def log(self) -> None:
         """Log a new problem; called without ``postman.lock``, for a log may take as long as it likes."""
