@@ -271,8 +271,8 @@ class Statistics:
     timeouts: int
     """Checkouts that got no connection within their timeout, deadlocks included."""
     rejected: int
-    """Checkouts that the pool rejected before their timeout (``max_waiting``, ``queue_target``); not among
-    the timeouts."""
+    """Checkouts that the pool rejected before their timeout (``max_waiting``, ``queue_target``, ``drain()``,
+    ``fail_fast_after``); not among the timeouts."""
     deadlocks: int
     bypasses: int
     """How often a connection went to its own engine's waiter although another engine's had waited longer."""

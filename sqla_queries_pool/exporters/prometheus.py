@@ -55,7 +55,7 @@ COUNTERS: tuple[tuple[str, str, Callable[[Statistics], float]], ...] = (
     ),
     (
         "rejected",
-        "Checkouts that the pool rejected before their timeout (max_waiting, queue_target).",
+        "Checkouts that the pool rejected before their timeout (max_waiting, queue_target and others).",
         lambda pool: pool.rejected,
     ),
     (
