@@ -115,6 +115,14 @@ def test_a_class_has_no_more_than_its_ceiling_and_others_pass_those_who_wait_for
     assert load.numbers() == {"web": 2, "background": 2}
 
 
+def test_however_many_classes_wait_at_their_ceilings_the_next_one_is_served() -> None:
+    """Also where all those that came before it can't be."""
+    load = Load(3, a=Terms(max=1), b=Terms(max=1), c=Terms())
+    for name in "abc":
+        load.come(name, 2)
+    assert load.give("c") == "c"
+
+
 def test_a_place_below_a_ceiling_that_gets_free_serves_from_what_is_idle() -> None:
     """The connection of its class was detached; another one is idle beside those that wait."""
     load = Load(3, web=Terms(), background=Terms(max=1))
