@@ -8,7 +8,6 @@ A new parameter is a field of :class:`Settings`, a parameter of ``QueriesPool.__
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import typing
 from collections.abc import Callable, Iterable, Mapping
@@ -258,8 +257,7 @@ class Settings:
 
 
 OPTIONS: dict[str, Option] = {
-    field.name: typing.get_type_hints(Settings, include_extras=True)[field.name].__metadata__[0]
-    for field in dataclasses.fields(Settings)
+    name: hint.__metadata__[0] for name, hint in typing.get_type_hints(Settings, include_extras=True).items()
 }
 """What is known of each parameter, by its name."""
 REMOVED = {
