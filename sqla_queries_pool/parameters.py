@@ -28,7 +28,7 @@ class Unstated(enum.Enum):
 
 UNSTATED: Final = Unstated.UNSTATED
 
-_CLASS: Final = re.compile(r"[\w.-]{1,40}")
+_CLASS: Final = r"[\w.-]{1,40}"
 _CLASSES: Final = (
     "{'web': {'min': 6, 'weight': 4}, 'background': {'max': 4}}, or in a text "
     "web:min=6,weight=4;background:max=4, or None"
@@ -163,7 +163,7 @@ def caller(name: str, value: object) -> str | None:
 
     :raises ParameterError: for anything else, with the parameter's name and what to write.
     """
-    if value is None or (isinstance(value, str) and _CLASS.fullmatch(value)):
+    if value is None or (isinstance(value, str) and re.fullmatch(_CLASS, value)):
         return value
     raise _error(name, value, "the name of a class: letters, digits, '_', '-' and '.', or None")
 
@@ -179,7 +179,7 @@ def classes(name: str, value: object) -> dict[str, dict[str, float]] | None:
     stated = _classes_of_text(name, value) if isinstance(value, str) else value
     if not isinstance(stated, Mapping) or not all(isinstance(terms, Mapping) for terms in stated.values()):
         raise _error(name, value, _CLASSES)
-    if not all(isinstance(each, str) and _CLASS.fullmatch(each) for each in stated):
+    if not all(isinstance(each, str) and re.fullmatch(_CLASS, each) for each in stated):
         raise _error(name, value, f"{_CLASSES}; names have letters, digits, '_', '-' and '.'")
     return {each: _terms(name, each, terms) for each, terms in stated.items()}
 

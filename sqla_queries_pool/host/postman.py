@@ -130,7 +130,10 @@ class Postman:
             self._shares.clear()
 
     def after_fork_in_child(self) -> None:
-        """Only the forking thread is here; all shares begin anew when they are used."""
+        """Only the forking thread is here; all shares begin anew when they are used.
+
+        pool/after_fork.py calls it: the pools come after it.
+        """
         self.lock = threading.RLock()
         shares, self._shares = self._shares, {}
         self._runs = False
@@ -148,5 +151,4 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=lambda: postman.lock.acquire(),
         after_in_parent=lambda: postman.lock.release(),
-        after_in_child=postman.after_fork_in_child,
     )

@@ -30,8 +30,8 @@ _HERE = os.path.dirname(os.path.dirname(__file__)) + os.sep
 # SQLAlchemy also makes functions at run time, in "files" of these names.
 _OURS = (_HERE, os.path.dirname(sqlalchemy.__file__) + os.sep, "<sqlalchemy", "<string>")
 _APPLICATIONS = (os.path.join(_HERE, "demo", ""), os.path.join(_HERE, "monitor", ""))
-_THREAD = re.compile(r"^(?:Current thread|Thread) 0x([0-9a-f]+)")
-_PLACE = re.compile(r'^  File "(.*)", line (\d+) in (.*)$')
+_THREAD = r"(?:Current thread|Thread) 0x([0-9a-f]+)"
+_PLACE = r'  File "(.*)", line (\d+) in (.*)$'
 
 
 def calls(frame: FrameType | None) -> Calls:
@@ -94,9 +94,9 @@ class Threads:
             text = file.read().decode(errors="replace")
         places: list[Place] = []
         for line in text.splitlines():
-            if thread := _THREAD.match(line):
+            if thread := re.match(_THREAD, line):
                 places = self._at[int(thread[1], 16)] = []
-            elif place := _PLACE.match(line):
+            elif place := re.match(_PLACE, line):
                 places.append((place[1], place[2], place[3]))
 
     def name(self, caller: Caller | TaskCaller) -> str:

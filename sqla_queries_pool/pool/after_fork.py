@@ -16,6 +16,7 @@ from typing import Any
 
 from ..budget.stats import ManagerStatistics
 from ..concurrency.housekeeping import Housekeeper
+from ..host.postman import postman
 from ..runtime import garbage
 from ..runtime.core import Core
 from .manager import PoolManager
@@ -27,6 +28,7 @@ INHERITED = "this connection belongs to the parent process: check out a new one 
 
 def after_fork_in_child() -> None:
     """In the child: forget all connections, and have locks and threads of its own."""
+    postman.after_fork_in_child()  # first: pools have their leases counted anew
     PoolManager._lock = threading.RLock()
     PoolManager._gone = ManagerStatistics()
     Core.housekeeper = Housekeeper()

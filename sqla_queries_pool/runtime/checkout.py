@@ -6,7 +6,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from ..budget import choice, closing
 from ..budget.audit import UNDER_WAY
@@ -15,7 +15,6 @@ from ..budget.ledger import GAVE_WAY, Ledger
 from ..budget.slots import HELD, Attachment, NotHeld, Permit, Rejected, Slot, Waiter
 from ..budget.work import Close, Wake, Work
 from ..concurrency.threads import THREADS
-from ..host.share import Share
 from ..labels import checkout_deadline, checkout_label
 from .clock import STOOD_STILL
 from .closer import Closer
@@ -23,6 +22,9 @@ from .connections import Connections
 from .critical_section import CriticalSection
 from .garbage import GC_AFTER, collect_garbage
 from .upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from ..host.share import Share
 
 InVain: TypeAlias = Callable[[Waiter, float], None]
 

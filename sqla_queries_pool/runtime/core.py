@@ -6,7 +6,7 @@ import math
 import weakref
 from collections import deque
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..budget import ages, classes, closing, engines
 from ..budget.ledger import Ledger
@@ -17,7 +17,6 @@ from ..concurrency.housekeeping import Housekeeper, Worker
 from ..concurrency.recent import Recent
 from ..concurrency.threads import THREADS
 from ..errors import ParameterError
-from ..host.share import Share
 from ..labels import checkout_caller, known_classes
 from ..logs import Failures, logger
 from ..sockets.lingering import Lingering
@@ -30,8 +29,11 @@ from .connections import Connections
 from .critical_section import CriticalSection
 from .effects import Effects
 from .idling import Idling
-from .sharing import SharedPool
 from .upkeep import Upkeep
+
+if TYPE_CHECKING:
+    from ..host.share import Share
+    from .sharing import SharedPool
 
 MOST_TIMEOUTS = 20
 """How many checkouts that got nothing are remembered."""
@@ -217,6 +219,10 @@ class Core:
             self._side.leave()
         self.share = self._side = None
         if share is not None:
+            # Here, for few have one.  An engine is being made, where SQLAlchemy imports its driver, too.
+            from ..host.share import Share
+            from .sharing import SharedPool
+
             side = SharedPool(self)
             new = Share(share, self.pool_id, side)
             new.prepare(side.size() if stated is None else int(stated))

@@ -53,14 +53,14 @@ _TEXTS: Final = (
     r"server login has been failing",
     r"pgbouncer cannot connect to server|query_wait_timeout|client_login_timeout|\(server down\)",
 )
-_PASSES: Final = re.compile("|".join(_TEXTS), re.IGNORECASE)
-_IS_FULL: Final = re.compile("|".join(_FULL), re.IGNORECASE)
+_PASSES: Final = "|".join(_TEXTS)
+_IS_FULL: Final = "|".join(_FULL)
 _STATES: Final = ("53300", "57P01", "57P02", "57P03", "08003", "08006", "08001")
 _OF_PYTHON: Final = (ConnectionError, TimeoutError, AsyncTimeoutError, FileNotFoundError)
 """What drivers raise that have the socket from Python, as it is (asyncpg) or as the cause of an error."""
 
 
-_CACHED: Final = re.compile(r"cached error: (.*)")
+_CACHED: Final = r"cached error: (.*)"
 """PgBouncer 1.24 and later say what the server behind it has said."""
 
 
@@ -166,11 +166,11 @@ def passes(error: BaseException) -> bool:
     if isinstance(error, _OF_PYTHON) or isinstance(_cause(error), _OF_PYTHON):
         return True
     text = str(error)
-    if cached := _CACHED.search(text):
+    if cached := re.search(_CACHED, text):
         text = cached.group(1)
     # Of several hosts, or addresses of one, libpq tells all that it tried; what a server has said counts.
     said = [line for line in text.splitlines() if "FATAL:" in line]
-    return all(_PASSES.search(line) for line in said or [text])
+    return all(re.search(_PASSES, line, re.IGNORECASE) for line in said or [text])
 
 
 def is_full(error: BaseException) -> bool:
@@ -179,7 +179,7 @@ def is_full(error: BaseException) -> bool:
         return not codes.of(error).isdisjoint(codes.full)
     if state := _state(error):
         return state == "53300"
-    return _IS_FULL.search(str(error)) is not None
+    return re.search(_IS_FULL, str(error), re.IGNORECASE) is not None
 
 
 def _codes(error: BaseException) -> Codes | None:
@@ -194,17 +194,17 @@ def _cause(error: BaseException) -> Any:
     return getattr(error, "original_exception", None) or error.__cause__
 
 
-_AUTHENTICATION: Final = re.compile(
+_AUTHENTICATION: Final = (
     # 28P01, and 28000 for PAM (RDS IAM), LDAP, GSSAPI, or a role that was dropped or locked (Vault); not
     # the text of a rule of pg_hba.conf.
-    r"authentication failed for (user|role)|role .* (does not exist|is not permitted to log in)",
-    re.IGNORECASE,
+    r"authentication failed for (user|role)|role .* (does not exist|is not permitted to log in)"
 )
 
 
 def is_authentication(error: BaseException) -> bool:
     """Has the server refused the password, or the token that stands for it?"""
-    return _state(error) in ("28P01", "28000") or _AUTHENTICATION.search(str(error)) is not None
+    said = re.search(_AUTHENTICATION, str(error), re.IGNORECASE)
+    return _state(error) in ("28P01", "28000") or said is not None
 
 
 def _state(error: BaseException) -> str | None:
