@@ -11,7 +11,7 @@ from bisect import bisect_left
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 BOUNDS: Final = (
     0.0005,
@@ -138,8 +138,7 @@ class Totals:
         setattr(self, what, getattr(self, what) + 1)
 
 
-@dataclass(frozen=True)
-class LabelledTime:
+class LabelledTime(NamedTuple):
     """How long something took, of the checkouts that have one label and one class of callers in common."""
 
     label: str | None
@@ -157,8 +156,7 @@ NEW_FOLDER = "its files are new, and for half a second only processes whose fold
 """A :attr:`HostStatistics.problem` that passes."""
 
 
-@dataclass(frozen=True)
-class HostProcess:
+class HostProcess(NamedTuple):
     """One process that shares a budget."""
 
     process: int
@@ -177,8 +175,7 @@ class HostProcess:
         return f"{name} {self.leases}{waiting}"
 
 
-@dataclass(frozen=True)
-class HostStatistics:
+class HostStatistics(NamedTuple):
     """A budget that several processes share, as far as one of them knows: what the others have is a moment
     old."""
 
@@ -213,8 +210,7 @@ class HostStatistics:
         return f"Host: {self.leases} of {self.budget} taken by {processes}: {who}{problem}"
 
 
-@dataclass(frozen=True)
-class ClassStatistics:
+class ClassStatistics(NamedTuple):
     """One class of callers: what is stated of it, what it has now, and how long it waited."""
 
     min: int
@@ -312,10 +308,13 @@ class Statistics:
                 told[name] = value.as_dict()
         told["idle_in_transaction"] = [each.as_dict() for each in self.idle_in_transaction]
         told["classes"] = {
-            name: dict(vars(each), wait_time=each.wait_time.as_dict()) for name, each in self.classes.items()
+            name: each._asdict() | {"wait_time": each.wait_time.as_dict()}
+            for name, each in self.classes.items()
         }
         if self.host is not None:
-            told["host"] = dict(vars(self.host), processes=[dict(vars(p)) for p in self.host.processes])
+            told["host"] = self.host._asdict() | {
+                "processes": [each._asdict() for each in self.host.processes]
+            }
         return told
 
 

@@ -4,9 +4,9 @@ A new parameter is a field of :class:`Settings`, a parameter of ``QueriesPool.__
 ``create_engine`` reads) and a key of :class:`QueriesPoolOptions` (which type checkers read); its row in
 ``docs/configuration.rst`` is for people.  ``tests/test_settings.py`` compares the four.  The URL plugin,
 ``recreate()`` and the ledger's parameters follow from the field.
-"""
 
-from __future__ import annotations
+Annotations are no text in here (no ``from __future__ import annotations``): they are read below.
+"""
 
 import math
 import typing
@@ -234,7 +234,7 @@ class Settings:
     ] = None
 
     @classmethod
-    def read(cls, stated: Mapping[str, Any], names: Mapping[str, str]) -> Settings:
+    def read(cls, stated: Mapping[str, Any], names: Mapping[str, str]) -> "Settings":
         """Return what was stated, as text or not; what else is in there is left alone.
 
         :param names: the names by which parameters were stated, where they are others: an error has those.
