@@ -42,6 +42,8 @@ class Connections:
         self._failures = failures
         self.by_handle: dict[int, Any] = {}
         """id(handle) -> slot, for as long as the slot refers to the handle."""
+        self._process = os.getpid()
+        """One number for all slots, to save room; a forked child makes this object anew."""
         self.detached: dict[int, weakref.ref[Any] | None] = {}
         """id(handle) of connections that were detached and are, as far as one can see, open."""
         self.cut: set[Slot] = set()
@@ -76,13 +78,13 @@ class Connections:
         """
         if slot.handle is not None:  # the one that closed it was interrupted
             self.by_handle.pop(id(slot.handle), None)
-        slot.expires = self._section.clock() + lifetime
+        slot.expires = math.inf if lifetime == math.inf else self._section.clock() + lifetime
         slot.socket = socket_
         slot.begun = begun
         slot.poll = liveness.poll_of(socket_)
         slot.suspect = False
         slot.generation = generation
-        slot.process = os.getpid()
+        slot.process = self._process
         self.detached.pop(id(handle), None)  # the id of one that died unseen
         self.by_handle[id(handle)] = slot
         slot.handle = handle
