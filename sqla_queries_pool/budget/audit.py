@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import engines
@@ -22,8 +21,7 @@ from .slots import CLOSING, GONE, HELD, IDLE, LOCKED, OPENING, SUSPENDED, Slot
 from .work import Work
 
 
-@dataclass(frozen=True)
-class Audit:
+class Audit(NamedTuple):
     """What :meth:`.Pool.audit` found."""
 
     connections: int

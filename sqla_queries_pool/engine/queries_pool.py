@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import re
 import sys
 import weakref
 from collections.abc import Callable
@@ -441,11 +440,10 @@ class QueriesPool(SQLAlchemyPool):
 
 
 if QueriesPool.__doc__:  # None under -OO
-    QueriesPool.__doc__ = re.sub(
-        r"( *):param others: .*\n",  # Python 3.13 takes the indentation off
-        lambda found: "".join(f"{found[1]}:param {name}: {option.doc}\n" for name, option in OPTIONS.items()),
-        QueriesPool.__doc__,
-    )
+    before, _, after = QueriesPool.__doc__.partition(":param others: ")
+    indent = before[before.rindex("\n") :]  # Python 3.13 takes the indentation off
+    each = indent.join(f":param {name}: {option.doc}" for name, option in OPTIONS.items())
+    QueriesPool.__doc__ = before + each + after[after.index("\n") :]
 
 
 if not seams.KNOWS_PROXY:

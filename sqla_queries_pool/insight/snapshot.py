@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..budget import slots
 from ..budget.slots import HELD, LOCKED, Slot
@@ -105,8 +105,7 @@ class Waiting:
         return f"{named(self.name, self.label)} ({self.seconds:.1f} s)"
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+class Diagnosis(NamedTuple):
     """Why a checkout got nothing, most likely, and what to do about it."""
 
     kind: str
@@ -201,7 +200,7 @@ class Snapshot:
             "holders": [dataclasses.asdict(holder) for holder in self.holders],
             "waiting": [dataclasses.asdict(waiting) for waiting in self.waiting],
             "last_connect_error": self.last_connect_error,
-            "diagnosis": None if self.diagnosis is None else dataclasses.asdict(self.diagnosis),
+            "diagnosis": None if self.diagnosis is None else self.diagnosis._asdict(),
         }
 
 

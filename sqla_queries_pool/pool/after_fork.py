@@ -7,7 +7,6 @@ only the one that forked is here, so a lock that another one had is taken for ev
 
 from __future__ import annotations
 
-import ctypes
 import os
 import stat
 import threading
@@ -24,6 +23,12 @@ from .pool import every_pool
 
 INHERITED = "this connection belongs to the parent process: check out a new one after the fork"
 """What the holder of a connection is told in the child."""
+
+
+def before_fork() -> None:
+    """In the parent: import what the child needs and nobody else.  The child itself imports nothing: another
+    thread of the parent may have been in the middle of that."""
+    import ctypes  # noqa: F401
 
 
 def after_fork_in_child() -> None:
@@ -47,6 +52,8 @@ def after_fork_in_child() -> None:
 def _keep(thing: Any) -> None:
     """Never finalize it, not even when the process ends: drivers close a connection then, or complain, and
     SQLite would roll back what the parent is doing."""
+    import ctypes  # which is there, see before_fork()
+
     ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
@@ -74,4 +81,4 @@ def _cut_off(fileno: Callable[[], int] | None) -> None:
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows, which has no fork either
-    os.register_at_fork(after_in_child=after_fork_in_child)
+    os.register_at_fork(before=before_fork, after_in_child=after_fork_in_child)
