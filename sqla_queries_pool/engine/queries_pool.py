@@ -15,7 +15,7 @@ import sys
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sqlalchemy.pool import ConnectionPoolEntry, PoolProxiedConnection
 from sqlalchemy.pool import Pool as SQLAlchemyPool
@@ -52,7 +52,10 @@ from .attempt import Attempt
 from .opening import creator_of, open_connection, warm_up
 from .records import Proxy, Record
 from .settings import OF_CREATE_ENGINE, OPTIONS, Settings, refuse_removed
-from .sides import Sides, sides
+from .sides import Sides, ThreadSide
+
+if TYPE_CHECKING:
+    from .loop_sides import LoopSides
 
 _label = checkout_label.get
 
@@ -128,6 +131,8 @@ class QueriesPool(SQLAlchemyPool):
             quota = self._make_quota(who)
         self._attachment: Attachment = self._new_attachment(quota)
         """The first one: an engine of asyncio has one for each event loop."""
+        if self._dialect.is_async:
+            _loop_sides()  # now, lest the first checkout import it, which may be one of a forked child
         failover.listen(self._dialect)
         if self.settings.track_stacks:
             self._track_stacks = True
@@ -144,8 +149,11 @@ class QueriesPool(SQLAlchemyPool):
     def _sides(self) -> Sides:
         """Its attachments.  Chosen when they are first asked for: a pool that is made before its engine
         (``create_async_engine(pool=…)``) gets the engine's dialect later."""
-        more = weakref.WeakMethod(self._attach_another)
-        new = sides(self._dialect.is_async, self._attachment, self._core, more, self.records_out)
+        if self._dialect.is_async:
+            more = weakref.WeakMethod(self._attach_another)
+            new: Sides = _loop_sides()(self._attachment, self._core, more, self.records_out)
+        else:
+            new = ThreadSide(self._attachment, self._core)
         # Of two threads that ask at once, both get the first one's.
         chosen: Sides = self.__dict__.setdefault("_sides", new)
         return chosen
@@ -437,6 +445,13 @@ class QueriesPool(SQLAlchemyPool):
 
     def __repr__(self) -> str:
         return f"<QueriesPool {self.status()}>"
+
+
+def _loop_sides() -> type[LoopSides]:
+    """Imported when an engine of asyncio is made; others need none of it."""
+    from .loop_sides import LoopSides
+
+    return LoopSides
 
 
 if QueriesPool.__doc__:  # None under -OO

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..budget.slots import HELD, SUSPENDED, Slot, Waiter
-from ..concurrency.tasks import TaskCaller
 from ..concurrency.threads import Caller
 from ..pool import Pool
 from ..sockets.liveness import traffic
@@ -177,7 +176,7 @@ def _told(sides: list[tuple[Pool, Waiter]], pools: list[Pool]) -> Diagnosis:
         for slot in held:
             details += [f"  checked out at {call}" for call in stacks.as_text(slot.stack)[-DEEPEST_SHOWN:]]
         details += [f"  waits at {call}" for call in threads.at(waiter.holder)[-2:]]
-    kind = "task" if isinstance(sides[0][1].holder, TaskCaller) else "thread"
+    kind = "thread" if isinstance(sides[0][1].holder, Caller) else "task"
     return Diagnosis(
         "deadlock",
         f"a {kind} waits for a connection that it holds itself, and nothing has moved"

@@ -12,12 +12,14 @@ import threading
 from asyncio import Task
 from collections.abc import Iterable, Iterator
 from types import CodeType, FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import sqlalchemy
 
-from ..concurrency.tasks import TaskCaller
 from ..concurrency.threads import Caller
+
+if TYPE_CHECKING:
+    from ..concurrency.tasks import TaskCaller
 
 DEEPEST = 20
 """How many calls are kept, the innermost ones."""
@@ -107,9 +109,9 @@ class Threads:
         """Where it is, outermost call first; empty where it has ended, or can't be said."""
         if caller is None or not caller.alive:
             return ()
-        if isinstance(caller, TaskCaller):
-            return _as_text(reversed(list(_awaits(caller.task()))))
-        return _as_text(self._at.get(caller.ident, ()))
+        if isinstance(caller, Caller):
+            return _as_text(self._at.get(caller.ident, ()))
+        return _as_text(reversed(list(_awaits(caller.task()))))
 
 
 def _awaits(task: Task[Any] | None) -> Iterator[Place]:
