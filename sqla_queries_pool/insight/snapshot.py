@@ -12,8 +12,7 @@ from ..budget import slots
 from ..budget.slots import HELD, LOCKED, Slot
 from ..budget.stats import Statistics
 from ..budget.work import Resetter
-from ..pool import Pool
-from ..pool.stopping import Stopped
+from ..pool import Pool, stopping
 from ..sockets.transactions import of_server
 from . import stacks
 
@@ -260,12 +259,12 @@ def holder_of(slot: Slot, now: float, threads: stacks.Threads) -> Holder:
     )
 
 
-def _describe(found: list[Slot], now: float) -> tuple[Holder, ...]:
+def _describe_holders(found: list[Slot], now: float) -> tuple[Holder, ...]:
     threads = stacks.Threads()
     return tuple(sorted((holder_of(slot, now, threads) for slot in found), key=lambda held: -held.seconds))
 
 
-Stopped.describe = staticmethod(_describe)
+stopping.describe_holders = _describe_holders
 
 
 def waiting(pool: Pool, threads: stacks.Threads, placed: int | None = None) -> list[Waiting]:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 from .. import parameters
 from ..budget import stopping
@@ -18,8 +17,7 @@ LOOK_EVERY = 0.01
 """Seconds between two looks at what is still out.  A return takes the short way, and wakes nobody."""
 
 
-@dataclass(frozen=True)
-class Stopped:
+class Stopped(NamedTuple):
     """What ``drain()`` or ``suspend()`` has come to.  ``str()`` says it in a sentence."""
 
     pool: str
@@ -32,9 +30,6 @@ class Stopped:
     """How many checkouts wait."""
     state: str = DRAINED
     """``drained`` or ``suspended``."""
-
-    describe: ClassVar[Callable[[list[Slot], float], tuple[Any, ...]]]
-    """Says who holds these slots at that time; insight/snapshot.py knows how."""
 
     @property
     def complete(self) -> bool:
@@ -49,6 +44,14 @@ class Stopped:
         else:
             text += f"nothing is out after {self.seconds:.1f} s"
         return f"{text}; {self.waiting} waiting" if self.waiting else text
+
+
+def _nobody(_: list[Slot], __: float) -> tuple[Any, ...]:
+    return ()
+
+
+describe_holders: Callable[[list[Slot], float], tuple[Any, ...]] = _nobody
+"""Says who holds these slots at that time; insight/snapshot.py knows how, and writes it here."""
 
 
 def stop(
@@ -84,7 +87,7 @@ def stop(
     if not slots and seconds > spent:  # the server ends its side some milliseconds later
         core.connections.lingering.wait(_none, seconds - spent, pause)
     busy = [slot for slot in slots if slot.state in (HELD, OPENING, LOCKED)]
-    holders, spent = Stopped.describe(busy, core.now()), time.monotonic() - begin
+    holders, spent = describe_holders(busy, core.now()), time.monotonic() - begin
     return Stopped(core.section.label, spent, holders, waiting, how)
 
 
