@@ -727,7 +727,7 @@ def test_all_processes_of_an_application_have_the_budget_that_is_measured(
     for result in results:
         assert result.answers.goodput > 0
         assert result.answers.errors == 0
-        assert 0 < result.backends <= program.applications.BUDGET
+        assert 0 < result.backends <= program.ways.BUDGET
         assert result.processor > 0
     text = io.StringIO()
     program.applications.show(results, Console(file=text, width=120))
@@ -747,7 +747,7 @@ def test_an_overload_is_rejected_and_the_others_are_served_in_time(
         assert each.answers.goodput > 0
         assert each.answers.rejected > 0
         assert each.answers.failed == 0
-        assert 0 < each.backends <= program.applications.BUDGET
+        assert 0 < each.backends <= program.ways.BUDGET
     text = io.StringIO()
     program.applications.show_overload(overloads, Console(file=text, width=140))
     assert "Flask: /slow" in text.getvalue()
