@@ -22,6 +22,8 @@ CONNECT_TIMEOUT = 10
 """Seconds, if the URL does not say."""
 INTERVAL = 0.01
 """Seconds between two queries of the server. A connection that is open for a shorter time may go unseen."""
+GONE_WITHIN = 5.0
+"""Seconds for which the next measurement waits until connections are gone, at most."""
 VARIABLE = "DATABASE_URL"
 EXAMPLE = "postgresql://user:password@host:5432/database"
 
@@ -197,9 +199,9 @@ class Server:
         )
         return Counter({name.removeprefix(f"{self._run} "): int(count) for name, count in rows})
 
-    def wait_until_gone(self, name: str, seconds: float = 5.0) -> None:
+    def wait_until_gone(self, name: str) -> None:
         """Wait until the server has closed all of a name, so that the next measurement starts alone."""
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + GONE_WITHIN
         while self.connections()[name] and time.monotonic() < deadline:
             time.sleep(INTERVAL)
 

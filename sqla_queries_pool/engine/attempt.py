@@ -37,15 +37,15 @@ class Attempt:
 
     :param pool: the engine's ``QueriesPool``.
     :param entry: what ``Checkouts.take()`` has returned; a waiter may have waited for a while.
-    :param found: where it was asked for (stacks.py).
+    :param stack: where it was asked for (stacks.py).
     """
 
-    def __init__(self, pool: Any, entry: Any, found: stacks.Calls) -> None:
+    def __init__(self, pool: Any, entry: Any, stack: stacks.Calls) -> None:
         timeout = pool.settings.timeout
         self._pool = pool
         self._core = pool._core
         self._entry = entry
-        self._found = found
+        self._stack = stack
         self._timeout = math.inf if timeout is None else timeout
         now = self._core.now()
         self._since: float = now if isinstance(entry, NO_WAITER) else entry.since
@@ -87,7 +87,7 @@ class Attempt:
                 if entry is None:
                     raise self._suspended() or self._refusal or self._known_refusal() or self._timed_out()
                 slot = entry.slot
-                slot.label, slot.stack = checkout_label.get(), self._found
+                slot.label, slot.stack = checkout_label.get(), self._stack
                 if isinstance(entry, Permit):
                     self._stages.enter(OPENING)
                     return open_connection(self._pool, entry, self._deadline, self._leaves_at)

@@ -33,19 +33,34 @@ def diagnose(
     :param parents: of the asker, as :attr:`.Waiting.parents`.
     :param own: the limit of the asker's engine, where that has all of it and the pool has more.
     """
+    host = seen.statistics.host
+    elsewhere = host if host is not None and host.is_elsewhere and own is None else None
+    return (
+        _refused(seen)
+        or (_nested(seen, asker, parents) if elsewhere is None else None)
+        or _slow_connect(seen)
+        or _kept(seen)
+        or (_host(elsewhere) if elsewhere is not None else _too_small(own))
+    )
+
+
+def _refused(seen: Snapshot) -> Diagnosis | None:
+    n = seen.statistics
+    if not seen.last_connect_error or n.open >= (n.limit or math.inf):
+        return None
+    return Diagnosis(
+        "refused",
+        f"the server refuses connections ({seen.last_connect_error.splitlines()[0]})",
+        "Check the server. The pool keeps trying and serves waiting checkouts as soon as it connects.",
+    )
+
+
+def _nested(seen: Snapshot, asker: int, parents: tuple[int, ...]) -> Diagnosis | None:
+    """Does a caller that waits hold a connection, or one that waits for those that wait?"""
     callers = [(holder, holder.caller) for holder in seen.holders if holder.caller is not None]
     nested = [holder for holder, who in callers if who == asker or who in seen.callers_waiting]
-    mine = sum(holder.caller == asker for holder in nested)
-    outer = next((h for h, who in callers if who in parents or who in seen.parents_of_waiting), None)
-    n = seen.statistics
-    if seen.last_connect_error and n.open < (n.limit or math.inf):
-        return Diagnosis(
-            "refused",
-            f"the server refuses connections ({seen.last_connect_error.splitlines()[0]})",
-            "Check the server. The pool keeps trying and serves waiting checkouts as soon as it connects.",
-        )
-    elsewhere = n.host is not None and n.host.is_elsewhere and own is None
-    if nested and not elsewhere:
+    if nested:
+        mine = sum(holder.caller == asker for holder in nested)
         kind = "task" if nested[0].is_task else "thread"
         whose = f"this {kind} already holds" if mine else f"waiting {kind}s already hold"
         return Diagnosis(
@@ -53,33 +68,46 @@ def diagnose(
             f"{whose} {mine or len(nested)} of them, and each nested checkout needs one more",
             NEVER_NEST,
         )
-    if outer is not None and not elsewhere:
-        return Diagnosis(
-            "nested-checkout",
-            f"{outer} has a connection and has started tasks that wait for one, as asyncio.gather() does",
-            NEVER_NEST,
-        )
-    if seen.holders and all(holder.state == slots.OPENING for holder in seen.holders):
-        return Diagnosis(
-            "slow-connect",
-            "connecting is slow: all of them are still being opened",
-            "Check the network and the server. The driver's connect_timeout limits how long a connect takes.",
-        )
+    outer = next((h for h, who in callers if who in parents or who in seen.parents_of_waiting), None)
+    if outer is None:
+        return None
+    return Diagnosis(
+        "nested-checkout",
+        f"{outer} has a connection and has started tasks that wait for one, as asyncio.gather() does",
+        NEVER_NEST,
+    )
+
+
+def _slow_connect(seen: Snapshot) -> Diagnosis | None:
+    if not seen.holders or any(holder.state != slots.OPENING for holder in seen.holders):
+        return None
+    return Diagnosis(
+        "slow-connect",
+        "connecting is slow: all of them are still being opened",
+        "Check the network and the server. The driver's connect_timeout limits how long a connect takes.",
+    )
+
+
+def _kept(seen: Snapshot) -> Diagnosis | None:
+    """Does one holder keep a connection that others would have returned by now?"""
     # While it executes, another thread has it.
     ended = next((h for h in seen.holders if h.ended and h.transaction != "executing"), None)
     if ended is not None:
         return _leak(f"{ended} did not return its connection")
     longest = next((holder for holder in seen.holders if holder.state != slots.OPENING), None)
-    if longest is not None and longest.seconds >= max(LONG, LONGER * n.use_time.mean):
-        if longest.transaction == "executing":
-            return Diagnosis(
-                "long-use",
-                f"{longest} runs a long statement",
-                "Find it in pg_stat_activity by its backend's pid. statement_timeout would end it.",
-            )
-        return _leak(f"{longest} seems to have forgotten to return its connection")
-    if n.host is not None and elsewhere:
-        return _host(n.host)
+    if longest is None or longest.seconds < max(LONG, LONGER * seen.statistics.use_time.mean):
+        return None
+    if longest.transaction == "executing":
+        return Diagnosis(
+            "long-use",
+            f"{longest} runs a long statement",
+            "Find it in pg_stat_activity by its backend's pid. statement_timeout would end it.",
+        )
+    return _leak(f"{longest} seems to have forgotten to return its connection")
+
+
+def _too_small(own: float | None) -> Diagnosis:
+    """Nothing looks wrong."""
     if own is not None:
         return Diagnosis(
             "too-small",

@@ -42,7 +42,7 @@ MOST_TIMEOUTS = 20
 class Core:
     """Puts the parts of one pool together, and tells them which engines there are.
 
-    :param label: for people: which pool it is.
+    :param pool_id: the pool id; for people, too, until an engine says which database it is.
     :param clock: a monotonic clock in seconds, :data:`.clock.clock` by default.
     :param new_slot: makes a slot.
     :param on_opened: called when an engine has opened a connection.
@@ -71,7 +71,7 @@ class Core:
 
     def __init__(
         self,
-        label: str,
+        pool_id: str,
         clock: Callable[[], float] | None,
         new_slot: Callable[[], Slot],
         on_opened: Callable[[], None],
@@ -80,7 +80,7 @@ class Core:
         self._clock = clock or default_clock
         self.checkouts = Checkouts(on_opened)
         self._on_vacant = on_vacant
-        self.pool_id = label
+        self.pool_id = pool_id
         self._side: SharedPool | None = None
         self.on_leak: Callable[[Core, Leaked | Returned], None] = _ignore
         """Called by the housekeeper when a connection is out for long, or was returned after all."""
@@ -96,7 +96,7 @@ class Core:
         self.share: Share | None = None
         """The pool's part in a budget of the host, where its engines state ``share``: the ledger's limit is
         what the share has."""
-        self._build(label, Ledger(self._entry_died, new_slot))
+        self._build(pool_id, Ledger(self._entry_died, new_slot))
 
     def _build(self, label: str, ledger: Ledger) -> None:
         """Make all parts: at first, and again in a forked child.
