@@ -29,7 +29,8 @@ from sqlalchemy.pool import Pool
 
 from sqla_queries_pool.budget.ledger import Ledger
 from sqla_queries_pool.budget.work import Wake
-from sqla_queries_pool.concurrency import tasks as loops
+from sqla_queries_pool.concurrency import loops
+from sqla_queries_pool.concurrency.tasks import TaskWaiter
 from sqla_queries_pool.concurrency.threads import Threads, ThreadWaiter
 
 from . import async_competitors, async_contended, tasks
@@ -121,7 +122,7 @@ class _LookingThread(_Looks, ThreadWaiter):
             super().wake()
 
 
-class _LookingTask(_Looks, loops.TaskWaiter):
+class _LookingTask(_Looks, TaskWaiter):
     __slots__ = ("core",)
 
     def sleep_again(self) -> None:

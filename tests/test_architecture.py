@@ -150,11 +150,11 @@ def test_the_bookkeeping_is_pure(module: str) -> None:
 
 @pytest.mark.parametrize("module", CORE)
 def test_the_core_needs_nothing_but_sqlalchemy_and_the_standard_library(module: str) -> None:
-    """psycopg2 is asked to take a DSN apart, where an engine was given one; tasks.py may ask what SQLAlchemy
+    """psycopg2 is asked to take a DSN apart, where an engine was given one; loops.py may ask what SQLAlchemy
     needs for asyncio; nothing else is needed."""
     found = {name.split(".")[0] for name in imports(module)}
     foreign = found - sys.stdlib_module_names - {NAME, "sqlalchemy"}
-    assert foreign <= {"engine.identity": {"psycopg2"}, "concurrency.tasks": {"greenlet"}}.get(module, set())
+    assert foreign <= {"engine.identity": {"psycopg2"}, "concurrency.loops": {"greenlet"}}.get(module, set())
 
 
 @pytest.mark.parametrize("module", CORE)

@@ -138,7 +138,7 @@ class ThreadWaiter:
 class Threads:
     """The runtime of the engines whose callers are threads: whatever takes time blocks the thread.
 
-    tasks.py has the one for an event loop, with the same methods.
+    loops.py has the one for an event loop, with the same methods.
     """
 
     here: ClassVar[_Here] = here

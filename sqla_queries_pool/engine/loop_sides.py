@@ -18,7 +18,7 @@ from sqlalchemy import exc
 
 from ..budget.ledger import ENDED
 from ..budget.slots import CLOSING, GONE, HELD, Attachment
-from ..concurrency import tasks
+from ..concurrency import loops
 from ..concurrency.threads import THREADS
 from ..runtime import unreturned
 from ..runtime.core import Core
@@ -54,7 +54,7 @@ class LoopSides:
         """Attachments that no loop uses."""
         self._known = False
         """Was a connection opened?"""
-        self._opening: tasks.Loop | None = None
+        self._opening: loops.Loop | None = None
         """The loop that opens the first one, or was the last to try."""
         self._number_opening = 0
         """How many it opens now."""
@@ -69,7 +69,7 @@ class LoopSides:
 
     def _enter(self) -> Attachment:
         """The running loop uses the engine for the first time."""
-        runtime = tasks.running()
+        runtime = loops.running()
         with self._lock:
             attachment = self._spare.pop() if self._spare else None
         if attachment is None:  # not under the lock: this takes the pool's
@@ -87,16 +87,16 @@ class LoopSides:
             return [*self._spare, *self._by_loop.values()]
 
     @property
-    def runtime(self) -> tasks.Loop:
-        return tasks.running()
+    def runtime(self) -> loops.Loop:
+        return loops.running()
 
     @property
     def runtime_or_thread(self) -> Any:
-        return THREADS if _get_running_loop() is None else tasks.running()
+        return THREADS if _get_running_loop() is None else loops.running()
 
     def socket(self, handle: Any) -> Any:
         try:
-            return LoopSocket(handle, tasks.running(), self._core.failures)
+            return LoopSocket(handle, loops.running(), self._core.failures)
         except exc.MissingGreenlet:  # one that was detached, and is closed where no loop runs
             return handle
 
@@ -112,7 +112,7 @@ class LoopSides:
         if self._known:
             yield
             return
-        loop = tasks.running()
+        loop = loops.running()
         while not self._may_open_first(loop):
             if time.monotonic() > deadline:  # a loop may stop in the middle
                 raise NotFirst
@@ -125,7 +125,7 @@ class LoopSides:
                 if self._opening is loop:
                     self._number_opening -= 1
 
-    def _may_open_first(self, loop: tasks.Loop) -> bool:
+    def _may_open_first(self, loop: loops.Loop) -> bool:
         with self._lock:
             if self._known:
                 return True
@@ -138,7 +138,7 @@ class LoopSides:
 
     # -- the end of a loop -------------------------------------------------------------------------
 
-    def loop_ends(self, loop: tasks.Loop) -> None:
+    def loop_ends(self, loop: loops.Loop) -> None:
         """Close what is idle, while the loop still runs; what is out when it is returned."""
         for attachment in self.all():
             if attachment.runtime is loop:
@@ -149,7 +149,7 @@ class LoopSides:
                     if slot.home is attachment.ref and slot.state in (CLOSING, GONE) and socket is not None:
                         socket.close()  # another thread is about to, and may come too late
 
-    def loop_ended(self, loop: tasks.Loop) -> None:
+    def loop_ended(self, loop: loops.Loop) -> None:
         """Nobody there can return anything: free all slots at once."""
         with self._lock:
             keys = [key for key, attachment in self._by_loop.items() if attachment.runtime is loop]
