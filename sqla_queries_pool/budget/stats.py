@@ -318,12 +318,11 @@ class Statistics:
         return told
 
 
-@dataclass(frozen=True)
-class ManagerStatistics:
+class ManagerStatistics(NamedTuple):
     """All pools of the process, and totals to which those have added that are gone."""
 
-    pools: Mapping[str, Statistics] = field(default_factory=dict)
-    """By pool id."""
+    pools: Mapping[str, Statistics] = {}
+    """By pool id; nobody writes into it."""
     checkouts: int = 0
     waits: int = 0
     timeouts: int = 0
