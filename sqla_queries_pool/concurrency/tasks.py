@@ -375,11 +375,27 @@ class Loop:
 
     def _loop_ended(self, _: object) -> None:
         self.closed = True
+        for future in list(self._unfinished):
+            _give_up(future)
+        self._unfinished.clear()
         for user in list(self._users):
             try:
                 user.loop_ended(self)
             except Exception:
                 logger.exception("Exception at the end of an event loop")
+
+
+def _give_up(future: Future[Any]) -> None:
+    """Its loop is closed, so it never ends by itself.
+
+    No collection would find it: a greenlet keeps what its frames refer to, which nobody can see, and the frames
+    lead back to it by the socket that is being connected, the loop and the task.
+    """
+    if isinstance(future, Task):
+        future._log_destroy_pending = False  # type: ignore[attr-defined]
+        # Drivers may complain that the loop is closed; in another thread than that of the loop it can't be done.
+        with contextlib.suppress(Exception):
+            future.get_coro().close()  # type: ignore[union-attr]
 
 
 async def _until_the_end(
