@@ -374,7 +374,7 @@ class Loop:
         self._users.add(user)
 
     def _loop_ended(self, _: object) -> None:
-        self.closed = True
+        self.closed = self.ending = True
         for future in list(self._unfinished):
             _give_up(future)
         self._unfinished.clear()

@@ -25,7 +25,7 @@ from ..runtime import unreturned
 from ..runtime.core import Core
 from ..sockets.drivers import socket_of
 from ..sockets.loop_socket import LoopSocket
-from .seams import begun
+from .seams import begun, renew_first_mutex
 
 More: TypeAlias = weakref.WeakMethod[Callable[[], Attachment]]
 _ALONE = 0.005
@@ -67,9 +67,10 @@ class Sides(Protocol):
     def close(self, socket: Any, as_sqlalchemy: Callable[[], None]) -> None:
         """Close a connection: as SQLAlchemy does, or, where it is a loop's, without waiting."""
 
-    def opening(self, deadline: float) -> AbstractContextManager[object]:
+    def opening(self, pool: Any, deadline: float) -> AbstractContextManager[object]:
         """The block opens a connection; before that, wait while another loop opens the engine's first one.
 
+        :param pool: whose: the engine's.
         :param deadline: until when, by ``time.monotonic``.
         :raises NotFirst: it still does.
         """
@@ -96,7 +97,7 @@ class ThreadSide:
     def close(self, _: Any, as_sqlalchemy: Callable[[], None]) -> None:
         as_sqlalchemy()
 
-    def opening(self, _: float) -> AbstractContextManager[object]:
+    def opening(self, _: Any, __: float) -> AbstractContextManager[object]:
         return nullcontext()
 
 
@@ -176,13 +177,13 @@ class LoopSides:
         socket.close()
 
     @contextmanager
-    def opening(self, deadline: float) -> Iterator[None]:
+    def opening(self, pool: Any, deadline: float) -> Iterator[None]:
         """SQLAlchemy has an asyncio.Lock for the first connection, which belongs to one loop."""
         if self._known:
             yield
             return
         loop = tasks.running()
-        while not self._may_open_first(loop):
+        while not self._may_open_first(pool, loop):
             if time.monotonic() > deadline:  # a loop may stop in the middle
                 raise NotFirst
             loop.pause((), _ALONE)
@@ -194,13 +195,15 @@ class LoopSides:
                 if self._opening is loop:
                     self._number_opening -= 1
 
-    def _may_open_first(self, loop: tasks.Loop) -> bool:
+    def _may_open_first(self, pool: Any, loop: tasks.Loop) -> bool:
         with self._lock:
             if self._known:
                 return True
             if self._opening is not loop:
                 if self._number_opening and self._opening is not None and not self._opening.closed:
                     return False
+                if self._opening is not None:
+                    renew_first_mutex(pool)
                 self._opening, self._number_opening = loop, 0
             self._number_opening += 1
             return True
