@@ -139,7 +139,7 @@ def test_two_loops_one_after_the_other_open_their_first_connections_together(mak
             raise ValueError("not today")
 
     async def main() -> list[Any]:
-        return await asyncio.gather(self_test(tasks), self_test(tasks), return_exceptions=True)
+        return [*await asyncio.gather(self_test(tasks), self_test(tasks), return_exceptions=True)]
 
     assert [str(error) for error in asyncio.run(main())] == ["not today", "not today"]
     fails.clear()
@@ -226,6 +226,7 @@ def test_a_loop_that_is_closed_while_an_opening_goes_on_is_collected_with_its_so
         loop = asyncio.new_event_loop()
 
         async def begin() -> socket.socket:
+            loop = asyncio.get_running_loop()
             task = asyncio.ensure_future(tasks.connect().start())
             theirs, _ = await loop.sock_accept(mute)
             await loop.sock_recv(theirs, 1)

@@ -85,8 +85,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "AsyncAdapt_asyncpg_connection._transaction": "None where none has begun; its rollback() looks at it",
     "AsyncAdapt_asyncpg_connection._execute_mutex": "locked while a statement executes",
     "await_only": "waits in a greenlet, and lets the loop go on: dialects of others use it, too",
-    "_exec_once_mutex": "of listeners: what lets one connection run those to connect before any has; a lock of "
-    "one loop's",
+    "_exec_once_mutex": "of listeners: one connection alone runs those to connect first; a lock of one loop",
     "greenlet_spawn": "runs a function in which await_only() can be used",
     # Of an engine: see connect_arguments.
     "sqlalchemy.engine.create": "the module of the creator that create_engine makes",
