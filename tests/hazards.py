@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import inside
@@ -124,6 +125,35 @@ def eventually(
         assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
         time.sleep(pause)
         pause = min(2 * pause, 0.01)
+
+
+@contextmanager
+def no_thread_starts() -> Iterator[None]:
+    """The system has no memory for the stack of another thread."""
+    before = threading.stack_size(1 << 46)
+    try:
+        yield
+    finally:
+        threading.stack_size(before)
+
+
+@contextmanager
+def no_descriptor_left() -> Iterator[None]:
+    """The process has as many descriptors as it may."""
+    import resource  # not on Windows
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/dev/fd"))) + 1, hard))
+    taken = []
+    try:
+        with suppress(OSError):
+            while True:
+                taken.append(os.dup(0))
+        yield
+    finally:
+        for descriptor in taken:
+            os.close(descriptor)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def new_pid() -> str:

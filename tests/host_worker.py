@@ -11,11 +11,13 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
+from hazards import no_descriptor_left, no_thread_starts
 from sqlalchemy import Connection, Engine, create_engine, text
 
-from sqla_queries_pool import QueriesPool
+from sqla_queries_pool import CheckoutTimeout, QueriesPool
 
 
 class Worker:
@@ -39,6 +41,21 @@ class Worker:
         """Check so many out and keep them; how many are out then."""
         for _ in range(count):
             self.held.append(self.engine.connect())
+        return len(self.held)
+
+    def take_while_short_of(self, what: str) -> str:
+        """The error of a checkout while the process can have no more ``threads`` or ``descriptors``."""
+        with {"threads": no_thread_starts, "descriptors": no_descriptor_left}[what]():
+            try:
+                self.take(1)
+            except Exception as error:
+                return type(error).__name__
+        return ""
+
+    def take_if_it_can(self) -> int:
+        """:meth:`take` one; how many are out then."""
+        with suppress(CheckoutTimeout):
+            self.take(1)
         return len(self.held)
 
     def release(self) -> int:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import gc
+import logging
 import os
 import random
+import socket
 import subprocess
 import sys
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +21,7 @@ import inside
 import pytest
 import sqlalchemy
 from conftest import Observer
-from hazards import Ring, Stop, Thread, eventually
+from hazards import DEADLINE, Ring, Stop, Thread, eventually
 from sqlalchemy import event, exc, text
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from sqlalchemy.util import concurrency
@@ -118,6 +121,52 @@ def test_a_failed_opening_lets_no_other_loop_open_the_first_connection_too(make:
     asyncio.run(main())
 
 
+def test_two_loops_one_after_the_other_open_their_first_connections_together(make: Make) -> None:
+    """SQLAlchemy's lock for the first one is that of the loop in which somebody waited for it first."""
+    tasks, fails = make(), [True]
+    connected: list[Any] = []
+
+    @event.listens_for(tasks.sync_engine, "do_connect")
+    def connect(dialect: Any, _: Any, arguments: Any, options: Any) -> Any:
+        connected.append(dialect.connect(*arguments, **options))
+        return connected[-1]
+
+    @event.listens_for(tasks.sync_engine, "connect")
+    def listen(connection: Any, _: Any) -> None:
+        if connection is connected[0]:
+            connection.run_async(lambda _: soon(lambda: len(connected) == 2, "the other one waits for it"))
+        if fails:
+            raise ValueError("not today")
+
+    async def main() -> list[Any]:
+        return [*await asyncio.gather(self_test(tasks), self_test(tasks), return_exceptions=True)]
+
+    assert [str(error) for error in asyncio.run(main())] == ["not today", "not today"]
+    fails.clear()
+    connected.clear()
+    assert asyncio.run(main()) == [None, None]
+
+
+def test_a_loop_that_is_closed_while_it_opens_the_first_connection_holds_no_other_up(make: Make) -> None:
+    """Nobody waits for the end of what never ends."""
+    tasks = make()
+    loop = asyncio.new_event_loop()
+    stopped, _ = opening_stops(tasks, 1)
+
+    async def begin() -> None:
+        task = asyncio.create_task(self_test(tasks))
+        await soon(stopped.is_set, "it opens")
+        task.cancel()
+        await asyncio.wait({task})
+
+    loop.run_until_complete(begin())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        loop.close()
+        Thread(asyncio.run, self_test(tasks)).join()
+        gc.collect()
+
+
 def test_a_loop_that_stops_while_it_renews_holds_no_other_renewal_up_for_long(
     make: Make, pg_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +215,69 @@ def test_what_an_ended_loop_had_is_no_other_loops_before_the_pool_knows(
             await soon(lambda: pg_observer.backends(name_of(pg_url)) == 4)
 
     asyncio.run(main())
+
+
+def test_a_loop_that_is_closed_while_an_opening_goes_on_is_collected_with_its_socket(driver: str) -> None:
+    """The checkout was cancelled, as by ``asyncio.wait_for``: the opening is nobody's but the pool's."""
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        mute.setblocking(False)
+        url = f"postgresql+{driver}://me@127.0.0.1:{mute.getsockname()[1]}/mute"
+        tasks = create_async_engine(url, poolclass=QueriesPool)
+        loop = asyncio.new_event_loop()
+
+        async def begin() -> socket.socket:
+            loop = asyncio.get_running_loop()
+            task = asyncio.ensure_future(tasks.connect().start())
+            theirs, _ = await loop.sock_accept(mute)
+            await loop.sock_recv(theirs, 1)
+            task.cancel()
+            await asyncio.wait({task})
+            return theirs
+
+        theirs, gone = loop.run_until_complete(begin()), weakref.ref(loop)
+        with warnings.catch_warnings(), theirs:
+            warnings.simplefilter("ignore", ResourceWarning)
+            loop.close()
+            del loop
+            gc.collect()
+            assert gone() is None
+            theirs.settimeout(DEADLINE)
+            while theirs.recv(1000):
+                """What it had sent; then the end."""
+        assert pool_of(tasks).statistics().open == 0
+
+
+def test_a_loop_that_is_closed_while_it_renews_a_connection_logs_nothing(
+    make: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The driver complains that the loop is closed, which is nobody's business any more."""
+    tasks = make()
+    loop, stopped = asyncio.new_event_loop(), threading.Event()
+
+    async def as_drivers_do() -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            loop.call_soon(print)
+
+    async def begin() -> None:
+        await self_test(tasks)
+
+        @event.listens_for(tasks.sync_engine, "connect")
+        def listen(connection: Any, _: Any) -> None:
+            stopped.set()
+            connection.run_async(lambda _: as_drivers_do())
+
+        pool_of(tasks).expire(rolling=True)
+        await soon(stopped.is_set, "it is renewed")
+
+    loop.run_until_complete(begin())
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        loop.close()
+        gc.collect()
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+    eventually(lambda: pool_of(tasks).statistics().open == 0, "all slots are free")
 
 
 def test_an_eager_task_factory_is_no_trouble(make: Make) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import inside
 import pytest
 from fakes import FakeDriver
-from hazards import DEADLINE, Thread, eventually, new_pool
+from hazards import DEADLINE, Thread, eventually, new_pool, no_thread_starts
 from sqlalchemy import create_engine, event, make_url
 from sqlalchemy.ext.asyncio import create_async_engine
 from sqlalchemy.util.concurrency import await_only
@@ -206,6 +206,16 @@ def test_an_opening_within_the_deadline_is_as_any_other(new: Callable[..., Any],
         with pytest.raises(Exception, match="the server is not there"):
             engine.connect()
     assert seen == ["GET /health"]
+
+
+def test_an_opening_for_which_no_thread_can_be_started_runs_in_the_callers(new: Callable[..., Any]) -> None:
+    """There are too many, or the interpreter is about to end: no error, and no slot is lost."""
+    engine = new()
+    seen: list[int] = []
+    event.listen(engine, "connect", lambda *_: seen.append(threading.get_ident()))
+    with no_thread_starts(), checkouts(timeout=DEADLINE), engine.connect():
+        assert seen == [threading.get_ident()]
+    assert engine.pool.checkedin() == 1
 
 
 def test_an_opening_that_fails_after_its_caller_has_left_frees_its_slot(

@@ -23,7 +23,17 @@ import psycopg2
 import pytest
 from conftest import Observer
 from fakes import FakeDriver
-from hazards import DEADLINE, Ring, Stop, Thread, assert_whole, eventually, new_pid, pool_of
+from hazards import (
+    DEADLINE,
+    Ring,
+    Stop,
+    Thread,
+    assert_whole,
+    eventually,
+    new_pid,
+    no_descriptor_left,
+    pool_of,
+)
 from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -566,6 +576,27 @@ def test_the_drivers_own_connection_leads_nowhere_in_the_child(
         return live(parent.engine)
 
     assert_apart(parent.own, in_children(work))
+    parent.assert_unharmed(eventually)
+
+
+@pytest.mark.skipif(not os.path.isdir("/dev/fd"), reason="open descriptors can't be listed")
+def test_nor_does_it_where_the_process_had_no_descriptor_left(parent: Parent, eventually: Eventually) -> None:
+    """None that leads nowhere can be opened beside it."""
+    handle: Any = parent.connection.connection.dbapi_connection
+    fork = os.fork
+
+    def without() -> int:
+        with no_descriptor_left():
+            return fork()
+
+    def work() -> list[int]:
+        with contextlib.suppress(Exception):
+            RAW["executes"](handle)
+        return live(parent.engine)
+
+    parent.monkeypatch.setattr(os, "fork", without)
+    found = in_a_child(work)
+    assert_apart(parent.own, [found])
     parent.assert_unharmed(eventually)
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import inside
 import pytest
 from conftest import Observer, SessionServer
-from hazards import Thread
+from hazards import Thread, eventually
 from hosts import Host
 from sqlalchemy import Engine, create_engine, exc, text
 from sqlalchemy.ext.asyncio import create_async_engine
@@ -213,6 +213,18 @@ def test_a_timeout_says_that_another_process_has_them(host: Hosts, eventually: E
     found = second.do("state")["host"]
     assert found["budget"] == 3
     assert [(p["process"], p["leases"]) for p in found["processes"]] == [(second.pid, 1), (first.pid, 2)]
+
+
+def test_a_process_that_was_short_of_something_for_a_while_gets_its_connections_later(host: Hosts) -> None:
+    """Its thread could not be started; the next checkout that waits starts it."""
+    one = host(1)
+    (has,), short = one.start(), one.start(2, pool_timeout=0.01)
+    has.do("take", 1)
+    has.do("release")
+    for worker, what in zip(short, ["threads", "descriptors"], strict=True):
+        assert worker.do("take_while_short_of", what) == "CheckoutTimeout"
+        eventually(lambda w=worker: w.do("take_if_it_can") == 1, f"it had no {what} then")  # type: ignore[misc]
+        worker.do("release")
 
 
 # -- in one process ------------------------------------------------------------------------------------

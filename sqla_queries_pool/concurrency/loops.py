@@ -212,12 +212,42 @@ class Loop:
         self._users.add(user)
 
     def _loop_ended(self, _: object) -> None:
-        self.closed = True
+        self.closed = self.ending = True
+        for future in list(self._unfinished):
+            _give_up(self._loop(), future)
+        self._unfinished.clear()
         for user in list(self._users):
             try:
                 user.loop_ended(self)
             except Exception:
                 logger.exception("Exception at the end of an event loop")
+
+
+def _give_up(loop: Any, future: Future[Any]) -> None:
+    """Its loop is closed, so it never ends by itself: cancel it, as its loop would have.
+
+    No collection would find it: a greenlet keeps what its frames refer to, which nobody can see, and they
+    lead back to it by the socket that is being connected, the loop and the task.  In another thread than that
+    of the loop it can't be done.
+    """
+    if not isinstance(future, Task):
+        return
+    future._log_destroy_pending = False  # type: ignore[attr-defined]
+    coroutine: Any = future.get_coro()
+    later: list[tuple[Any, tuple[Any, ...]]] = []
+    with contextlib.suppress(AttributeError):  # uvloop's has none to be set, and closes its sockets itself
+        loop.call_soon = lambda callback, *arguments, **_: later.append((callback, arguments))
+    with contextlib.suppress(Exception, asyncio.CancelledError):
+        coroutine.throw(asyncio.CancelledError())
+    with contextlib.suppress(Exception, asyncio.CancelledError):  # it wants to await something yet
+        coroutine.close()
+    with contextlib.suppress(AttributeError):
+        del loop.call_soon
+    for callback, arguments in later:
+        # What transports do in the next turn: they close their sockets.
+        if getattr(callback, "__name__", "") == "_call_connection_lost":
+            with contextlib.suppress(Exception):
+                callback(*arguments)
 
 
 async def _until_the_end(

@@ -156,7 +156,8 @@ class Threads:
         """Run what opens a connection, and return it.
 
         A driver's connect can't be stopped from outside.  So with a deadline it runs in a thread of its own;
-        when the time is over its caller leaves, and the opening goes on.
+        when the time is over its caller leaves, and the opening goes on.  Where no thread can be started, it
+        runs here, however long it takes.
 
         :param unwanted: is called with what was opened then.
         :param deadline: by ``time.monotonic``.
@@ -166,7 +167,10 @@ class Threads:
             return opening()
         future: Future[_T] = Future()
         run = functools.partial(contextvars.copy_context().run, _keep, future, opening)
-        threading.Thread(target=run, name="sqla_queries_pool-opening", daemon=True).start()
+        try:
+            threading.Thread(target=run, name="sqla_queries_pool-opening", daemon=True).start()
+        except RuntimeError:  # too many threads, or the interpreter is about to end
+            return opening()
         try:
             return future.result(max(0.0, deadline - time.monotonic()))
         except BaseException as error:

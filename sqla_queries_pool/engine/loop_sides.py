@@ -23,7 +23,7 @@ from ..concurrency.threads import THREADS
 from ..runtime import unreturned
 from ..runtime.core import Core
 from ..sockets.loop_socket import LoopSocket
-from .seams import begun
+from .seams import begun, renew_first_mutex
 from .sides import NotFirst
 
 More: TypeAlias = weakref.WeakMethod[Callable[[], Attachment]]
@@ -107,13 +107,13 @@ class LoopSides:
         socket.close()
 
     @contextmanager
-    def opening(self, deadline: float) -> Iterator[None]:
+    def opening(self, pool: Any, deadline: float) -> Iterator[None]:
         """SQLAlchemy has an asyncio.Lock for the first connection, which belongs to one loop."""
         if self._known:
             yield
             return
         loop = loops.running()
-        while not self._may_open_first(loop):
+        while not self._may_open_first(pool, loop):
             if time.monotonic() > deadline:  # a loop may stop in the middle
                 raise NotFirst
             loop.pause((), _ALONE)
@@ -125,13 +125,15 @@ class LoopSides:
                 if self._opening is loop:
                     self._number_opening -= 1
 
-    def _may_open_first(self, loop: loops.Loop) -> bool:
+    def _may_open_first(self, pool: Any, loop: loops.Loop) -> bool:
         with self._lock:
             if self._known:
                 return True
             if self._opening is not loop:
                 if self._number_opening and self._opening is not None and not self._opening.closed:
                     return False
+                if self._opening is not None:
+                    renew_first_mutex(pool)
                 self._opening, self._number_opening = loop, 0
             self._number_opening += 1
             return True

@@ -54,7 +54,7 @@ def _open(pool: Any, permit: Permit, deadline: float) -> Record:
         core.checkouts.close_evicted(permit)
         record = Record(pool, permit.slot)
         core.checkouts.bind(record.slot, record)
-        with pool._sides.opening(deadline):
+        with pool._sides.opening(pool, deadline):
             record.get_connection()
     except NotFirst:
         core.checkouts.failed(permit)

@@ -6,6 +6,7 @@ private that :data:`PRIVATE` does not name.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Mapping
@@ -29,6 +30,7 @@ __all__ = [
     "begun",
     "connect_arguments",
     "made_by_engine",
+    "renew_first_mutex",
 ]
 
 FINALIZER: Final = _finalize_fairy.__code__
@@ -83,6 +85,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "AsyncAdapt_asyncpg_connection._transaction": "None where none has begun; its rollback() looks at it",
     "AsyncAdapt_asyncpg_connection._execute_mutex": "locked while a statement executes",
     "await_only": "waits in a greenlet, and lets the loop go on: dialects of others use it, too",
+    "_exec_once_mutex": "of listeners: one connection alone runs those to connect first; a lock of one loop",
     "greenlet_spawn": "runs a function in which await_only() can be used",
     # Of an engine: see connect_arguments.
     "sqlalchemy.engine.create": "the module of the creator that create_engine makes",
@@ -142,6 +145,21 @@ def begun(handle: Any, dialect: Any) -> Callable[[], Any] | None:
         return functools.partial(getattr, handle, "_transaction")
     pgconn = getattr(getattr(handle, "driver_connection", None), "pgconn", None)  # psycopg's
     return None if pgconn is None else functools.partial(getattr, pgconn, "transaction_status")
+
+
+def renew_first_mutex(pool: Any) -> None:
+    """Have another loop open the first connection.
+
+    SQLAlchemy has an :class:`asyncio.Lock` for it, which belongs to the loop in which somebody waited for it
+    first, and stays locked where that loop was closed meanwhile.  Called when nobody is inside.
+    """
+    for listeners in (pool.dispatch.connect, pool.dispatch.first_connect):
+        listeners = listeners.for_modify(pool.dispatch)
+        if hasattr(listeners, "_get_exec_once_mutex"):
+            listeners._exec_once_mutex = None
+        else:  # before SQLAlchemy 2.1: it is made when it is missing
+            with contextlib.suppress(AttributeError):
+                del listeners._exec_once_mutex
 
 
 class _Seen(Exception):

@@ -51,9 +51,10 @@ class Sides(Protocol):
     def close(self, socket: Any, as_sqlalchemy: Callable[[], None]) -> None:
         """Close a connection: as SQLAlchemy does, or, where it is a loop's, without waiting."""
 
-    def opening(self, deadline: float) -> AbstractContextManager[object]:
+    def opening(self, pool: Any, deadline: float) -> AbstractContextManager[object]:
         """The block opens a connection; before that, wait while another loop opens the engine's first one.
 
+        :param pool: whose: the engine's.
         :param deadline: until when, by ``time.monotonic``.
         :raises NotFirst: it still does.
         """
@@ -80,5 +81,5 @@ class ThreadSide:
     def close(self, _: Any, as_sqlalchemy: Callable[[], None]) -> None:
         as_sqlalchemy()
 
-    def opening(self, _: float) -> AbstractContextManager[object]:
+    def opening(self, _: Any, __: float) -> AbstractContextManager[object]:
         return nullcontext()

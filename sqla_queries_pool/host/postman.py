@@ -50,6 +50,11 @@ class Postman:
         self._runs = False
         self._pipe: tuple[int, int] | None = None
 
+    @property
+    def runs(self) -> bool:
+        """Is there the thread?"""
+        return self._runs
+
     def attends(self, share: Attended) -> bool:
         """Does the thread look after it?"""
         return share in self._shares and self._runs
@@ -57,18 +62,21 @@ class Postman:
     def attend(self, share: Attended) -> None:
         """Look after a share, from now on; called with the lock."""
         self._shares[share] = None
-        if self._pipe is None:
-            self._pipe = os.pipe()
-            os.set_blocking(self._pipe[0], False)
-            os.set_blocking(self._pipe[1], False)
         if self._runs:
             self.wake()
             return
-        self._runs = True
         try:
+            if self._pipe is None:
+                self._pipe = os.pipe()
+                os.set_blocking(self._pipe[0], False)
+                os.set_blocking(self._pipe[1], False)
+            self._runs = True
             threading.Thread(target=self._run, name="sqla_queries_pool host", daemon=True).start()
-        except RuntimeError:  # too many threads, or the interpreter is about to end: the next call tries
+        except BaseException as error:
+            # Too many descriptors or threads, or the interpreter is about to end: the next call tries again.
             self._runs = False
+            if not isinstance(error, (OSError, RuntimeError)):
+                raise
 
     def wake(self) -> None:
         """Have the thread look what is due."""

@@ -108,7 +108,8 @@ class Share:
         """Has one been tried for this folder?  Has something happened since the last look?"""
         self._nothing_to_do = False
         """Has a checkout that begins to wait nothing to do here?  Where the thread knows that checkouts wait,
-        and where the process has all that it may use.  Written with ``postman.lock``."""
+        and where the process has all that it may use; not while there is no thread.  Written with
+        ``postman.lock``."""
         self._applied = 0
         """The limit that the pool has."""
         self._lock_at = self._home_at = 0.0
@@ -147,7 +148,7 @@ class Share:
 
     def wanted(self) -> None:
         """A checkout waits: lock what is free, or have the other processes asked."""
-        if self._nothing_to_do:
+        if self._nothing_to_do and postman.runs:
             return
         with postman.lock:
             now = time.monotonic()

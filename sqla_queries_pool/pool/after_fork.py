@@ -71,11 +71,13 @@ def _cut_off(fileno: Callable[[], int] | None) -> None:
         fd = fileno()
         if not stat.S_ISSOCK(os.fstat(fd).st_mode):
             return
+        os.close(fd)  # first, for there may be no other descriptor left
         nowhere = os.open(os.devnull, os.O_RDWR)
-        try:
-            os.dup2(nowhere, fd, inheritable=False)
-        finally:
-            os.close(nowhere)
+        if nowhere != fd:
+            try:
+                os.dup2(nowhere, fd, inheritable=False)
+            finally:
+                os.close(nowhere)
     except Exception:  # closed already
         return
 

@@ -145,7 +145,9 @@ class Effects:
         except Exception as error:
             self._admission.refused(error)
             self._connections.drop(slot)
-            logger_of(entry).warning("%s: could not renew %r: %r", section.label, slot, error)
+            home = slot.home() if slot.home is not None else None
+            if home is None or not home.runtime.ending:
+                logger_of(entry).warning("%s: could not renew %r: %r", section.label, slot, error)
         finally:
             section.run(ages.renewed, self._ledger, slot, entry, item.since, section.clock())
 
@@ -168,7 +170,8 @@ class Effects:
                 section.post(ledger.give_unused, attachment, opener(permit))
         except Exception as error:
             why = error.__cause__ or error
-            logger.warning("%s: could not open a connection for min_size: %r", section.label, why)
+            if not attachment.runtime.ending:
+                logger.warning("%s: could not open a connection for min_size: %r", section.label, why)
 
 
 def _nothing() -> None: ...
