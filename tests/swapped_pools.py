@@ -10,7 +10,6 @@ import inspect
 import sys
 from fnmatch import fnmatchcase
 from typing import Any
-from unittest import mock
 
 import pytest
 import sqlalchemy.pool
@@ -46,7 +45,6 @@ EXPECTED = {
     "QueuePoolTest::test_queuepool_close": NUMBERS,
     "QueuePoolTest::test_queuepool_del": NUMBERS,
     "QueuePoolTest::test_recreate": PRIVATE,
-    "QueuePoolTest::test_unlimited(-5)": "max_overflow=-5 is refused: -1 means no limit",
 }
 """Class::test(parameters), as a pattern -> why it fails."""
 
@@ -59,19 +57,6 @@ IN_A_LOOP = (
 for module in (sqlalchemy, sqlalchemy.pool, impl):
     for name in {"QueuePool", "AsyncAdaptedQueuePool"} & vars(module).keys():
         setattr(module, name, QueriesPool)
-
-
-# A mock has every method, and counts its calls: as of a driver that has no socket to look at.
-_getattr = mock.NonCallableMock.__getattr__
-
-
-def _without_fileno(self: Any, name: str) -> Any:
-    if name == "fileno":
-        raise AttributeError(name)
-    return _getattr(self, name)
-
-
-mock.NonCallableMock.__getattr__ = _without_fileno  # type: ignore[method-assign]
 
 
 def name_of(item: pytest.Item) -> str:
