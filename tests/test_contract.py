@@ -90,6 +90,11 @@ DIFFERENCES = {
     "test_what_is_out_over_a_dispose_is_closed_when_it_is_returned": Difference(
         "QueuePool takes it back into the disposed pool, and leaves closing to the driver's destructor"
     ),
+    "test_engines_of_one_database_have_one_limit": Difference("QueuePool has one limit per engine"),
+    "test_a_value_that_means_nothing_is_an_error_at_once": Difference(
+        "QueuePool raises a ValueError when it would have to wait"
+    ),
+    "test_it_is_no_queuepool": Difference("it is one"),
     "test_a_memory_database_is_never_a_second_one": Difference(
         "QueuePool opens a second connection, which is a second, empty database"
     ),
@@ -1674,6 +1679,36 @@ def test_a_creator_that_returns_the_same_connection_again(make_pool: Make) -> No
     assert (pool.checkedout(), pool.checkedin()) == (0, 2)
     pool.dispose()
     assert (pool.checkedout(), pool.checkedin()) == (0, 0)
+
+
+def test_engines_of_one_database_have_one_limit(make_engine: Make) -> None:
+    """Not each of them."""
+    one, two = make_engine(1), make_engine(1)
+    with one.connect(), pytest.raises(exc.TimeoutError):
+        two.connect()
+
+
+def test_a_value_that_means_nothing_is_an_error_at_once(make_pool: Make) -> None:
+    """Not when a checkout has to wait some day."""
+    with pytest.raises(exc.ArgumentError):
+        make_pool(1, timeout=-1)
+
+
+def test_it_is_no_queuepool(make_pool: Make) -> None:
+    """Listeners on that class do not hear of it."""
+    heard: list[Any] = []
+
+    def listen(*arguments: Any) -> None:
+        heard.append(arguments)
+
+    event.listen(QueuePool, "checkout", listen)
+    try:
+        pool = make_pool(1)
+        pool.connect().close()
+    finally:
+        event.remove(QueuePool, "checkout", listen)
+    assert not heard
+    assert not isinstance(pool, QueuePool)
 
 
 # == 9. SQLite ==========================================================================================
