@@ -109,15 +109,25 @@ def flag(name: str, value: object) -> bool:
     raise _error(name, value, "True or False")
 
 
+def queuepool_flag(name: str, value: object) -> bool:
+    """Return a yes or no of QueuePool's: there, None and an empty text are a no.
+
+    :raises ParameterError: for anything else, with the parameter's name and what to write.
+    """
+    return False if value is None or (isinstance(value, str) and not value) else flag(name, value)
+
+
 def recycle(name: str, value: object) -> float:
     """Return SQLAlchemy's ``recycle``: seconds after which a connection is replaced, -1 for never.
+
+    As there, every number below zero means never.
 
     :raises ParameterError: for anything else, with the parameter's name and what to write.
     """
     number = _number(value)
-    if number is not None and not (number >= 0 or number == -1):
+    if number is not None and math.isnan(number):
         raise _error(name, value, "a number of seconds, zero or more, or -1 for never")
-    return -1 if number is None else number
+    return -1 if number is None or number < 0 else number
 
 
 def echo(name: str, value: object) -> bool | Literal["debug"]:
@@ -148,7 +158,8 @@ def queuepool_max_size(pool_size: object, max_overflow: object) -> int | Unstate
     overflow = QUEUEPOOL_OVERFLOW if max_overflow is UNSTATED else _number(max_overflow)
     if size is None or not (size >= 0 and float(size).is_integer()):
         raise _error("pool_size", pool_size, "a whole number, or 0 for no limit (or use max_size)")
-    if overflow is None or not (overflow >= -1 and float(overflow).is_integer()):
+    # As there, what stands beside pool_size=0 does not matter.
+    if overflow is None or not ((overflow >= -1 or size == 0) and float(overflow).is_integer()):
         remedy = "a whole number, or -1 for no limit (or use max_size)"
         raise _error("max_overflow", max_overflow, remedy)
     if size == 0 or overflow == -1:
@@ -238,7 +249,7 @@ def reset_on_return(name: str, value: object) -> object:
     """
     if isinstance(value, ResetStyle) or (isinstance(value, str) and value in ("rollback", "commit", "none")):
         return value
-    if value is None or isinstance(value, bool):
+    if value is None or (isinstance(value, (bool, int)) and value in (0, 1)):
         return value
     raise _error(name, value, "'rollback', 'commit' or None")
 
@@ -279,7 +290,7 @@ def of_sqlalchemys(kw: dict[str, Any], names: Mapping[str, str]) -> dict[str, An
     """
     convert: dict[str, Callable[[str, object], object]] = {
         "recycle": recycle,
-        "pre_ping": flag,
+        "pre_ping": queuepool_flag,
         "echo": echo,
         "reset_on_return": reset_on_return,
         "logging_name": logging_name,

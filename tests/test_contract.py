@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 import inside
 import psycopg
@@ -89,6 +90,11 @@ DIFFERENCES = {
     "test_what_is_out_over_a_dispose_is_closed_when_it_is_returned": Difference(
         "QueuePool takes it back into the disposed pool, and leaves closing to the driver's destructor"
     ),
+    "test_engines_of_one_database_have_one_limit": Difference("QueuePool has one limit per engine"),
+    "test_a_value_that_means_nothing_is_an_error_at_once": Difference(
+        "QueuePool raises a ValueError when it would have to wait"
+    ),
+    "test_it_is_no_queuepool": Difference("it is one"),
     "test_a_memory_database_is_never_a_second_one": Difference(
         "QueuePool opens a second connection, which is a second, empty database"
     ),
@@ -1174,6 +1180,63 @@ def test_a_record_that_is_returned_twice_is_returned_once(make_pool: Make) -> No
     assert (pool.checkedin(), pool.checkedout()) == (2, 0)
 
 
+def test_parameters_may_be_given_by_position(pool_class: Any, driver: FakeDriver) -> None:
+    """``pool_size``, ``max_overflow``, ``timeout``, ``use_lifo``."""
+    pool = pool_class(driver.connect, 2, 1, 0, True)
+    assert pool.timeout() == 0
+    three = [pool.connect() for _ in range(3)]
+    with pytest.raises(exc.TimeoutError):
+        pool.connect()
+    last = three[1].dbapi_connection
+    for fairy in three[:2]:
+        fairy.close()
+    assert pool.connect().dbapi_connection is last
+
+
+def test_a_subclass_may_have_parameters_of_its_own(pool_class: Any, driver: FakeDriver) -> None:
+    """It sets some whatever it was asked for, or has other defaults, or passes all of them on by position."""
+
+    class Sets(pool_class):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kw: Any) -> None:
+            kw |= {"pool_size": 2, "max_overflow": 0, "timeout": 0}
+            super().__init__(*args, **kw)
+
+    class Passes(pool_class):  # type: ignore[misc]
+        def __init__(
+            self, creator: Any, pool_size: int = 2, max_overflow: int = 0, timeout: float = 0, **kw: Any
+        ) -> None:
+            super().__init__(creator, pool_size, max_overflow, timeout, **kw)
+
+    for kind in (Sets, Passes):
+        engine = create_engine(f"fake://host/contract_{next(_numbers)}", module=driver, poolclass=kind)
+        engine.connect().close()
+        engine.dispose()  # it makes another one of the class
+        assert type(engine.pool) is kind
+        both = [engine.connect(), engine.connect()]
+        with pytest.raises(exc.TimeoutError):
+            engine.connect()
+        for connection in both:
+            connection.close()
+        engine.dispose()
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"pool_pre_ping": None, "pool_use_lifo": None, "pool_recycle": -5, "pool_reset_on_return": 0},
+        {"pool_pre_ping": "", "pool_use_lifo": "", "pool_recycle": -2.5, "pool_reset_on_return": 1},
+    ],
+    ids=str,
+)
+def test_what_python_takes_for_a_no_is_one(make_engine: Make, stated: dict[str, Any]) -> None:
+    """An environment variable that is not set is None, or an empty text."""
+    engine = make_engine(1, **stated)
+    engine.connect().close()
+    with engine.connect() as connection:
+        raw: Any = connection.connection.dbapi_connection
+    assert (raw.number, raw.calls["ping"]) == (1, 0)
+
+
 def test_an_exhausted_pool_raises_sqlalchemys_timeout(make_pool: Make) -> None:
     """TimeoutError, with the code of the error's page."""
     pool = make_pool(1)
@@ -1586,6 +1649,23 @@ def test_a_creator_of_any_shape(make_pool: Make, driver: FakeDriver, what: str) 
     assert driver.attempts == 1
 
 
+def test_a_mock_of_a_drivers_connection_is_asked_for_nothing(make_pool: Make) -> None:
+    """It says that it is psycopg2's, has a ``fileno()`` that returns a mock, and counts its calls."""
+    made: list[mock.MagicMock] = []
+
+    def create() -> Any:
+        made.append(mock.MagicMock(spec=psycopg2.extensions.connection))
+        return made[-1]
+
+    pool = make_pool(1, create)
+    pool.connect().close()
+    pool.connect().invalidate()
+    pool.connect().close()
+    pool.dispose()
+    (rolled_back, closed) = mock.call.rollback(), mock.call.close()
+    assert [connection.mock_calls for connection in made] == [[rolled_back, closed], [rolled_back, closed]]
+
+
 def test_a_creator_that_returns_the_same_connection_again(make_pool: Make) -> None:
     """Nothing is gained by it, but no slot is lost either."""
     raw = FakeDriver().connect()
@@ -1599,6 +1679,36 @@ def test_a_creator_that_returns_the_same_connection_again(make_pool: Make) -> No
     assert (pool.checkedout(), pool.checkedin()) == (0, 2)
     pool.dispose()
     assert (pool.checkedout(), pool.checkedin()) == (0, 0)
+
+
+def test_engines_of_one_database_have_one_limit(make_engine: Make) -> None:
+    """Not each of them."""
+    one, two = make_engine(1), make_engine(1)
+    with one.connect(), pytest.raises(exc.TimeoutError):
+        two.connect()
+
+
+def test_a_value_that_means_nothing_is_an_error_at_once(make_pool: Make) -> None:
+    """Not when a checkout has to wait some day."""
+    with pytest.raises(exc.ArgumentError):
+        make_pool(1, timeout=-1)
+
+
+def test_it_is_no_queuepool(make_pool: Make) -> None:
+    """Listeners on that class do not hear of it."""
+    heard: list[Any] = []
+
+    def listen(*arguments: Any) -> None:
+        heard.append(arguments)
+
+    event.listen(QueuePool, "checkout", listen)
+    try:
+        pool = make_pool(1)
+        pool.connect().close()
+    finally:
+        event.remove(QueuePool, "checkout", listen)
+    assert not heard
+    assert not isinstance(pool, QueuePool)
 
 
 # == 9. SQLite ==========================================================================================

@@ -22,6 +22,7 @@ from fakes import SECONDS, FakeClock, FakeConnection, FakeDriver, Task
 from hazards import driver_connection_of, eventually
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, make_url
+from sqlalchemy.pool import Pool as SQLAlchemyPool
 from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesPool
@@ -1123,6 +1124,25 @@ def test_a_fuse_that_blows_as_the_answer_comes_costs_the_connection(
     pings.after = linger
     assert next_one(engine) != dead
     assert pings.number == 1
+
+
+def test_a_listener_that_takes_longer_than_a_ping_may_has_the_connection(
+    pg_url: str, new_engine: NewEngine
+) -> None:
+    """Also one of the class, which is called before all of the engine's: the limit ends with the ping."""
+
+    def linger(handle: Any, *_: Any) -> None:
+        poll = select.poll()
+        poll.register(handle.fileno(), select.POLLRDHUP)
+        assert not poll.poll(200), "the connection of a checkout listener was hung up"
+
+    event.listen(SQLAlchemyPool, "checkout", linger, insert=True)
+    try:
+        engine = new_engine(pg_url, pool_pre_ping=True, ping_timeout=0.05)
+        (backend,) = fill(engine, 1)
+        assert next_one(engine) == backend
+    finally:
+        event.remove(SQLAlchemyPool, "checkout", linger)
 
 
 def test_a_ping_that_hangs_is_felt_by_nobody_else(

@@ -230,7 +230,7 @@ def test_the_url_wins_over_the_code(
         ("max_size=zwei", "max_size='zwei' is not valid"),
         ("idle_ttl=-1", "idle_ttl='-1' is not valid"),
         ("pool_pre_ping=perhaps", "^pool_pre_ping='perhaps' is not valid"),
-        ("pool_recycle=-2", "^pool_recycle='-2' is not valid"),
+        ("pool_recycle=never", "^pool_recycle='never' is not valid"),
         ("echo_pool=loud", "^echo_pool='loud' is not valid"),
         ("pool_reset_on_return=perhaps", "^pool_reset_on_return="),
         ("pool_timeout=soon", "^pool_timeout="),

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, exc
 from sqlalchemy.engine import make_url
+from sqlalchemy.pool import QueuePool
 
 from sqla_queries_pool import QueriesPool, QueriesPoolOptions
 from sqla_queries_pool.engine.settings import NAMES, OPTIONS, REMOVED, Settings
@@ -37,8 +38,10 @@ def names_in(cell: str) -> list[str]:
 
 
 def test_the_signature_has_the_parameters_and_their_defaults() -> None:
-    """``create_engine`` reads it; the settings are the truth."""
-    assert list(SIGNATURE) == list(OPTIONS)
+    """``create_engine`` reads it; the settings are the truth.  QueuePool's come first, in its order."""
+    assert SIGNATURE.keys() == OPTIONS.keys()
+    queuepools = list(inspect.signature(QueuePool).parameters)[1:-1]
+    assert list(SIGNATURE)[: len(queuepools)] == queuepools
     for name, parameter in SIGNATURE.items():
         assert parameter.default is getattr(Settings, name), name
         assert parameter.kind is inspect.Parameter.POSITIONAL_OR_KEYWORD, f"create_engine does not see {name}"

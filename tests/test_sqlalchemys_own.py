@@ -1,4 +1,4 @@
-"""SQLAlchemy's own tests of pools, reconnecting and asyncio, with QueriesPool in place of its pools."""
+"""SQLAlchemy's own tests of pools, engines, transactions and asyncio, with QueriesPool for its pools."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ PLUGIN = Path(__file__).with_name("swapped_pools.py")
 CANCELLATION = ["test/ext/asyncio/test_cancellation.py"]
 OTHERS = [f"test/ext/asyncio/test_{name}.py" for name in ("engine", "scoping", "session")]
 RECONNECT = ["test/engine/test_reconnect.py"]
+ENGINE = [f"test/engine/test_{name}.py" for name in ("execute", "logging", "parseconnect", "transaction")]
 RUNS = {
     "pool": ("sqlite", ["test/engine/test_pool.py"]),
-    "psycopg2": ("psycopg2", RECONNECT),
+    "engine": ("a file", ENGINE),
+    "psycopg2": ("psycopg2", ENGINE + RECONNECT),
     # Apart from the others: its engines state pool_size=1, which is the limit of all engines of the database.
     "asyncpg, cancellation": ("asyncpg", CANCELLATION),
     "asyncpg": ("asyncpg", OTHERS + RECONNECT),
@@ -35,6 +37,8 @@ RUNS = {
     "psycopg": ("psycopg_async", OTHERS + RECONNECT),
 }
 """Driver, and what is run with it."""
+NOT_OURS = "test/engine/test_parseconnect.py::CreateEngineTest::test_default_driver"
+"""Imports all drivers that are installed, and fails where one lacks its library."""
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +79,7 @@ def url(pg_url: str) -> str:
 
 
 @pytest.mark.parametrize("run", RUNS)
-def test_sqlalchemys_own_tests_pass(source: Path, url: str, run: str) -> None:
+def test_sqlalchemys_own_tests_pass(source: Path, url: str, tmp_path: Path, run: str) -> None:
     """Or fail as expected: see ``swapped_pools.py``."""
     driver, files = RUNS[run]
     files = [file for file in files if (source / file).exists()]
@@ -85,8 +89,11 @@ def test_sqlalchemys_own_tests_pass(source: Path, url: str, run: str) -> None:
     dburi = make_url(url).set(drivername=f"postgresql+{driver}").render_as_string(False)
     if driver == "sqlite":
         dburi = "sqlite://"
+    elif driver == "a file":
+        dburi = f"sqlite:///{tmp_path}/own.db"
     package = Path(sqla_queries_pool.__file__).parent.parent
     options = ["-p", PLUGIN.stem, "-p", "no:cacheprovider", "-p", "no:xdist", "-q", "--tb=short", "-rfE"]
+    options += ["--deselect", NOT_OURS]
     done = subprocess.run(
         # -s: the SQLAlchemy that is installed, not the source's
         [sys.executable, "-s", "-m", "pytest", *options, "--dburi", dburi, *files],

@@ -84,7 +84,7 @@ class Settings:
     use_lifo: Annotated[
         bool,
         Option(
-            parameters.flag,
+            parameters.queuepool_flag,
             "Use the connection that was returned last, so that those not needed age out; else "
             "the one idle for longest.",
             name="pool_use_lifo",
@@ -242,7 +242,7 @@ class Settings:
         """
         found = {name: option.read(names.get(name, name), stated[name]) for name, option in OPTIONS.items()}
         found["max_size"] = parameters.stated_max_size(
-            found["max_size"], found.pop("pool_size"), found.pop("max_overflow")
+            found["max_size"], found["pool_size"], found["max_overflow"]
         )
         return cls(**found)
 
@@ -252,8 +252,14 @@ class Settings:
         return {name: math.inf if value is None else value for name, value in values.items()}
 
     def as_arguments(self) -> dict[str, Any]:
-        """The arguments of a ``QueriesPool`` with the same settings."""
-        return {name: getattr(self, name) for name in OPTIONS}
+        """The arguments of a ``QueriesPool`` with the same settings.
+
+        In the words in which they were stated: a subclass may take, or pass on, QueuePool's parameters alone.
+        """
+        stated = {name: getattr(self, name) for name in OPTIONS if getattr(self, name) is not UNSTATED}
+        if stated.keys() & {"pool_size", "max_overflow"}:
+            del stated["max_size"]  # their sum
+        return stated
 
 
 OPTIONS: dict[str, Option] = {

@@ -22,6 +22,8 @@ ASKED_ONCE: Final[Mapping[str, Callable[[Any], int]]] = {
     "mariadb": lambda connection: connection._get_socket(),
 }
 """Packages whose connections tell their descriptor in another way -> how."""
+MOCKS: Final = {"mock", "unittest"}
+"""Packages whose objects say that they are whatever they stand for, and count what is asked of them."""
 UNSEEN_FOR: Final = 0.5
 """Seconds for which a connection may be idle and is still used without a ping, where its socket can't be
 seen.  As HikariCP has it (``aliveBypassWindowMs``), which never looks at sockets."""
@@ -70,9 +72,11 @@ class Remembered:
 
 def socket_of(handle: Any) -> Any:
     """Return the :attr:`.Slot.socket` of a DBAPI connection: itself, where its driver tells its socket."""
+    if _package(type(handle)) in MOCKS:
+        return Unseen(handle)
     # Not type(): a proxy that stands for a driver's connection (wrapt's, of tracers) says whose it is.
     for kind in getattr(handle.__class__, "__mro__", ()):
-        package = kind.__module__.partition(".")[0]
+        package = _package(kind)
         if package in TELLING:
             return handle
         if package in ASKED_ONCE:
@@ -81,6 +85,10 @@ def socket_of(handle: Any) -> Any:
             except Exception:  # another version of the driver, which has no such thing
                 break
     return Unseen(handle)
+
+
+def _package(kind: type) -> str:
+    return kind.__module__.partition(".")[0]
 
 
 def is_seen(socket: Any) -> bool:
