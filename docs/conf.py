@@ -4,6 +4,7 @@ import sqla_queries_pool
 
 project = "sqla_queries_pool"
 author = "the sqla_queries_pool authors"
+html_show_copyright = False  # LICENSE has it
 version = release = sqla_queries_pool.__version__
 
 # No intersphinx: building needs no network.  What is SQLAlchemy's is named, and has no link.
