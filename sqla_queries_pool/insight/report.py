@@ -73,7 +73,7 @@ def checkout_timeout(
         advice = found.remedy if found.kind in KINDS else f"{found.remedy} {advice}"
     error = kind(
         f"QueriesPool {seen.line(what)}{f' ({ceiling:.0f} for this engine)' if own_limit else ''}. "
-        f"{named}. {advice}\n{seen.report(lists)}".rstrip(),
+        f"{named}. {advice}\n{seen.report(lists)}",
         code="3o7r",
     )
     error.snapshot = seen
