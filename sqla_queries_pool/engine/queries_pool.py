@@ -65,8 +65,8 @@ class QueriesPool(SQLAlchemyPool):
 
     :param others: here stands what settings.py says of each of the others.
     :param kw: what :class:`sqlalchemy.pool.Pool` takes.
-    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a value means nothing.
-    :raises TypeError: for a parameter that nobody knows.
+    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`: a value is not allowed.
+    :raises TypeError: for a parameter that does not exist.
     """
 
     _sqla_logger_namespace = logs.NAME
