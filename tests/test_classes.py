@@ -489,7 +489,7 @@ def test_an_engine_goes_on_where_the_limit_was_lowered_below_its_floors(new: Any
     engine.dispose()
     engine.connect().close()
     new().connect().close()
-    with pytest.raises(ParameterError, match="the floors of the classes are 4 in sum, above the limit of 2"):
+    with pytest.raises(ParameterError, match="the sum of min of all classes is 4, above the limit of 2"):
         new(classes={"cron": {"min": 1}})
 
 
