@@ -4,6 +4,9 @@ import sqla_queries_pool
 
 project = "sqla_queries_pool"
 author = "the sqla_queries_pool authors"
+html_static_path = ["_static"]
+html_css_files = ["wrap.css"]
+html_show_copyright = False  # LICENSE has it
 version = release = sqla_queries_pool.__version__
 
 # No intersphinx: building needs no network.  What is SQLAlchemy's is named, and has no link.

@@ -69,7 +69,7 @@ def _block(timeout: float | None, label: str | None, caller: str | None) -> Iter
     if caller not in (None, OTHER) and known_classes and caller not in known_classes:
         known = ", ".join(sorted(known_classes))
         raise ParameterError(
-            f"checkouts(caller={caller!r}) is not valid: no engine has that class, but {known}"
+            f"checkouts(caller={caller!r}) is not valid: no engine has this class. Write one of {known}"
         )
     with contextlib.ExitStack() as stack:
         if timeout is not None:

@@ -47,7 +47,7 @@ def seconds(name: str, value: object) -> float | None:
     """
     number = _number(value)
     if number is not None and not number >= 0:
-        raise _error(name, value, "a number of seconds, zero or more, or None for no limit")
+        raise _error(name, value, "a number of seconds, zero or more, or None")
     return number
 
 
@@ -212,7 +212,7 @@ def _classes_of_text(name: str, value: str) -> dict[str, dict[str, str]]:
 def _terms(name: str, each: str, stated: Mapping[str, object]) -> dict[str, float]:
     found: dict[str, float] = {}
     for key, value in stated.items():
-        number, where = _number(value), f"{name}: {key} of the class {each!r}"
+        number, where = _number(value), f"{name}, class {each!r}: {key}"
         whole = number is not None and float(number).is_integer()
         if key == "weight":
             if number is None or not number > 0:
@@ -238,7 +238,7 @@ def one_of(name: str, value: object, words: tuple[str, ...]) -> str:
     :raises ParameterError: for anything else, with the parameter's name and what to write.
     """
     if not isinstance(value, str) or value not in words:
-        raise _error(name, value, " or ".join(map(repr, words)))
+        raise _error(name, value, f"{', '.join(map(repr, words[:-1]))} or {words[-1]!r}")
     return value
 
 

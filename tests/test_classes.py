@@ -439,20 +439,20 @@ def test_classes_outlive_a_fork_a_dispose_and_an_engine(new: Any) -> None:
     [
         (
             {"web": {"weight": 0}},
-            "classes: weight of the class 'web'=0 is not valid: write a number above zero",
+            "classes, class 'web': weight=0 is not valid: write a number above zero",
         ),
-        ({"web": {"min": -1}}, "classes: min of the class 'web'=-1 is not valid: write a whole number"),
-        ({"web": {"max": 0}}, "classes: max of the class 'web'=0 is not valid: write a whole number"),
+        ({"web": {"min": -1}}, "classes, class 'web': min=-1 is not valid: write a whole number"),
+        ({"web": {"max": 0}}, "classes, class 'web': max=0 is not valid: write a whole number"),
         ({"web": {"min": 3, "max": 2}}, "the class 'web' has min=3, above its max=2: lower its min"),
         ({"web": {"floor": 3}}, "classes: 'floor' of the class 'web' is not known: write {'web'"),
         ({"web": 3}, "classes=(dict) is not valid: write {'web': {'min': 6"),
         ({"a b": {}}, "names have letters, digits, '_', '-' and '.'"),
         ("web:min=1;web:max=2", "classes: the class 'web' is given twice"),
         ("web", "classes='web' is not valid: write {'web': {'min': 6"),
-        ("web:min=6,weight", "classes: weight of the class 'web'='' is not valid"),
+        ("web:min=6,weight", "classes, class 'web': weight='' is not valid"),
         (
             {"web": {"min": 3}, "jobs": {"min": 2}},
-            "the floors of the classes are 5 in sum, above the limit of 4",
+            "the sum of min of all classes is 5, above the limit of 4: lower a min",
         ),
     ],
 )
@@ -472,11 +472,11 @@ def test_engines_of_one_database_can_t_contradict_each_other(new: Any) -> None:
     ):
         new(classes={"background": {"max": 3}})
     with pytest.raises(
-        ParameterError, match="caller='cron' is none of the classes of this database: background"
+        ParameterError, match="caller='cron' is none of the classes of this database: write one of background"
     ):
         new(caller="cron")
     with pytest.raises(
-        ParameterError, match=r"checkouts\(caller='wbe'\) is not valid: no engine has that class"
+        ParameterError, match=r"checkouts\(caller='wbe'\) is not valid: no engine has this class. Write one"
     ):
         checkouts(caller="wbe").__enter__()
     engine.connect().close()
@@ -489,7 +489,7 @@ def test_an_engine_goes_on_where_the_limit_was_lowered_below_its_floors(new: Any
     engine.dispose()
     engine.connect().close()
     new().connect().close()
-    with pytest.raises(ParameterError, match="the floors of the classes are 4 in sum, above the limit of 2"):
+    with pytest.raises(ParameterError, match="the sum of min of all classes is 4, above the limit of 2"):
         new(classes={"cron": {"min": 1}})
 
 

@@ -28,6 +28,16 @@ def test_the_version_is_the_same_everywhere() -> None:
     assert newest == sqla_queries_pool.__version__
 
 
+def test_an_extra_with_an_asynchronous_driver_brings_greenlet() -> None:
+    """SQLAlchemy 2.1 does not by itself; its extra ``asyncio`` does."""
+    metadata = configparser.ConfigParser()
+    metadata.read_string(text("setup.cfg"))
+    extras = {name: set(needs.split()) for name, needs in metadata["options.extras_require"].items()}
+    with_driver = {name for name, needs in extras.items() if needs & {"asyncpg", "aiosqlite"}}
+    assert {"asyncpg", "examples"} <= with_driver
+    assert {name for name in with_driver if not extras[name] & {"greenlet", "sqlalchemy[asyncio]"}} == set()
+
+
 def test_contributing_has_every_folder_in_the_order_of_the_layers() -> None:
     """From the bottom, as it says."""
     section = text("CONTRIBUTING.rst").partition("Where things are\n====")[2]

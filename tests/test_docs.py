@@ -154,6 +154,17 @@ def test_the_readme_is_well_formed_and_its_links_lead_somewhere() -> None:
         assert (ROOT / (link or image)).is_file(), link or image
 
 
+def test_the_first_cell_of_a_row_is_one_line() -> None:
+    """In a simple table a second line of it is a row of its own, and no tool says so."""
+    broken = []
+    for page in [*pages(), "../CONTRIBUTING"]:
+        for table in re.findall(r"^ *=+(?: +=+)+\n(?: *\S.*\n)+", source(page), re.MULTILINE):
+            border, *rows = table.splitlines()
+            first = [row[: border.index("= ") + 1].strip() for row in rows]
+            broken += [(page, cell) for cell in first if re.search(r"(,| (a|an|the|of|and|or))$", cell)]
+    assert broken == []
+
+
 @pytest.mark.slow
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     """`sphinx-build -W` succeeds, and each page is there."""

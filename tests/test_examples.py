@@ -337,7 +337,7 @@ def test_an_engine_at_module_level_serves_tests_with_a_loop_each(
     """The example's tests pass with pytest-asyncio and with anyio's plugin, warnings being errors."""
     for module in ("asyncpg", "pytest_asyncio", "anyio", "uvloop"):
         pytest.importorskip(module)
-    [command, file] = documented("../asyncio", "pytest ")
+    [command, *_, file] = documented("../asyncio", "pytest ")
     program = (EXAMPLES / file).read_text()
     if plugin == "anyio":
         program = program.replace("pytest.mark.asyncio", "pytest.mark.anyio") + ANYIO

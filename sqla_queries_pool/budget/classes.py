@@ -59,10 +59,11 @@ def objection(
                 )
     floors = sum(terms.min for terms in classes.values())
     if floors > limit:
-        return f"the floors of the classes are {floors:g} in sum, above the limit of {limit:g}. Lower a min"
+        return f"the sum of min of all classes is {floors:g}, above the limit of {limit:g}: lower a min"
     for caller in callers:
         if classes and caller is not None and caller not in (*classes, OTHER):
-            return f"caller={caller!r} is none of the classes of this database: {', '.join(sorted(classes))}"
+            known = ", ".join(sorted(classes))
+            return f"caller={caller!r} is none of the classes of this database: write one of {known}"
     return None
 
 

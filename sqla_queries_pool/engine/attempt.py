@@ -176,7 +176,7 @@ class Attempt:
             if self._pool.settings.on_deadlock == RAISE:
                 raise self._got_nothing(self._core.now() - self._since, found)
             told = True  # once; the error says it again, if it is still so when the time is over
-            text = f"{found.cause}: {'; '.join(found.details.splitlines())}. {found.remedy}"
+            text = f"{found.cause}: {'; '.join(map(str.strip, found.details.splitlines()))}. {found.remedy}"
             self._pool.logger.warning("%s: most likely %s", self._core.section.label, text)
 
         return in_vain

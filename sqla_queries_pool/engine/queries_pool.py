@@ -61,14 +61,14 @@ _label = checkout_label.get
 
 
 class QueriesPool(SQLAlchemyPool):
-    """A pool whose limit belongs to the database: all engines of one URL in a process share it.
+    """A pool whose limit belongs to the database: all engines of one database in a process share it.
 
     :param creator: returns a DBAPI connection; ``create_engine`` passes its own.
 
     :param others: here stands what settings.py says of each of the others.
     :param kw: what :class:`sqlalchemy.pool.Pool` takes.
-    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`; a value means nothing.
-    :raises TypeError: for a parameter that nobody knows.
+    :raises ParameterError: an :class:`sqlalchemy.exc.ArgumentError`: a value is not allowed.
+    :raises TypeError: for a parameter that does not exist.
     """
 
     _sqla_logger_namespace = logs.NAME
@@ -220,12 +220,11 @@ class QueriesPool(SQLAlchemyPool):
     def connect(self) -> PoolProxiedConnection:
         """Check a connection out.
 
-        What SQLAlchemy's does, without its ``_checkout()``, ``checkout()`` and ``get_connection()``: what the
-        last one looks for makes a slot suspect, so ``_do_get()`` has seen to it.
-
         :raises CheckoutTimeout: there was none within ``timeout``.
         :raises Exception: the driver's, if one can't be opened.
         """
+        # What SQLAlchemy's does, without its `_checkout()`, `checkout()` and `get_connection()`: what the
+        # last one looks for makes a slot suspect, so `_do_get()` has seen to it.
         record: Any = self._do_get()
         # Recycling goes by the time of day; and who closed it may have been interrupted.
         if self._recycle > -1 or record.dbapi_connection is None:

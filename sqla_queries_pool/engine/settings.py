@@ -70,7 +70,7 @@ class Settings:
         float | None,
         Option(
             parameters.seconds,
-            "Seconds that a checkout waits for a slot, None for ever, 0 not at all.",
+            "Seconds that a checkout waits for a connection, None for ever, 0 not at all.",
             name="pool_timeout",
         ),
     ] = 30.0
@@ -151,8 +151,8 @@ class Settings:
         str,
         Option(
             _on_deadlock,
-            "What to do then: 'raise' a PoolDeadlock in the newest of them, 'warn' in the log, or "
-            "'ignore' it.",
+            "What to do if checkouts wait for each other: 'raise' a PoolDeadlock in the newest of them, "
+            "'warn' in the log, or 'ignore' it.",
         ),
     ] = WARN
     max_waiting: Annotated[
@@ -180,9 +180,9 @@ class Settings:
         float | None,
         Option(
             parameters.queue_target,
-            "Seconds for which the server has refused or swallowed connects before checkouts that find "
-            "nothing idle fail at once, with the driver's last error, but for one that tries; None has each "
-            "wait for its timeout.",
+            "Seconds for which the server may refuse connects, or not answer them. After that, checkouts "
+            "that find nothing idle fail at once, with the driver's last error, except for one that tries; "
+            "None has each wait for its timeout.",
             ledger=True,
         ),
     ] = None
@@ -227,8 +227,8 @@ class Settings:
         float | None,
         Option(
             parameters.seconds,
-            "Seconds after which a checkout that was idle in a transaction for as long is logged, once, with "
-            "its holder; None does not look.",
+            "Seconds that a checkout may be idle in a transaction, in all; after that it is logged, once, "
+            "with its holder; None does not look.",
             ledger=True,
         ),
     ] = None

@@ -6,7 +6,7 @@ import contextlib
 import time
 from typing import Any
 
-WAITING, OPENING, PROBING = "waiting for a slot", "opening a connection", "checking an idle connection"
+WAITING, OPENING, PROBING = "waiting in the queue", "opening a connection", "checking an idle connection"
 """What a checkout may be doing."""
 _WE = "QueriesPool"
 

@@ -146,7 +146,9 @@ class Snapshot:
 
     @functools.cached_property
     def _named(self) -> str:
-        names = ", ".join(map(str, self.holders[:MOST_NAMED])) or "nobody any more"
+        if not self.holders:
+            return "Held by nobody now"
+        names = ", ".join(map(str, self.holders[:MOST_NAMED]))
         rest = len(self.holders) - MOST_NAMED
         return f"Held by, longest first: {names}{f', and {rest} more' if rest > 0 else ''}"
 
@@ -170,7 +172,8 @@ class Snapshot:
         """The holders and the waiting checkouts."""
         shared = self.statistics.host
         lines = [*([str(shared)] if shared is not None else []), *_classes(self.statistics)]
-        lines.append("Holders, longest first:")
+        if self.holders:
+            lines.append("Holders, longest first:")
         for n, holder in enumerate(self.holders[:MOST_HOLDERS]):
             times = "time" if holder.uses == 1 else "times"
             backend = f", backend {holder.backend_pid}" if holder.backend_pid else ""
@@ -178,8 +181,6 @@ class Snapshot:
             if n < MOST_STACKS:
                 lines += [f"    checked out at {call}" for call in holder.stack[-DEEPEST_SHOWN:]]
                 lines += [f"    now at {call}" for call in holder.now_at[-2:]]
-        if not self.holders:
-            lines.append("  nobody any more")
         if len(self.holders) > MOST_HOLDERS:
             lines.append(f"  and {len(self.holders) - MOST_HOLDERS} more")
         if self.waiting:

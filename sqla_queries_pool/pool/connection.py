@@ -131,7 +131,7 @@ class Connection(Slot):
 
     def __repr__(self) -> str:
         what = "no connection" if self.handle is None else f"handle {self.id:#x}"
-        return f"<Connection {what}, {self.state}, used {self.uses} times>"
+        return f"<Connection {what}, {self.state}, used {self.uses} time{'s' * (self.uses != 1)}>"
 
 
 class Connections(Mapping[int, Connection]):

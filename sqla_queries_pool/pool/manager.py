@@ -62,7 +62,7 @@ class PoolManager:
 
         :param idle_ttl: seconds after which an idle connection is closed; None for never.
         :param max_size: the largest number of connections; None for no limit.
-        :param time_method: a monotonic clock in seconds, in place of the pool's own (runtime/clock.py).
+        :param time_method: a monotonic clock in seconds, in place of the pool's own.
         :raises KeyError: there is a pool of this id.
         :raises ParameterError: a number has no meaning.
         """

@@ -42,7 +42,7 @@ class Pool:
     :param pool_id: the pool id.
     :param idle_ttl: seconds after which an idle connection is closed; None for never.
     :param max_size: the largest number of connections; None for no limit.
-    :param time_method: a monotonic clock in seconds, in place of the pool's own (runtime/clock.py).
+    :param time_method: a monotonic clock in seconds, in place of the pool's own.
     :raises ParameterError: a number has no meaning.
     """
 

@@ -125,8 +125,7 @@ class CriticalSection:
     def reentered(self) -> CheckoutReentered:
         """Return the error of a thread that is inside already."""
         return CheckoutReentered(
-            f"{self.label}: this thread is inside the pool, and what was called in the middle of it, a "
-            "finalizer or a signal handler, called the same pool. Don't check out or dispose there, nor in "
-            "an event listener that a finalizer can run: set a flag or start a thread, and do it later. "
-            "Returning a connection is fine"
+            f"{self.label}: a finalizer or a signal handler called this pool while its own thread was inside "
+            "it. Don't check out or dispose there, nor in an event listener that a finalizer can run: set a "
+            "flag, or start a thread, and do it later. Returning a connection is fine"
         )
