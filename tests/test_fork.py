@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import itertools
 import json
@@ -45,6 +46,10 @@ pytestmark = [
 Eventually = Callable[..., None]
 ROOT = Path(__file__).parent.parent
 DRIVERS = ["psycopg2", "psycopg"]
+WITHOUT_LOCKS = {"sslmode": "disable", "gssencmode": "disable"}
+"""OpenSSL and Kerberos have locks that no fork makes anew, and libpq asks both before each connect.  If
+another thread of the tests' process connects at the moment of a fork, which may be one that an earlier test
+has left, a child waits for its lock for ever.  No pool can help there."""
 CHILDREN = 4
 MAX_SIZE = 4
 BACKEND = text("SELECT pg_backend_pid()")
@@ -52,6 +57,10 @@ _numbers = itertools.count(1)
 
 
 # -- children ---------------------------------------------------------------------------------------
+
+
+LIFETIME = int(3 * DEADLINE)
+"""Seconds after which a child ends that hangs.  What it waits for itself may take as long as its deadline."""
 
 
 class Child:
@@ -66,7 +75,10 @@ class Child:
 
     def _live(self, work: Callable[[], Any], writer: int, start: int | None) -> None:
         try:
-            signal.alarm(int(DEADLINE))  # ends it if it hangs
+            faulthandler.register(
+                signal.SIGALRM, file=writer, chain=True
+            )  # if it hangs it tells where, and ends
+            signal.alarm(LIFETIME)
             if start is not None:
                 os.read(start, 1)
             try:
@@ -82,7 +94,8 @@ class Child:
         with open(self._reader, "rb") as reader:
             told = reader.read()
         _, status = os.waitpid(self.pid, 0)
-        assert told, f"the child hung, or died: it ended with status {status}"
+        assert told, f"the child died: it ended with status {status}"
+        assert not os.WIFSIGNALED(status), f"the child hung:\n{told.decode()}"
         answer = json.loads(told)
         assert "error" not in answer, f"in the child: {answer['error']}"
         return answer["result"]
@@ -187,7 +200,7 @@ def driver(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def new_engine(pg_url: str, driver: str) -> Iterator[Callable[..., Engine]]:
     """Make engines of the test's database; they are disposed of."""
-    url = make_url(pg_url).set(drivername=f"postgresql+{driver}")
+    url = make_url(pg_url).set(drivername=f"postgresql+{driver}").update_query_dict(WITHOUT_LOCKS)
     engines: list[Engine] = []
 
     def new(**kw: Any) -> Engine:
@@ -868,7 +881,7 @@ ENDING = """
 
     for _ in range(4):
         if os.fork() == 0:
-            signal.alarm(20)
+            signal.alarm(50)
             end()
     expected = 256 if ending == "raises" else 0
     assert [os.wait()[1] for _ in range(4)] == [expected] * 4
@@ -970,7 +983,7 @@ MODULE = """
             try:
                 engine.connect()
             except CheckoutTimeout:
-                barrier.wait(20)
+                barrier.wait(50)
                 answers.put(mine)
         held.close()
         engine.dispose()
