@@ -18,7 +18,6 @@ from sqlalchemy import Connection, Engine, create_engine, text
 
 from sqla_queries_pool import checkouts
 
-
 PATIENT_POOL = inside.pool_class(close_timeout=inside.PATIENT)
 """A server on a busy machine may take its time to end a backend, which counts until then."""
 
