@@ -14,10 +14,14 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+import inside
 from hazards import no_descriptor_left, no_thread_starts
 from sqlalchemy import Connection, Engine, create_engine, text
 
-from sqla_queries_pool import CheckoutTimeout, QueriesPool
+from sqla_queries_pool import CheckoutTimeout, checkouts
+
+PATIENT_POOL = inside.pool_class(close_timeout=inside.PATIENT)
+"""A server on a busy machine may take its time to end a backend, which counts until then."""
 
 
 class Worker:
@@ -36,6 +40,11 @@ class Worker:
     def pool_id(self) -> str:
         """What names its budget."""
         return str(self.engine.pool.pid)  # type: ignore[attr-defined]
+
+    def take_within(self, count: int, seconds: float) -> int:
+        """The same, with a deadline."""
+        with checkouts(timeout=seconds):
+            return self.take(count)
 
     def take(self, count: int) -> int:
         """Check so many out and keep them; how many are out then."""
@@ -133,7 +142,7 @@ def main() -> None:
     """Read, do, answer."""
     options = json.loads(sys.argv[1])
     url = options.pop("url")
-    worker = Worker(create_engine(url, poolclass=QueriesPool, **options))
+    worker = Worker(create_engine(url, poolclass=PATIENT_POOL, **options))
     for line in sys.stdin:
         name, *arguments = json.loads(line)
         what: Callable[..., Any] = getattr(worker, name)

@@ -25,10 +25,14 @@ from sqla_queries_pool.engine import attempt
 from sqla_queries_pool.host.postman import postman as the_postman
 from sqla_queries_pool.insight import deadlock
 from sqla_queries_pool.runtime import closer, garbage, unreturned
+from sqla_queries_pool.runtime import connections as connections_module
 from sqla_queries_pool.runtime import upkeep as upkeep_module
 from sqla_queries_pool.runtime.core import Core
 from sqla_queries_pool.sockets import liveness
 from sqla_queries_pool.try_lock import TryLock
+
+PATIENT = 20.0
+"""Seconds."""
 
 # -- from one to the other -------------------------------------------------------------------------------
 
@@ -366,6 +370,17 @@ def pool_class(**constants: Any) -> type[QueriesPool]:
     return type("QueriesPool", (QueriesPool,), {f"_{name}": value for name, value in constants.items()})
 
 
+def patient_pool_class(monkeypatch: pytest.MonkeyPatch) -> type[QueriesPool]:
+    """A ``QueriesPool`` that waits for the server to let go of what was closed for as long as that takes.
+
+    After a second it would connect all the same, and where the server is on a machine that stands still, it
+    is refused then.
+    """
+    for module in (closer, connections_module):
+        monkeypatch.setattr(module, "LONGEST", PATIENT)
+    return pool_class(close_timeout=PATIENT)
+
+
 def set_timeout(pool: Any, timeout: float | None) -> None:
     """Change an engine's ``timeout``."""
     pool.settings = dataclasses.replace(pool.settings, timeout=timeout)
@@ -493,6 +508,11 @@ def is_checked(pool: Any) -> bool:
     """Has its server said how many connections it has room for?"""
     check = core(pool).limits_check
     return check is not None and check.done
+
+
+def give_long_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread of a busy machine may take its time to return a connection."""
+    monkeypatch.setattr(pytest_plugin, "GRACE", PATIENT)
 
 
 def give_no_grace(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -73,7 +73,7 @@ PATIENCE: dict[str, Any] = {"poolclass": inside.pool_class(close_timeout=SECONDS
 """A server on a busy machine may take its time to end a backend, which counts until then."""
 HASTY = 0.3
 """The timeout of the engines for nested checkouts, whose threads could wait for each other for ever."""
-AFTERMATH = 5.0
+AFTERMATH = 15.0
 """Seconds after a restart in which the pauses that refusals bring may outlast a hasty timeout."""
 OVER = 5
 """How often in a row the poll sees too many connections before it counts: it is no snapshot."""
@@ -135,12 +135,14 @@ class Ring:
 
 
 def eventually(condition: Callable[[], object], what: str, seconds: float = SECONDS) -> None:
-    """Wait until it holds."""
-    deadline = time.monotonic() + seconds
+    """Wait until it holds.  Time for which the machine stands still does not count."""
+    left = seconds
     while not condition():
-        if time.monotonic() > deadline:
+        if left < 0:
             raise Wrong(f"not within {seconds:g} s: {what}")
+        begin = time.monotonic()
         time.sleep(0.002)
+        left -= min(time.monotonic() - begin, 0.05)
 
 
 class Log(logging.Handler):

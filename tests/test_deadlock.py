@@ -792,7 +792,7 @@ def test_of_thousands_of_nested_checkouts_just_those_fail_that_are_in_a_deadlock
 
     threads = [Thread(run, number, name=str(number)) for number in range(12)]
     for thread in threads:
-        thread.join(DEADLINE)
+        thread.join(3 * DEADLINE)
     told = list(history.told())
     assert len(told) == next(deadlocks)
     assert [thread for thread, stuck in told if thread not in stuck] == []

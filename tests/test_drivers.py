@@ -173,11 +173,11 @@ def test_a_ping_of_pg8000_into_a_network_that_swallows_everything_ends(
 
 
 def test_with_pg8000_an_open_waits_for_the_servers_end_of_a_close(
-    pg8000_url: URL, pg_observer: Observer
+    pg8000_url: URL, pg_observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So the server never counts more than the limit, however long its backend takes to end."""
     pg_observer.query("ALTER ROLE rounds NOSUPERUSER CONNECTION LIMIT 1")
-    engine = create_engine(pg8000_url, poolclass=QueriesPool, max_size=1)
+    engine = create_engine(pg8000_url, poolclass=inside.patient_pool_class(monkeypatch), max_size=1)
     with engine.connect() as connection:
         backend = connection.scalar(text("SELECT pg_backend_pid()"))
         assert isinstance(backend, int)
@@ -206,13 +206,14 @@ def test_a_ping_of_asyncpg_into_a_network_that_swallows_everything_ends(
 
 
 def test_with_asyncpg_an_open_waits_for_the_servers_end_of_a_close(
-    pg_url: str, pg_observer: Observer
+    pg_url: str, pg_observer: Observer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And the server's refusal, which is told by its SQLSTATE, is waited for."""
     pytest.importorskip("asyncpg")
 
     async def main() -> None:
-        engine = create_async_engine(url, poolclass=QueriesPool, max_size=1)
+        patient = inside.patient_pool_class(monkeypatch)
+        engine = create_async_engine(url, poolclass=patient, max_size=1)
         async with engine.connect() as connection:
             backend = await connection.scalar(text("SELECT pg_backend_pid()"))
             os.kill(backend, signal.SIGSTOP)
@@ -239,7 +240,7 @@ def test_with_asyncpg_an_open_waits_for_the_servers_end_of_a_close(
     pg_observer.query("CREATE ROLE single LOGIN PASSWORD 'single' CONNECTION LIMIT 1")
     url = make_url(pg_url).set(drivername="postgresql+asyncpg", username="single", password="single")
     try:
-        asyncio.run(asyncio.wait_for(main(), 20))
+        asyncio.run(asyncio.wait_for(main(), 60))
     finally:
         pg_observer.terminate(str(url.database))
         pg_observer.query("DROP ROLE single")

@@ -296,7 +296,7 @@ def test_a_frozen_server_can_be_stopped(server: EmbeddedPostgres) -> None:
     os.kill(server.pid, signal.SIGSTOP)
     began = time.monotonic()
     server.stop(keep=True)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 20
 
 
 def test_smart_waits_for_clients_and_gives_up_at_its_timeout(server: EmbeddedPostgres) -> None:
@@ -305,7 +305,7 @@ def test_smart_waits_for_clients_and_gives_up_at_its_timeout(server: EmbeddedPos
     pid = server.pid
     began = time.monotonic()
     server.stop("smart", keep=True, timeout=0.2)
-    assert 0.2 <= time.monotonic() - began < 5
+    assert 0.2 <= time.monotonic() - began < 20
     assert pid
     assert not alive(pid)
     connection.close()
@@ -604,7 +604,7 @@ def test_a_forked_child_does_not_make_stop_wait(below: Path) -> None:
     began = time.monotonic()
     status, pid, _ = run_child("fork and stop", below)
     assert status == 0
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 50
     assert not alive(pid)
     assert left(below) == []
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import itertools
 import json
@@ -55,6 +56,10 @@ pytestmark = [
 Eventually = Callable[..., None]
 ROOT = Path(__file__).parent.parent
 DRIVERS = ["psycopg2", "psycopg"]
+WITHOUT_LOCKS = {"sslmode": "disable", "gssencmode": "disable"}
+"""OpenSSL and Kerberos have locks that no fork makes anew, and libpq asks both before each connect.  If
+another thread of the tests' process connects at the moment of a fork, which may be one that an earlier test
+has left, a child waits for its lock for ever.  No pool can help there."""
 CHILDREN = 4
 MAX_SIZE = 4
 BACKEND = text("SELECT pg_backend_pid()")
@@ -62,6 +67,10 @@ _numbers = itertools.count(1)
 
 
 # -- children ---------------------------------------------------------------------------------------
+
+
+LIFETIME = int(3 * DEADLINE)
+"""Seconds after which a child ends that hangs.  What it waits for itself may take as long as its deadline."""
 
 
 class Child:
@@ -76,7 +85,10 @@ class Child:
 
     def _live(self, work: Callable[[], Any], writer: int, start: int | None) -> None:
         try:
-            signal.alarm(int(DEADLINE))  # ends it if it hangs
+            faulthandler.register(
+                signal.SIGALRM, file=writer, chain=True
+            )  # if it hangs it tells where, and ends
+            signal.alarm(LIFETIME)
             if start is not None:
                 os.read(start, 1)
             try:
@@ -92,7 +104,8 @@ class Child:
         with open(self._reader, "rb") as reader:
             told = reader.read()
         _, status = os.waitpid(self.pid, 0)
-        assert told, f"the child hung, or died: it ended with status {status}"
+        assert told, f"the child died: it ended with status {status}"
+        assert not os.WIFSIGNALED(status), f"the child hung:\n{told.decode()}"
         answer = json.loads(told)
         assert "error" not in answer, f"in the child: {answer['error']}"
         return answer["result"]
@@ -197,7 +210,7 @@ def driver(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def new_engine(pg_url: str, driver: str) -> Iterator[Callable[..., Engine]]:
     """Make engines of the test's database; they are disposed of."""
-    url = make_url(pg_url).set(drivername=f"postgresql+{driver}")
+    url = make_url(pg_url).set(drivername=f"postgresql+{driver}").update_query_dict(WITHOUT_LOCKS)
     engines: list[Engine] = []
 
     def new(**kw: Any) -> Engine:
@@ -899,7 +912,7 @@ ENDING = """
 
     for _ in range(4):
         if os.fork() == 0:
-            signal.alarm(20)
+            signal.alarm(50)
             end()
     expected = 256 if ending == "raises" else 0
     assert [os.wait()[1] for _ in range(4)] == [expected] * 4
@@ -1001,7 +1014,7 @@ MODULE = """
             try:
                 engine.connect()
             except CheckoutTimeout:
-                barrier.wait(20)
+                barrier.wait(50)
                 answers.put(mine)
         held.close()
         engine.dispose()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import os
 import random
@@ -11,7 +12,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -39,6 +39,7 @@ Eventually = Callable[..., None]
 
 
 Hosts = Callable[[int], Host]
+_numbers = itertools.count(1)
 
 
 @pytest.fixture
@@ -53,6 +54,11 @@ def host(pg_server: SessionServer, pg_observer: Observer, pg_url: str, tmp_path:
     yield make
     for each in made:
         each.end()
+
+
+def deleted(folder: Path) -> None:
+    """Delete it at once: while its files go one by one, those that watch it would make them again."""
+    shutil.rmtree(folder.rename(folder.parent.parent / f"deleted-{folder.parent.name}-{next(_numbers)}"))
 
 
 # -- between processes ---------------------------------------------------------------------------------
@@ -70,10 +76,11 @@ def test_eight_busy_processes_share_twelve(host: Hosts, eventually: Eventually) 
         worker.do("load", 4, 0.005)
     eventually(lambda: all(worker.do("state")["served"] > 20 for worker in workers))
     eventually(lambda: sum(w.do("state")["open"] for w in workers) == 12)
+    eventually(lambda: all(1 <= worker.do("state")["open"] <= 3 for worker in workers), "each has its part")
+    eventually(lambda: one.peak == 12, "all are seen")
     states = [worker.do("state") for worker in workers]
     assert [state["connect_errors"] for state in states] == [0] * 8
     assert [error for state in states for error in state["errors"]] == []
-    assert all(1 <= state["open"] <= 3 for state in states)
     for worker in workers:
         worker.do("unload")
     assert one.peak == 12
@@ -105,9 +112,10 @@ def test_one_that_starts_late_is_served_by_a_full_busy_host(host: Hosts) -> None
         worker.do("load", 8, 0.01)
     (late,) = one.start()
     late.do("state")
-    begin = time.monotonic()
+    before = sum(worker.do("state")["served"] for worker in workers)
     assert late.do("take", 1) == 1
-    assert time.monotonic() - begin < 3  # 1 s, and more for a busy machine
+    served = sum(worker.do("state")["served"] for worker in workers) - before
+    assert served < 2000  # a second's are about 400, and a busy machine serves no more
 
 
 @pytest.mark.slow
@@ -156,7 +164,7 @@ def test_a_folder_that_is_deleted_is_made_again(host: Hosts, eventually: Eventua
     one.watch()
     assert first.do("take", 3) == 3
     second.do("state")
-    shutil.rmtree(one.home.parent)
+    deleted(one.home.parent)
     third = one.start()[0]
     assert third.do("take", 1) == 1
     third.begin("take", 1)
@@ -193,6 +201,7 @@ def test_a_forked_child_has_leases_of_its_own(host: Hosts, eventually: Eventuall
     assert child["rows"] == [1, 1]
     assert child["connect_errors"] == 0
     assert state["open"] == 2
+    eventually(lambda: one.backends() == 2, "the server has let go of the child's")
     assert parent.do("take", 2) == 4
     assert parent.do("state")["connect_errors"] == 0
     eventually(lambda: one.peak == 4, "all are seen, and never one more")
@@ -201,10 +210,11 @@ def test_a_forked_child_has_leases_of_its_own(host: Hosts, eventually: Eventuall
 def test_a_timeout_says_that_another_process_has_them(host: Hosts, eventually: Eventually) -> None:
     """With its process id, its program, and how many."""
     one = host(3)
-    first, second = one.start(2, pool_timeout=2)
+    first, second = one.start(2)
     first.do("take", 2)
     second.do("take", 1)
-    second.begin("take", 1)
+    eventually(lambda: len(second.do("state")["host"]["processes"]) == 2, "they know of each other")
+    second.begin("take_within", 1, 2)
     with pytest.raises(AssertionError) as caught:
         second.result()
     assert "CheckoutTimeout" in str(caught.value)
@@ -301,13 +311,17 @@ def test_a_checkout_that_finds_an_idle_connection_pays_nothing(pg_url: str, tmp_
         connect = engine.pool.connect
         for _ in range(3):
             connect().close()
-        sys.setprofile(trace)
-        try:
-            connect().close()
-        finally:
-            sys.setprofile(None)
+        each: list[list[tuple[str, str]]] = []
+        for _ in range(5):  # another thread may have the pool's lock, or leave a letter
+            found.clear()
+            sys.setprofile(trace)
+            try:
+                connect().close()
+            finally:
+                sys.setprofile(None)
+            each.append(found.copy())
         engine.dispose()
-        return found
+        return min(each, key=len)
 
     options: list[dict[str, Any]] = [{}, {"share": str(tmp_path)}]
     without, shared = (
@@ -477,15 +491,15 @@ def test_an_idle_process_sleeps_until_something_happens(
         pass
     eventually(lambda: inside.sleeps_for(engine) > 100, "it sleeps")
     (outer,) = tmp_path.iterdir()
-    shutil.rmtree(outer)
-    eventually(lambda: outer.is_dir() and folders_of(str(tmp_path)), "it is made again", 2)
+    deleted(outer)
+    eventually(lambda: outer.is_dir() and folders_of(str(tmp_path)), "it is made again")
     (folder,) = map(Folder.at, folders_of(str(tmp_path)))
     eventually(lambda: inside.sleeps_for(engine) > 100, "it sleeps")
     os.utime(Path(folder.path) / "slot.0", (0, 0))
     assert folder.lock(0) is None
     pool: Any = engine.pool
     PoolManager.set_idle_ttl(pool.pid, 0.1)
-    eventually(lambda: folder.lock(0) is not None, "it has heard of the close", 10)
+    eventually(lambda: folder.lock(0) is not None, "it has heard of the close")
     folder.close()
     engine.dispose()
 
@@ -494,13 +508,15 @@ def test_a_log_that_takes_long_holds_nobody_up(pg_url: str, tmp_path: Path, even
     """What is wrong with the folder is logged when the lock of all shares is free again."""
 
     def try_lock() -> bool:
-        free = postman.lock.acquire(timeout=5)
+        free = postman.lock.acquire(timeout=15)
         if free:
             postman.lock.release()
         return free
 
     class Slow(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
+            if "the budget of the host" not in record.getMessage():
+                return  # another test's pool may have to say something
             found.append((record.getMessage(), Thread(try_lock).join()))
 
     engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=1)
@@ -510,8 +526,9 @@ def test_a_log_that_takes_long_holds_nobody_up(pg_url: str, tmp_path: Path, even
     try:
         with engine.connect():
             (outer,) = tmp_path.iterdir()
-            shutil.rmtree(outer)
-            outer.touch()
+            with postman.lock:  # or else its thread makes it again meanwhile
+                deleted(outer)
+                outer.touch()
             eventually(lambda: found, "it is logged")
     finally:
         logger.removeHandler(slow)
@@ -570,19 +587,24 @@ def test_tasks_share_too(host: Hosts) -> None:
 
 
 @pytest.mark.slow
-def test_the_command_lists_who_has_what(host: Hosts) -> None:
+def test_the_command_lists_who_has_what(host: Hosts, eventually: Eventually) -> None:
     """From outside: the database without its password, each process, and what it has."""
     one = host(3)
     first, second = one.start(2)
     first.do("take", 2)
     second.do("take", 1)
     command = [sys.executable, "-m", "sqla_queries_pool", "host", "--share", str(one.folder)]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    assert said.splitlines() == [
+    told = [
         f"postgresql://{one.role}@{one.url.host}:{one.url.port}/{one.url.database}: 3 of 3 taken",
         f"  process {first.pid} (host_worker.py) 2",
         f"  process {second.pid} (host_worker.py) 1",
     ]
+
+    def says() -> list[str]:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+
+    # A process of a busy machine may not answer within half a second.
+    eventually(lambda: says() == told, "both answer", 60)
     first.kill()
     second.kill()
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
@@ -601,8 +623,9 @@ def test_a_process_answers_the_command(
         return capsys.readouterr().out.splitlines()
 
     with engine.connect():
+        # A thread of a busy machine may not answer within half a second.
         eventually(lambda: "1 of 3 taken" in said()[0], "it has a mailbox")
-        assert f"  process {os.getpid()} " in said()[1]
+        eventually(lambda: f"  process {os.getpid()} " in said()[1], "it answers")
     assert main(["host", "--share", str(tmp_path / "elsewhere")]) == 0
     assert "No process that this user may see shares a budget below" in capsys.readouterr().out
     engine.dispose()
@@ -627,7 +650,7 @@ def test_the_page_and_the_metrics_show_the_host(host: Hosts, eventually: Eventua
             return b"".join(page(environ, lambda *_: lambda _: None)).decode()
 
         eventually(lambda: "Shared by the processes of this host (3 of 3 taken)" in shown(), "it is shown")
-        assert f"process {other.pid} (host_worker.py)" in shown()
+        eventually(lambda: f"process {other.pid} (host_worker.py)" in shown(), "the other one is shown")
         metrics = {m.name: m for m in prometheus.QueriesPoolCollector().collect()}
         for name, value in (("host_connections_max", 3), ("host_leases", 1)):
             samples = metrics[f"sqla_queries_pool_{name}"].samples

@@ -8,16 +8,18 @@ from __future__ import annotations
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 from conftest import Observer, SessionServer
-from hosts import WORKER, Host
+from hosts import WORKER, Host, Worker
 from sqlalchemy import exc
 
 from sqla_queries_pool.host import lease
@@ -192,6 +194,22 @@ def test_a_file_system_without_locks_is_an_error_at_once(tmp_path: Path) -> None
     assert "No locks available. Name one on a local file system" in said
 
 
+def all_locked(folder: Folder) -> bool:
+    """Has somebody locked each slot, as the kernel sees it?"""
+    lines = Path("/proc/locks").read_text(encoding="ascii").splitlines()
+    found = {int(line.split()[-3].rpartition(":")[2]) for line in lines}
+    return {path.stat().st_ino for path in Path(folder.path).glob("slot.*")} <= found
+
+
+@contextmanager
+def frozen(worker: Worker) -> Iterator[None]:
+    """A process does nothing meanwhile."""
+    worker.kill(signal.SIGSTOP)
+    os.waitpid(worker.pid, os.WUNTRACED)
+    yield
+    worker.kill(signal.SIGCONT)
+
+
 # -- under running processes -----------------------------------------------------------------------------
 
 
@@ -203,6 +221,7 @@ def test_a_disk_that_is_full_by_now_takes_nothing_away(
     small, one = disk(8), host(4)  # two folders, four slots, and the mailbox of the first
     first, second = one.start(2, inside=small.inside, share=str(small.path))
     assert first.do("take", 4) == 4
+    eventually(lambda: one.peak == 4, "all are seen")
     eventually(lambda: first.do("state")["host"]["problem"] is None)
     second.begin("take", 1)
     first.do("release")
@@ -222,6 +241,7 @@ def test_what_another_user_puts_in_the_place_of_the_folder_changes_nothing(
     one = host(3)
     first, second = one.start(2)
     assert first.do("take", 3) == 3
+    eventually(lambda: one.peak == 3, "all are seen")
     second.do("state")
     outer = one.home.parent
     outer.rename(tmp_path / "away")
@@ -263,22 +283,31 @@ def test_containers_that_share_a_volume_share_the_budget(host: Hosts, eventually
 
 
 @pytest.mark.exhaustive
-def test_a_folder_that_can_be_made_again_is_no_second_budget(host: Hosts, eventually: Eventually) -> None:
+def test_a_folder_that_can_be_made_again_is_no_second_budget(
+    host: Hosts, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whoever makes it: what the others have is locked in it before anybody else may lock anything."""
     one = host(3)
     (worker,) = one.start()
     assert worker.do("take", 3) == 3
     outer = one.home.parent
     for _ in range(2):
-        shutil.rmtree(outer)
-        outer.touch()
+        with frozen(worker):  # or else it makes it again meanwhile
+            shutil.rmtree(outer)
+            outer.touch()
         eventually(lambda: worker.do("state")["host"]["problem"] is not None)
         outer.unlink()
         made = Folder(str(one.folder), worker.do("pool_id"))
         made.prepare(3)
-        until = time.monotonic() + 1.5 * YOUNG
-        while time.monotonic() < until:
+        until: float | None = None
+        # It has the time for which files are new.  On a busy machine that may be too short, so they stay new
+        # until it has locked them.
+        monkeypatch.setattr(lease, "YOUNG", 3600.0)
+        while until is None or time.monotonic() < until:
             assert [made.lock(number) for number in range(3)] == [None] * 3
+            if until is None and all_locked(made):
+                monkeypatch.setattr(lease, "YOUNG", 0.0)
+                until = time.monotonic() + YOUNG
         made.close()
 
 
@@ -303,7 +332,7 @@ def test_processes_that_are_killed_all_the_time_cost_the_others_nothing(
             eventually(lambda w=worker, before=before: w.do("state")["served"] > before)
     states = [worker.do("state") for worker in workers]
     assert [error for state in states for error in state["errors"]] == []
-    assert max(state["longest"] for state in states) < 4  # 2 s, and as much for a busy machine
+    assert max(state["longest"] for state in states) < 15  # 2 s, and more for a busy machine
     survivor, *others = workers
     for worker in others:
         worker.kill()

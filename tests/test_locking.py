@@ -133,7 +133,7 @@ def test_a_check_in_does_not_wait_for_the_lock(
     call_inside(monkeypatch, "take", stop.here)
     other = Thread(pool.connect)
     stop.reached()
-    Thread(fairy.close).join(5.0)
+    Thread(fairy.close).join()
     assert pool.checkedout() == 1, "the ledger was touched while somebody was inside"
     stop.go()
     held = other.join()
@@ -289,7 +289,7 @@ def test_reading_takes_no_lock(monkeypatch: pytest.MonkeyPatch) -> None:
         assert not PoolManager.has_idle_connection(pool.pid)
         assert PoolManager.has_connection(pool.pid, fairy.dbapi_connection)
 
-    Thread(look).join(5.0)
+    Thread(look).join()
     stop.go()
     other.join()
 
@@ -654,7 +654,7 @@ def test_a_listener_may_use_its_own_pool_outside_the_lock(eventually: Eventually
 
 def inside_both(monkeypatch: pytest.MonkeyPatch, first: Any, second: Any) -> tuple[Thread, Thread]:
     """Two threads, each inside its own pool at the same time, then each drops what the other's pool owns."""
-    barrier = threading.Barrier(2, timeout=10.0)
+    barrier = threading.Barrier(2, timeout=20.0)
     real = Ledger.take
     todo = {inside.ledger(first[0]): first[1], inside.ledger(second[0]): second[1]}
 

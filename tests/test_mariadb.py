@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import inside
 import pytest
 from fakes import Task
 from hazards import driver_connection_of, eventually, new_pid, pool_of
@@ -357,11 +358,17 @@ def test_the_error_at_the_end_has_the_drivers_number(
 
 @pytest.mark.parametrize(("user", "size"), [("three", 3), ("plain", MAX_CONNECTIONS)])
 def test_the_server_never_counts_more_than_the_limit(
-    server: MariaDB, driver: str, new: Callable[..., Engine], user: str, size: int
+    server: MariaDB,
+    driver: str,
+    new: Callable[..., Engine],
+    user: str,
+    size: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A user or a server with room for exactly ``max_size`` refuses none, although all are closed after use:
     an open waits until the server has hung up on what was closed before."""
-    engine = new(server.url(driver, user), max_size=size)
+    patient = inside.patient_pool_class(monkeypatch)
+    engine = new(server.url(driver, user), max_size=size, poolclass=patient)
     fill(engine, 1)
 
     def use() -> None:
@@ -407,7 +414,7 @@ def test_a_killed_session_is_found_in_a_loop(server: MariaDB, url: str) -> None:
                     await connection.exec_driver_sql("SELECT 1")
         await engine.dispose()
 
-    asyncio.run(asyncio.wait_for(main(), 20))
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_a_ping_in_a_loop_ends(server: MariaDB, url: str) -> None:
@@ -415,7 +422,9 @@ def test_a_ping_in_a_loop_ends(server: MariaDB, url: str) -> None:
     check_ping_in_a_loop_ends(server.host, server.port, url)
 
 
-def test_in_a_loop_the_limit_is_hard_and_the_server_hears_a_goodbye(server: MariaDB, url: str) -> None:
+def test_in_a_loop_the_limit_is_hard_and_the_server_hears_a_goodbye(
+    server: MariaDB, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And the server's refusal is told by its number."""
 
     async def use(engine: AsyncEngine) -> None:
@@ -424,7 +433,8 @@ def test_in_a_loop_the_limit_is_hard_and_the_server_hears_a_goodbye(server: Mari
                 await connection.invalidate()
 
     async def main() -> None:
-        engine = create_async_engine(url, poolclass=QueriesPool, max_size=3)
+        patient = inside.patient_pool_class(monkeypatch)
+        engine = create_async_engine(url, poolclass=patient, max_size=3)
         async with engine.connect():
             pass
         await asyncio.gather(*[use(engine) for _ in range(6)])
@@ -439,7 +449,7 @@ def test_in_a_loop_the_limit_is_hard_and_the_server_hears_a_goodbye(server: Mari
 
     with administrator(server) as query:
         before = query("SHOW STATUS LIKE 'Aborted_clients'")
-        asyncio.run(asyncio.wait_for(main(), 20))
+        asyncio.run(asyncio.wait_for(main(), 60))
         eventually(lambda: not others(query), "they end")
         assert query("SHOW STATUS LIKE 'Aborted_clients'") == before
 

@@ -784,7 +784,7 @@ history.look()
 inside.history_lock(history).acquire()
 child = os.fork()
 if child == 0:
-    import faulthandler; faulthandler.dump_traceback_later(20, exit=True)
+    import faulthandler; faulthandler.dump_traceback_later(50, exit=True)
     assert not history.sampling
     history.look()
     assert history.sampling and inside.history_process(history) == os.getpid()

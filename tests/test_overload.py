@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 import secrets
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -303,7 +305,9 @@ def test_one_more_than_may_wait_is_refused_at_once(
     assert isinstance(error, CheckoutTimeout)
     assert isinstance(error, exc.TimeoutError)
     first = str(error).splitlines()[0]
-    assert "rejected a checkout after 0.0 s because the queue is full (max_waiting=2): " in first
+    assert re.search(
+        r"rejected a checkout after \d\.\d s because the queue is full \(max_waiting=2\): ", first
+    )
     assert "Held by, longest first: MainThread" in first
     assert error.snapshot.diagnosis.kind == QUEUE_FULL
     assert inside.shared(full.pool).last_timeouts[-1] is error.snapshot
@@ -421,9 +425,12 @@ def test_a_caller_that_looks_often_does_not_look_for_what_is_wrong_each_time(
     monkeypatch.setattr(choice, "look_in", lambda *_: 0.001)
     monkeypatch.setattr(inside.ledger(shared), "insist", insists)
     monkeypatch.setattr(inside.upkeep(shared), "mend", mends_it)
+    begin = time.monotonic()
     often.waits()
     eventually(lambda: len(looks) > 500 and mends, "it looks")
-    assert len(mends) < len(looks) / 100
+    assert len(mends) <= 2 * (
+        2 + time.monotonic() - begin
+    )  # each second, and twice where something looks wrong
 
 
 def test_a_permit_counts_as_served(simulator: Simulator) -> None:

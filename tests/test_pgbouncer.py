@@ -182,6 +182,12 @@ def test_asyncpg_works_in_transaction_mode_with_the_settings_of_the_page(start: 
         asyncio.run(tasks(bouncer, {}))
 
 
+def change(bouncer: PgBouncer, setting: str, value: int) -> None:
+    """From now on.  A limit that is a test's subject is set when it is its turn: a busy machine may break it
+    before."""
+    bouncer.admin(f"SET {setting} = {value}")
+
+
 def waiting(engine: Engine) -> int:
     """How many wait for a connection of the pool."""
     return int(inside.shared(engine.pool).numbers.waiting)
@@ -258,7 +264,7 @@ def test_a_returned_connection_gives_its_server_back_in_transaction_mode_alone(
 
     The second engine has a pool of its own, as if it were in another process.
     """
-    bouncer = start(mode, default_pool_size=1, query_wait_timeout=1)
+    bouncer = start(mode, default_pool_size=1)
     first, second = new(bouncer), new(bouncer, pool_id="another process", pool_timeout=1)
     with closing(first.raw_connection()) as raw:  # an engine's connection would roll back by itself
         cursor = raw.cursor()
@@ -271,8 +277,10 @@ def test_a_returned_connection_gives_its_server_back_in_transaction_mode_alone(
         assert use(second) == backend
         return
     assert pool(bouncer)["sv_active"] == 1
-    with pytest.raises(LOST):  # query_wait_timeout
+    change(bouncer, "query_wait_timeout", 1)
+    with pytest.raises(LOST):
         use(second)
+    change(bouncer, "query_wait_timeout", 120)
     first.dispose()
     eventually(lambda: pool(bouncer)["sv_active"] == 0, "the server is free")
     assert use(second) == backend
@@ -286,10 +294,11 @@ def test_what_client_idle_timeout_has_closed_is_found_before_it_is_used(
     driver: str, start: Start, new: New, eventually: Eventually
 ) -> None:
     """`client_idle_timeout` below `idle_ttl`, 16 idle clients: no error in 1,000 checkouts."""
-    bouncer = start("transaction", client_idle_timeout=1)
+    bouncer = start("transaction")
     engine = new(bouncer, driver, idle_ttl=None)
     fill(engine)
     assert clients(bouncer) == THREADS
+    change(bouncer, "client_idle_timeout", 1)
     eventually(lambda: clients(bouncer) == 0, "all closed")
     assert engine.pool.checkedin() == THREADS  # type: ignore[attr-defined]
     assert crowd(engine, CHECKOUTS) == []
@@ -302,13 +311,14 @@ def test_client_idle_timeout_leaves_clients_with_a_server_alone(
 
     A client that never ran one tells when it is time.
     """
-    bouncer = start("session", client_idle_timeout=1)
+    bouncer = start("session")
     engine = new(bouncer, idle_ttl=None)
     fill(engine, 1)
     mine = addresses(bouncer)
     url = make_url(bouncer.url(database=DATABASE)).set(drivername="postgresql")
     with closing(psycopg2.connect(url.render_as_string(hide_password=False))):
         assert clients(bouncer) == 2
+        change(bouncer, "client_idle_timeout", 1)
         eventually(lambda: clients(bouncer) == 1, "it was closed")
     assert addresses(bouncer) == mine
 
@@ -318,7 +328,7 @@ def test_an_idle_ttl_below_client_idle_timeout_leaves_nothing_for_it(
     mode: str, start: Start, new: New, eventually: Eventually
 ) -> None:
     """All are closed by the pool, none by PgBouncer."""
-    bouncer = start(mode, client_idle_timeout=2)
+    bouncer = start(mode, client_idle_timeout=30)
     fill(new(bouncer, idle_ttl=0.5))
     eventually(lambda: clients(bouncer) == 0, "all closed")
     assert bouncer.log().count("closing because: client close request") >= THREADS
@@ -390,9 +400,10 @@ def test_while_the_server_is_away_a_checkout_succeeds_and_its_first_statement_fa
     The first statement waits for `query_wait_timeout`; later ones fail at once, also after the server is
     back, until PgBouncer tries again after `server_login_retry`.
     """
-    bouncer = start(mode, query_wait_timeout=1, server_login_retry=2)
+    bouncer = start(mode, server_login_retry=3600)
     engine = new(bouncer, driver)
     use(engine)
+    change(bouncer, "query_wait_timeout", 1)
     server.stop(keep=True)
     try:
         for said in ("query_wait_timeout", "server login has been failing"):
@@ -408,6 +419,8 @@ def test_while_the_server_is_away_a_checkout_succeeds_and_its_first_statement_fa
         server.start()
     with pytest.raises(LOST):
         use(engine)  # the server is there, and PgBouncer does not know it yet
+    change(bouncer, "server_login_retry", 1)
+    change(bouncer, "query_wait_timeout", 120)
 
     def works() -> bool:
         try:
@@ -438,10 +451,11 @@ def test_with_a_listener_that_asks_the_server_checkouts_wait_until_it_is_back(
 
     With `ping_after=0`, 16 threads ask while the server is away, and no error surfaces.
     """
-    bouncer = start(mode, query_wait_timeout=1)
-    engine = new(bouncer, driver, ping_after=0, pool_timeout=SECONDS)
+    bouncer = start(mode)
+    engine = new(bouncer, driver, ping_after=0, pool_timeout=3 * SECONDS)
     ask_the_server(engine)
     use(engine)
+    change(bouncer, "query_wait_timeout", 1)
     server.stop(keep=True)
     try:
         tasks = [Task(partial(use, engine)) for _ in range(THREADS)]
@@ -450,6 +464,7 @@ def test_with_a_listener_that_asks_the_server_checkouts_wait_until_it_is_back(
     finally:
         server.start()
     assert all(task.result() for task in tasks)
+    change(bouncer, "query_wait_timeout", 120)
     assert crowd(engine) == []
     assert clients(bouncer) <= THREADS
 
@@ -552,14 +567,17 @@ def test_more_than_default_pool_size_wait_in_pgbouncer_and_not_in_the_pool(
     mode: str, driver: str, start: Start, new: New, eventually: Eventually
 ) -> None:
     """The checkout succeeds, the first statement waits in PgBouncer, and `query_wait_timeout` ends that."""
-    bouncer = start(mode, default_pool_size=1, query_wait_timeout=1)
+    bouncer = start(mode, default_pool_size=1)
     engine = new(bouncer, driver, max_size=2)
     with engine.connect() as holder:
         backend = holder.scalar(BACKEND)
+        change(bouncer, "query_wait_timeout", 1)
         with pytest.raises(LOST) as caught:
             use(engine)
         assert caught.value.connection_invalidated
         assert "closing because: query_wait_timeout" in bouncer.log()
+        if mode == "transaction":
+            change(bouncer, "query_wait_timeout", 120)
         late = Task(partial(use, engine))
         eventually(lambda: pool(bouncer)["cl_waiting"] == 1, "it waits in PgBouncer")
         holder.rollback()

@@ -238,8 +238,9 @@ def test_a_dispose():
 """
 
 
-def test_what_is_returned_is_no_leak(pytester: pytest.Pytester) -> None:
+def test_what_is_returned_is_no_leak(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """Fixtures of all scopes, unittest's too, threads that return a moment later, tasks, generators."""
+    inside.give_long_grace(monkeypatch)
     assert run(pytester, FINE) == {}
 
 

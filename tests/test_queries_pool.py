@@ -176,7 +176,7 @@ def test_a_waiter_finds_what_was_abandoned_in_a_cycle(
     gc.collect()
     gc.disable()
     try:
-        pool = QueriesPool(driver.connect, max_size=1, timeout=10.0)
+        pool = QueriesPool(driver.connect, max_size=1, timeout=60.0)
         cycle: list[Any] = [pool.connect()]
         cycle.append(cycle)
         del cycle

@@ -22,8 +22,9 @@ from sqlalchemy.pool import Pool, QueuePool
 
 from sqla_queries_pool import QueriesPool
 
-LATE = 5.0
-"""Seconds within which a checkout has its connection although a listener takes for ever."""
+LATE = 15.0
+"""Seconds within which a checkout has its connection although a listener takes for ever, which is a little
+longer: ``Stop`` ends it."""
 _roles = itertools.count(1)
 _databases = itertools.count(1)
 
@@ -42,8 +43,14 @@ class Listener:
 
 
 @pytest.fixture
-def slow(pg_url: str, pg_observer: Observer) -> Iterator[Callable[..., tuple[Engine, Listener]]]:
-    """Makes engines with a slow listener, of a role that may connect ``max_size`` times, 1 by default."""
+def slow(
+    pg_url: str, pg_observer: Observer, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., tuple[Engine, Listener]]]:
+    """Makes engines with a slow listener, of a role that may connect ``max_size`` times, 1 by default.
+
+    They wait for the server for as long as a busy machine may take.
+    """
+    patient = inside.patient_pool_class(monkeypatch)
     role = f"slow_{next(_roles)}"
     pg_observer.query(f"CREATE ROLE {role} LOGIN PASSWORD 'secret'")
     url = make_url(pg_url).set(username=role, password="secret")
@@ -53,7 +60,7 @@ def slow(pg_url: str, pg_observer: Observer) -> Iterator[Callable[..., tuple[Eng
         pg_observer.query(f"ALTER ROLE {role} CONNECTION LIMIT {max_size}")
         engine = create_engine(
             url.set(drivername=f"postgresql+{driver}"),
-            **{"poolclass": QueriesPool, "max_size": max_size, "pool_timeout": 10} | options,
+            **{"poolclass": patient, "max_size": max_size, "pool_timeout": 10} | options,
         )
         made.append((engine, Listener(engine)))
         return made[-1]
@@ -160,7 +167,7 @@ def test_a_listener_that_never_ends_keeps_no_other_connection_open(
     listener.stop.reached()
     other.connect().close()
     backends = "SELECT count(*) FROM pg_stat_activity WHERE usename = %s"
-    eventually(lambda: pg_observer.query(backends, engine.url.username) == [(1,)], "it is shut down", 5)
+    eventually(lambda: pg_observer.query(backends, engine.url.username) == [(1,)], "it is shut down")
     assert not another.seen
     listener.stop.go()
     eventually(lambda: another.seen, "its listener is called in the end")
@@ -307,7 +314,7 @@ def test_a_connect_in_the_background_holds_up_no_close(driver: FakeDriver) -> No
     warm.connect().close()
     stop.reached()
     other.connect().close()
-    eventually(lambda: driver.numbers() == [1], "the other's is closed", 5)
+    eventually(lambda: driver.numbers() == [1], "the other's is closed", LATE)
     stop.go()
     eventually(lambda: len(driver.live) == 2, "what the pool opens is there")
     for engine in (warm, other):

@@ -19,9 +19,9 @@ from hazards import new_pid
 from sqla_queries_pool import QueriesPool
 
 Eventually = Callable[..., None]
-TIMEOUT = 1.5
+TIMEOUT = 2.0
 """Seconds that a checkout waits."""
-STOPPED = 3.0
+STOPPED = 3.5
 """Seconds for which the process is stopped: longer than its timeouts, and than twenty queue_targets."""
 CHILD = textwrap.dedent(
     """
@@ -36,6 +36,7 @@ CHILD = textwrap.dedent(
     picky = create_engine("sqlite:///" + file, pool_id="picky", queue_target=timeout / 30, **options)
     loops = create_async_engine("sqlite+aiosqlite:///" + file, pool_id="loops", **options)
     served, waits = [], [plain, plain, picky, picky]
+    ready, go = threading.Event(), threading.Event()
 
     def wait(engine):
         try:
@@ -54,26 +55,29 @@ CHILD = textwrap.dedent(
 
         held = await loops.connect()
         waiting = [asyncio.ensure_future(one()) for _ in range(2)]
-        while plain.pool.statistics().waiting + picky.pool.statistics().waiting < 4 or (
-            loops.pool.statistics().waiting < 2
-        ):
+        while loops.pool.statistics().waiting < 2:
             await asyncio.sleep(0.001)
-        print("waiting", flush=True)
-        await asyncio.to_thread(sys.stdin.readline)
+        ready.set()
+        await asyncio.to_thread(go.wait)
         await held.close()
         await asyncio.gather(*waiting)
         await loops.dispose()
 
     held = [plain.connect(), picky.connect()]
     threads = [threading.Thread(target=wait, args=(engine,)) for engine in waits]
-    for thread in threads:
-        thread.start()
     looping = threading.Thread(target=asyncio.run, args=(tasks(),))
     looping.start()
-    looping.join()
+    ready.wait()
+    for thread in threads:
+        thread.start()
+    while plain.pool.statistics().waiting + picky.pool.statistics().waiting < 4:
+        time.sleep(0.001)
+    print("waiting", flush=True)
+    sys.stdin.readline()
+    go.set()  # at once: what each has left of its time is not much
     for connection in held:
         connection.close()
-    for thread in threads:
+    for thread in (*threads, looping):
         thread.join()
     print(*sorted(served), flush=True)
     """

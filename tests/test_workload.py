@@ -33,7 +33,7 @@ def load(
     pools: list[Any], work: Callable[[PoolProxiedConnection], object] = nothing, threads: int = 2
 ) -> Outcome:
     """A short load."""
-    return run(pools, work, threads=threads, seconds=0.1, warm_up=0.0)
+    return run(pools, work, threads=threads, seconds=0.3, warm_up=0.0)
 
 
 @pytest.mark.parametrize(
