@@ -8,7 +8,7 @@ import random
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any
 
@@ -259,6 +259,18 @@ def test_the_wait_ends_when_there_is_room(lingering: Lingering) -> None:
     waiting.join()
     assert len(lingering) == 1
     first.theirs.close()
+
+
+def test_the_wait_ends_when_none_is_left_where_there_is_less_than_no_room(lingering: Lingering) -> None:
+    """The limit was lowered while connections were opened: these are no reason to wait."""
+    closed(lingering).theirs.close()
+
+    def pause(descriptors: Iterable[int], seconds: float) -> None:
+        assert descriptors, "there is nothing to wait for"
+        THREADS.pause(descriptors, seconds)
+
+    lingering.wait(lambda: -1, 60.0, pause)
+    assert len(lingering) == 0
 
 
 def test_the_wait_ends_when_its_time_is_over(lingering: Lingering) -> None:

@@ -106,13 +106,14 @@ class Lingering:
     ) -> None:
         """Wait until no more are left than there is room for, for so many seconds at most.
 
+        :param room: also below zero, where the limit was lowered: then until none is left.
         :param pause: waits until there is news on one of these descriptors, or for so many seconds.
         """
         deadline = time.monotonic() + seconds
-        while len(self._ends) > room():
+        while len(self._ends) > max(0, room()):
             self._prune()
             left = deadline - time.monotonic()
-            if len(self._ends) <= room() or left <= 0:
+            if len(self._ends) <= max(0, room()) or left <= 0:
                 return
             pause(list(self._ends), min(left, _SLICE))
 
