@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import sys
 from collections.abc import Sequence
 from contextlib import closing
 
 INTERRUPTED = 130
 """The exit status after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
+NOT_READ = 141
+"""The exit status where nobody reads what is printed: 128 and the number of SIGPIPE."""
 PORT = 8765
 """Where the monitor of the demo is served."""
 LONGEST = 3600
@@ -26,6 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = _parser().parse_args(arguments)
     try:
         chosen.command(chosen)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # `… | head` has read enough.  What is still buffered goes nowhere, or the interpreter would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return NOT_READ
     except _Usage as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from typing import Any
@@ -78,23 +79,23 @@ def test_a_url_that_is_not_taken_is_an_error_without_the_password(
     assert len(ended.err.splitlines()) == 1
 
 
+QUIET = ("-W", "error", "-W", "ignore:datetime.datetime.utcfrom")
+COMMAND = (sys.executable, *QUIET, "-m", "sqla_queries_pool", "explain", "sqlite:////tmp/some.db")
+
+
 def test_it_is_a_command() -> None:
     """In a process of its own, where nothing is installed but the library."""
-    command = [
-        sys.executable,
-        "-W",
-        "error",
-        "-W",
-        "ignore:datetime.datetime.utcfrom",
-        "-m",
-        "sqla_queries_pool",
-    ]
-    done = subprocess.run(
-        [*command, "explain", "sqlite:////tmp/some.db"],
-        capture_output=True,
-        text=True,
-        check=True,
-        timeout=60,
-    )
+    done = subprocess.run(COMMAND, capture_output=True, text=True, check=True, timeout=60)
     assert not done.stderr
     assert "sqlite:///tmp/some.db" in done.stdout
+
+
+def test_a_reader_that_has_read_enough_is_no_error() -> None:
+    """As ``head``: the status of a program that SIGPIPE ends, and no traceback."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb") as pipe:
+        done = subprocess.run(
+            COMMAND, stdout=pipe, stderr=subprocess.PIPE, text=True, check=False, timeout=60
+        )
+    assert (done.returncode, done.stderr) == (141, "")
