@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import inspect
 import sys
 from fnmatch import fnmatchcase
@@ -16,8 +17,10 @@ import sqlalchemy.pool
 from sqlalchemy.pool import impl
 from sqlalchemy.util.concurrency import greenlet_spawn
 
-from sqla_queries_pool import QueriesPool
+from sqla_queries_pool import PoolManager, QueriesPool
 
+FEW = 5
+"""Connections: fewer than tests take that state no limit."""
 ONE_CLASS = "one class serves both: it asks the dialect"
 PRIVATE = "looks at QueuePool's private _pool, _overflow or _max_overflow"
 NUMBERS = "docs/contract.rst, 6: size() is the sum, overflow() is never above 0"
@@ -107,6 +110,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"no such tests (any more): {sorted(left)}")
 
 
+def pytest_runtest_setup() -> None:
+    """An engine of an earlier test that was not collected yet would have a small limit for all."""
+    if any(pool.max_size is not None and pool.max_size < FEW for pool in PoolManager.pools()):
+        gc.collect()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     """These give a pool a dialect of asyncio and use it outside of any loop, which no driver can."""
@@ -119,7 +128,12 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
 
 
 def pytest_collection_finish() -> None:
-    """An opening whose checkout was cancelled goes on, and counts: look for lost slots when it is over."""
+    """An opening whose checkout was cancelled goes on, and counts: look for lost slots when it is over.
+
+    What is there by now stays: later collections need not look at it.
+    """
+    gc.collect()
+    gc.freeze()
     cancellation = sys.modules.get("sqlalchemy.testing.cancellation")
     if cancellation is None:  # an older SQLAlchemy
         return

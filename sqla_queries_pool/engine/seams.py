@@ -86,6 +86,7 @@ PRIVATE: Final[Mapping[str, str]] = {
     "AsyncAdapt_asyncpg_connection._execute_mutex": "locked while a statement executes",
     "await_only": "waits in a greenlet, and lets the loop go on: dialects of others use it, too",
     "_exec_once_mutex": "of listeners: one connection alone runs those to connect first; a lock of one loop",
+    "_set_asyncio": "of listeners: that lock is one of asyncio's, not of threads, which would block the loop",
     "greenlet_spawn": "runs a function in which await_only() can be used",
     # Of an engine: see connect_arguments.
     "sqlalchemy.engine.create": "the module of the creator that create_engine makes",
@@ -157,9 +158,10 @@ def renew_first_mutex(pool: Any) -> None:
         listeners = listeners.for_modify(pool.dispatch)
         if hasattr(listeners, "_get_exec_once_mutex"):
             listeners._exec_once_mutex = None
-        else:  # before SQLAlchemy 2.1: it is made when it is missing
+        else:  # before SQLAlchemy 2.1, where it is made when it is missing; before 2.0.31 or so, here
             with contextlib.suppress(AttributeError):
                 del listeners._exec_once_mutex
+            listeners._set_asyncio()
 
 
 class _Seen(Exception):
