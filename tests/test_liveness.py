@@ -1060,7 +1060,7 @@ def test_a_connect_after_a_ping_that_nobody_answers_is_left_when_the_time_is_ove
             Task(lambda: next_one(engine)).result()
         proxy.pass_on()
         pool: Any = engine.pool
-        eventually(lambda: pool.checkedin() == 1, "it is connected")
+        eventually(lambda: pool.statistics().idle == 1, "it is connected")
         inside.set_timeout(pool, SECONDS)  # and so the ping has its time
         assert next_one(engine) != dead
         assert pool.statistics().connects == 2

@@ -9,10 +9,13 @@ nothing here can block or deadlock a check-in.
 from __future__ import annotations
 
 import _thread
+import contextlib
+import operator
 import sys
 import threading
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from typing import Any, Protocol
@@ -20,6 +23,7 @@ from typing import Any, Protocol
 from ..logs import logger
 from ..try_lock import TryLock
 
+_call = operator.methodcaller("__call__")
 LONGEST_SLEEP = 3600.0
 """Seconds; Python can wait for some centuries at most, and people write larger numbers."""
 
@@ -58,7 +62,7 @@ class _PartTimeThread:
             return
         # The one that takes it has to release the lock: the thread, or this one if it could not start it.
         # An asynchronous exception can come when the thread has been started already.
-        token = [True]
+        token = [self._running.release]
         if self._running.taken_now:
             try:
                 # threading.Thread.start() takes a lock of the module's own and waits for the thread: a
@@ -66,14 +70,17 @@ class _PartTimeThread:
                 # thread starts the real one, which has a name and is seen by threading.enumerate().
                 _thread.start_new_thread(self._launch, (token,))
             except BaseException as error:
-                if _taken(token):
-                    self._running.release()
+                with contextlib.suppress(IndexError):  # it is the thread's by now
+                    # Taken and called without a bytecode in between: another such exception may come.
+                    deque(map(_call, iter(token.pop, None)), 0)
                 # Too many threads, or the interpreter is about to end: the next post tries again.
                 if not isinstance(error, RuntimeError):
                     raise
 
-    def _launch(self, token: list[bool]) -> None:
-        if not _taken(token):
+    def _launch(self, token: list[Callable[[], None]]) -> None:
+        try:
+            token.pop()
+        except IndexError:
             return
         try:
             threading.Thread(target=self._run, name=self._name, daemon=True).start()
@@ -87,14 +94,6 @@ class _PartTimeThread:
             self._running.release()
             if not self._mail.empty():
                 self.start()
-
-
-def _taken(token: list[bool]) -> bool:
-    """Take the token: one of those who try gets it."""
-    try:
-        return token.pop()
-    except IndexError:
-        return False
 
 
 class Housekeeper:
