@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import _thread
+import itertools
 import math
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any
 
 import inside
@@ -18,7 +21,7 @@ from sqlalchemy import Engine, create_engine, event, make_url, text
 
 from sqla_queries_pool import PoolManager, QueriesPool
 from sqla_queries_pool.budget import ages
-from sqla_queries_pool.concurrency.housekeeping import Housekeeper
+from sqla_queries_pool.concurrency.housekeeping import Housekeeper, Worker
 
 Eventually = Callable[..., None]
 NEVER = None
@@ -323,3 +326,45 @@ def test_the_exit_of_the_interpreter_is_not_delayed(script: str, pg_url: str) ->
     """A program that has connections with an `idle_ttl` of an hour exits at once, and silently."""
     before = "one = engine(3600)\nconnection, other = one.connect(), one.connect()\n"
     run(before + script, pg_url, 60.0)
+
+
+@pytest.mark.slow  # it follows each step of Python itself
+def test_a_second_interrupt_right_after_the_first_keeps_no_thread_from_starting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The first one comes when the thread has been started, the second one at each step after that."""
+    start = _thread.start_new_thread
+    steps, interrupt_at = 0, 0
+
+    def start_and_interrupt(*arguments: Any) -> None:
+        start(*arguments)
+        sys.settrace(trace)
+        sys._getframe(1).f_trace = trace
+        raise KeyboardInterrupt
+
+    def trace(frame: FrameType, what: str, _: object) -> Any:
+        nonlocal steps
+        if what != "exception":
+            steps += 1
+            if steps == interrupt_at:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return trace
+
+    def submit(worker: Worker) -> None:
+        try:
+            worker.submit(lambda: None)
+        finally:
+            sys.settrace(None)
+
+    for interrupt_at in itertools.count(1):
+        worker, steps, done = Worker("a test's"), 0, threading.Event()
+        with monkeypatch.context() as patched:
+            patched.setattr(_thread, "start_new_thread", start_and_interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                submit(worker)
+        worker.submit(done.set)
+        assert done.wait(20), f"after step {interrupt_at}"
+        if steps < interrupt_at:
+            break
+    assert interrupt_at > 3, "nothing was interrupted"
