@@ -74,6 +74,8 @@ class Difference(NamedTuple):
     reason: str
     asyncpg: tuple[int, ...] = ALWAYS
     psycopg: tuple[int, ...] = ALWAYS
+    always: bool = True
+    """False: a race decides, which a busy machine can turn the other way."""
 
 
 DIFFERENCES = {
@@ -84,7 +86,7 @@ DIFFERENCES = {
         "closing it is left to the driver's destructor", asyncpg=NEVER
     ),
     "test_a_dispose_after_a_cancellation_leaves_nothing": Difference(
-        "a backend is left; psycopg finishes a connect that was cancelled", MENDED
+        "a backend is left; psycopg finishes a connect that was cancelled", MENDED, always=False
     ),
     "test_a_reset_listener_that_is_interrupted_loses_no_slot": Difference(
         "it stays checked out", MENDED, MENDED
@@ -94,7 +96,7 @@ DIFFERENCES = {
     ),
     "test_cancelled_at_any_await_nothing_is_lost": Difference("it swallows a cancellation", MENDED, MENDED),
     "test_cancelled_at_any_await_while_it_connects_nothing_is_lost": Difference(
-        "a backend is left; psycopg finishes a connect that was cancelled", MENDED
+        "a backend is left; psycopg finishes a connect that was cancelled", MENDED, always=False
     ),
     "test_every_event_of_a_detached_connection": Difference(
         "there is no close_detached: closing it is left to the driver's destructor", asyncpg=NEVER
@@ -147,7 +149,8 @@ def pool_class(request: pytest.FixtureRequest, driver: str) -> Iterator[Any]:
     if difference is not None and getattr(difference, driver) > VERSION:
         ours = (AssertionError, AttributeError, RuntimeError, pytest.fail.Exception)
         failures = (*ours, exc.SQLAlchemyError, asyncpg.InternalClientError)
-        request.applymarker(pytest.mark.xfail(reason=difference.reason, strict=True, raises=failures))
+        expected = pytest.mark.xfail(reason=difference.reason, strict=difference.always, raises=failures)
+        request.applymarker(expected)
     yield request.param
     gc.collect()  # what it leaves to the drivers' destructors
 
