@@ -369,6 +369,11 @@ class Database:
         self._role_limit(self.limit)
         for engine in self.engines:
             engine.connect().close()  # an engine's very first connect is not to meet a fork
+        asyncio.run(self._first_task())  # nor the end of its backend: SQLAlchemy asks the server something
+
+    async def _first_task(self) -> None:
+        async with self.tasks.connect():
+            pass
 
     def _engine(self, driver: str, parameters: dict[str, Any]) -> Engine:
         url = make_url(self.server.postgres.url(driver, self.name)).set(username=self.name)
