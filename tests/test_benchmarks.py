@@ -10,7 +10,7 @@ import re
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing, suppress
 from itertools import cycle
 from pathlib import Path
@@ -428,7 +428,7 @@ def test_a_task_whose_checkout_timed_out_asks_again(program: Any) -> None:
 
     async def load() -> Any:
         return await program.tasks.run(
-            [OneAtATime(refuse=3)], program.tasks.asleep(0.001), tasks=1, seconds=0.3, warm_up=0.0
+            [OneAtATime(refuse=3)], program.tasks.asleep(0.001), tasks=1, seconds=1.0, warm_up=0.0
         )
 
     outcome = asyncio.run(load())
@@ -658,7 +658,7 @@ def test_a_crowd_comes_whatever_becomes_of_it_and_gives_up(program: Any) -> None
     assert answers.goodput == pytest.approx(met["200 OK"] / 0.3)
     assert 0.0 < answers.within(0.5) <= answers.within(0.99) < 3.0
     erratic.met.clear()
-    warm = asyncio.run(offer(0.2, warm_up=0.3, settled=lambda: before.append(erratic.met.total())))
+    warm = asyncio.run(offer(0.2, warm_up=1.0, settled=lambda: before.append(erratic.met.total())))
     assert before[0] > 0
     counted = len(warm.in_time) + warm.rejected + warm.given_up + warm.failed
     assert 0 < counted < erratic.met.total()
@@ -715,6 +715,15 @@ def stage(program: Any) -> Iterator[Any]:
         yield stage
 
 
+def measured(measure: Callable[[int], Iterator[Any]]) -> list[Any]:
+    """What is measured in a second, or in as many as a busy machine needs to answer all at least once."""
+    for seconds in (1, 5, 25):
+        results = list(measure(seconds))
+        if all(result.answers.goodput > 0 for result in results):
+            break
+    return results
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("named", "servers"), [("share=", ["Flask", "FastAPI"]), ("FastAPI, NullPool", ["FastAPI"])]
@@ -723,7 +732,7 @@ def test_all_processes_of_an_application_have_the_budget_that_is_measured(
     program: Any, stage: Any, named: str, servers: list[str]
 ) -> None:
     """Whoever shares it out: QueriesPool, or PgBouncer; and the table has them."""
-    results = list(program.applications.compare(stage, 1, [32], ["updates"], named))
+    results = measured(lambda seconds: program.applications.compare(stage, seconds, [32], ["updates"], named))
     assert [result.way.split(",")[0] for result in results] == servers
     for result in results:
         assert result.answers.goodput > 0
@@ -740,9 +749,9 @@ def test_an_overload_is_rejected_and_the_others_are_served_in_time(
     program: Any, stage: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By both servers, where no more may wait than can be served."""
-    monkeypatch.setattr(program.applications, "CAPACITY_SECONDS", 1)
     monkeypatch.setattr(program.applications, "WARM_UP", 1)
-    overloads = list(program.applications.overload(stage, 1, "max_waiting"))
+    monkeypatch.setattr(program.applications, "CAPACITY_SECONDS", 2)
+    overloads = measured(lambda seconds: program.applications.overload(stage, seconds, "max_waiting"))
     assert [each.way.server for each in overloads] == ["Flask", "FastAPI"]
     for each in overloads:
         assert each.answers.goodput > 0
