@@ -70,8 +70,9 @@ def test_200_000_checkouts_leave_nothing_behind(
 ) -> None:
     """Neither objects nor memory, descriptors, threads or backends, whatever became of the checkouts.
 
-    One for each hundred checkouts would be 2,000.  Without an idle TTL, since what reminds of it stays for so
-    long.  The texts of the last timeouts, which are kept, have some blocks more or less.
+    One for each thousand checkouts would be 200.  Without an idle TTL, since what reminds of it stays for so
+    long.  The texts of the last timeouts, which are kept, have some blocks more or less, and more on a busy
+    machine; what leaks does so each time.
     """
     engine, hasty = (
         new_engine(pg_url, max_size=3, idle_ttl=None, pool_timeout=timeout) for timeout in (20, 0)
@@ -111,14 +112,18 @@ def test_200_000_checkouts_leave_nothing_behind(
         )
 
     crowd(40_000)
-    before = what_there_is()
-    crowd(200_000)
     after = what_there_is()
-    print(before, after)
-    more = {what: after[what] - before[what] for what in after}
-    assert (more["descriptors"], more["threads"], more["backends"]) == (0, 0, 0)
-    assert more["objects"] < 500
-    assert more["blocks"] < 2000
+    for _ in range(3):
+        before = after
+        crowd(200_000)
+        after = what_there_is()
+        print(before, after)
+        more = {what: after[what] - before[what] for what in after}
+        assert (more["descriptors"], more["threads"], more["backends"]) == (0, 0, 0)
+        if more["objects"] < 200 and more["blocks"] < 1000:
+            break
+    assert more["objects"] < 200
+    assert more["blocks"] < 1000
     assert_whole(pool_of(engine), eventually)
 
 
