@@ -120,6 +120,12 @@ def lingering(pool: Any) -> Any:
     return connections(pool).lingering
 
 
+def ends(pool: Any) -> dict[int, float]:
+    """The descriptors of those, and until when each is waited for, by ``time.monotonic``."""
+    ends: dict[int, float] = lingering(pool)._ends
+    return ends
+
+
 def last_connect_error(pool: Any) -> Any:
     """Why opening a connection failed last."""
     return core(pool).admission.last_error

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import fcntl
+import functools
 import gc
 import itertools
 import json
@@ -753,6 +755,39 @@ def test_two_pools(parent: Parent, new_engine: Callable[..., Engine], eventually
     assert_apart(parent.own, found)
     other.dispose()
     parent.own = {parent.backend, parent.idle}
+    parent.assert_unharmed(eventually)
+
+
+def test_what_fails_in_one_pool_leaves_no_other_with_its_parents_connections(
+    parent: Parent, new_engine: Callable[..., Engine], eventually: Eventually
+) -> None:
+    """Whichever comes first."""
+    other = new_engine(pool_id=f"other-{next(_numbers)}")
+    with other.connect() as held:
+        parent.own.add(held.scalar(BACKEND))
+        for broken, whole in ((parent.engine, other), (other, parent.engine)):
+            with parent.monkeypatch.context() as patch:
+                patch.setattr(shared(broken).core, "after_fork_in_child", lambda: 1 // 0)
+                found = in_a_child(functools.partial(use_all, whole))
+            assert_apart(parent.own, [found])
+    other.dispose()
+    parent.own = {parent.backend, parent.idle}
+    parent.assert_unharmed(eventually)
+
+
+def test_a_closed_connection_that_the_server_still_counts_may_have_lost_its_descriptor(
+    parent: Parent, eventually: Eventually
+) -> None:
+    """A program that becomes a daemon closes all of them; then it forks again."""
+    descriptor = fcntl.fcntl(0, fcntl.F_DUPFD, 500)  # nothing else gets its number
+    os.close(descriptor)
+
+    def live() -> list[list[int]]:
+        own = use_all(parent.engine)
+        inside.ends(shared(parent.engine))[descriptor] = 0.0
+        return [own, in_a_child(lambda: use_all(parent.engine))]
+
+    assert_apart(parent.own, in_a_child(live))
     parent.assert_unharmed(eventually)
 
 

@@ -16,6 +16,7 @@ from typing import Any
 from ..budget.stats import ManagerStatistics
 from ..concurrency.housekeeping import Housekeeper
 from ..host.postman import postman
+from ..logs import logger
 from ..runtime import garbage
 from ..runtime.core import Core
 from .manager import PoolManager
@@ -39,14 +40,21 @@ def after_fork_in_child() -> None:
     Core.housekeeper = Housekeeper()
     garbage.after_fork_in_child()
     for pool in list(every_pool):
-        for thing in pool.core.after_fork_in_child():
-            _keep(thing)
-            _keep(getattr(thing, "handle", None))
-            _keep(socket := getattr(thing, "socket", None))
-            _cut_off(getattr(socket, "fileno", None))
-            _cut_off(getattr(socket, "drivers_fileno", None))
-            if hasattr(thing, "cut_off"):
-                thing.cut_off(INHERITED)
+        try:
+            _forget(pool.core)
+        except Exception:  # the sockets of the others are the parent's all the same
+            logger.exception("A forked child could not forget what %r had from its parent", pool)
+
+
+def _forget(core: Core) -> None:
+    for thing in core.after_fork_in_child():
+        _keep(thing)
+        _keep(getattr(thing, "handle", None))
+        _keep(socket := getattr(thing, "socket", None))
+        _cut_off(getattr(socket, "fileno", None))
+        _cut_off(getattr(socket, "drivers_fileno", None))
+        if hasattr(thing, "cut_off"):
+            thing.cut_off(INHERITED)
 
 
 def _keep(thing: Any) -> None:

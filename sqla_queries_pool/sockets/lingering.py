@@ -151,7 +151,8 @@ class Lingering:
 
     def _drop(self, fd: int) -> None:
         if self._ends.pop(fd, None) is not None:
-            os.close(fd)
+            with contextlib.suppress(OSError):  # a program that becomes a daemon closes all that is open
+                os.close(fd)
 
     def __del__(self) -> None:
         self.forget()
