@@ -282,17 +282,22 @@ def test_a_suspended_engine_wants_nothing_of_the_host_until_it_is_resumed(
     pg_url: str, tmp_path: Path, eventually: Eventually, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its waiting checkouts could not use it: the others would lack it for nothing."""
-    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=2, pool_timeout=5)
+    engine = create_engine(pg_url, poolclass=QueriesPool, share=str(tmp_path), max_size=2, pool_timeout=60)
     pool: Any = engine.pool
+    asked = threading.Event()
+    wanted = share.Share.wanted
+
+    def ask(self: share.Share) -> None:
+        wanted(self)
+        asked.set()
+
+    monkeypatch.setattr(share.Share, "wanted", ask)
     pool.suspend()
     other = Thread(lambda: engine.connect().close())
-    eventually(lambda: inside.of_the_host(pool)[1], "it waits")
+    eventually(asked.is_set, "it waits")
     assert inside.waiters(pool)
     assert inside.of_the_host(pool)[0].waiting == 0
-    with monkeypatch.context() as patch:
-        patch.setattr(share, "LINGER", 0.0)
-        inside.postman().wake()
-        eventually(lambda: not inside.of_the_host(pool)[1], "nobody looks after it")
+    eventually(lambda: not inside.of_the_host(pool)[1], "nobody looks after it")
     pool.resume()
     other.join()
     engine.dispose()
