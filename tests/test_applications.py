@@ -92,6 +92,7 @@ def pools():
 """
 ASK = """
 import json
+import whole_files
 from celery_app import take_order
 from results_app import engines, pools
 orders = [take_order.delay(f"article {n}") for n in range(10)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -76,6 +77,7 @@ class Program:
 def environment(pg_url: str, tmp_path: Path) -> dict[str, str]:
     """What the examples are told: where the database is, and where to listen or to leave files."""
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
+    shutil.copy(Path(__file__).with_name("whole_files.py"), tmp_path)
     return {
         **os.environ,
         "PATH": path,
@@ -360,6 +362,7 @@ def test_an_engine_at_module_level_serves_tests_with_a_loop_each(
 
 TASKS = """
 import json
+import whole_files
 from celery_app import take_order
 results = [take_order.delay(f"article {n}") for n in range(30)]
 print(json.dumps([result.get(timeout=60) for result in results]))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -62,6 +63,7 @@ use = app.task(use)
 """
 ORDER = """
 import json
+import whole_files
 from shared_tasks import use
 results = [use.delay() for _ in range(30)]
 print(json.dumps([result.get(timeout=60) for result in results]))
@@ -108,6 +110,7 @@ def environment(host: Host, tmp_path: Path) -> dict[str, str]:
     for name, code in (("shared_app", APP), ("shared_tasks", TASKS), ("main", MAIN)):
         (tmp_path / f"{name}.py").write_text(code)
     query = {"plugin": "queries", "share": "host", "max_size": str(BUDGET)}
+    shutil.copy(Path(__file__).with_name("whole_files.py"), tmp_path)
     return {
         **os.environ,
         "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"])),
