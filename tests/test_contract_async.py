@@ -56,12 +56,15 @@ def _collected() -> Iterator[None]:
 
     A test that has failed, as expected, keeps them until the next one begins.
     """
-    for pause in (True, False):
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
-        if pause:
-            yield
+    _collect_silently()
+    yield
+    _collect_silently()
+
+
+def _collect_silently() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ResourceWarning)
+        gc.collect()
 
 
 ALWAYS, NEVER = (99,), (0,)
