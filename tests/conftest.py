@@ -185,8 +185,9 @@ def observer(server: EmbeddedPostgres) -> Iterator[Observer]:
 @pytest.fixture(scope="session")
 def pg_server() -> Iterator[SessionServer]:
     """The server that the tests share; one that stops or changes servers takes `pg_own_server`."""
-    # Little of the log is kept: new segments of it would be written with zeros first, 16 MB each.
-    settings = {"max_connections": str(MAX_CONNECTIONS), "max_wal_size": "64MB"}
+    # Little of the log is kept: new segments of it would be written with zeros first, 16 MB each.  Autovacuum
+    # writes what it knows of pg_database, which changes with each test, into any test's database.
+    settings = {"max_connections": str(MAX_CONNECTIONS), "max_wal_size": "64MB", "autovacuum": "off"}
     with SessionServer(settings, in_memory()) as server:
         with observer(server) as looking:
             # Half of what a connection costs is the client's part of SCRAM: a thousand rounds less.

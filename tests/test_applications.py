@@ -82,13 +82,14 @@ def test_processes_of_a_study_share_the_limit_of_the_host(
 RESULTS = """
 import os
 from celery_app import app
-engines = []
-app.conf.database_engine_callback = engines.append  # Celery calls it for each engine that it makes
+engines = []  # those of the parent as well
+app.conf.database_engine_callback = lambda engine: engines.append((os.getpid(), engine))
 
 @app.task
 def pools():
     "What the results of this child go through, once it has had one."
-    return [[os.getpid(), type(engine.pool).__name__, engine.pool.size()] for engine in engines[-1:]]
+    own = [engine.pool for pid, engine in engines if pid == os.getpid()]
+    return [[os.getpid(), type(pool).__name__, pool.size()] for pool in own]
 """
 ASK = """
 import json
@@ -98,7 +99,7 @@ from results_app import engines, pools
 orders = [take_order.delay(f"article {n}") for n in range(10)]
 numbers = [order.get(timeout=60)[0] for order in orders]
 told = [pool for result in [pools.delay() for _ in range(10)] for pool in result.get(timeout=60)]
-print(json.dumps([numbers, told, {type(engine.pool).__name__ for engine in engines}.pop()]))
+print(json.dumps([numbers, told, {type(engine.pool).__name__ for _, engine in engines}.pop()]))
 """
 
 
