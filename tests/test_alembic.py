@@ -487,6 +487,7 @@ def test_a_migration_outside_a_transaction_returns_the_connection_as_it_was(
     migrations.dispose()
 
 
+@pytest.mark.slow
 @ABANDONS
 def test_two_databases_have_a_budget_each(
     tmp_path: Path, application: Callable[..., Engine], pg_url: str, second_url: str
@@ -509,6 +510,7 @@ def test_two_databases_have_a_budget_each(
     assert held(shop) == held(archive) == 0
 
 
+@pytest.mark.slow
 @ABANDONS
 def test_two_names_of_one_database_need_two_connections(
     tmp_path: Path, application: Callable[..., Engine], pg_url: str

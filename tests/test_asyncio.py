@@ -597,6 +597,7 @@ def test_a_nested_checkout_is_told_as_such(make: Make) -> None:
     assert (found.kind, "has started tasks" in found.cause) == ("nested-checkout", True)
 
 
+@pytest.mark.slow
 def test_tasks_that_wait_for_each_other_are_reported(make: Make) -> None:
     """A deadlock of two tasks in one thread."""
 
@@ -641,6 +642,7 @@ def test_a_connection_that_nobody_returns_is_closed_by_the_collector(
 # -- what is promised in docs/ ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_dead_connections_are_replaced_without_an_error(
     make: Make, pg_url: str, pg_observer: Observer
 ) -> None:

@@ -440,6 +440,7 @@ def test_a_program_ends_clean(pg_url: str, driver: str, how: str) -> None:
 # -- cancellation ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_cancelled_statements_that_end_meanwhile_are_closed_silently(pg_url: str) -> None:
     """asyncpg connects to the server to cancel a statement; the close does not stop that halfway."""
     tasks = create_async_engine(url_of(pg_url, "asyncpg"), poolclass=QueriesPool, max_size=8)

@@ -545,6 +545,7 @@ def test_what_is_right_is_left_alone(audits: int, eventually: Eventually) -> Non
     out.close()
 
 
+@pytest.mark.slow
 def test_what_is_under_way_is_given_time(eventually: Eventually) -> None:
     """A close that the worker has before it looks like one that got lost only to who does not wait for it."""
     scene = Scene()
@@ -617,6 +618,7 @@ class Load:
             PoolManager.lock(self._pid, handle, Session())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "switches", [None, pytest.param(1e-6, marks=pytest.mark.exhaustive)], ids=["as usual", "often"]
 )
@@ -646,6 +648,7 @@ def test_under_load_nothing_is_found(switches: float | None, eventually: Eventua
     eventually(lambda: len(driver.live) == shared.numbers.open, "sockets")
 
 
+@pytest.mark.slow
 def test_engines_that_come_and_go_are_no_finding(eventually: Eventually) -> None:
     """What an engine had idle goes with it, by a letter; until that is read nothing is wrong with it."""
     scene = Scene()

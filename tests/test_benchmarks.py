@@ -180,6 +180,7 @@ def test_a_bar_of_one_cell_has_the_spread_of_its_rounds(program: Any) -> None:
     assert (bar.label, bar.value, bar.least, bar.most, bar.less) == ("checkout", 0.5, 0.4, 1.1, True)
 
 
+@pytest.mark.slow
 def test_the_chart_names_its_bars(program: Any, tmp_path: Path) -> None:
     """The text of an SVG can be read and searched; the same figures make the same file."""
     pytest.importorskip("matplotlib")
@@ -423,6 +424,7 @@ def test_tasks_are_spread_over_the_sources_and_each_has_its_share(program: Any) 
     assert [(source.out, source.most) for source in sources] == [(0, 1), (0, 1)]
 
 
+@pytest.mark.slow
 def test_a_task_whose_checkout_timed_out_asks_again(program: Any) -> None:
     """It is counted, and is one wait with the next."""
 
@@ -478,6 +480,7 @@ def test_the_clock_stands_still_but_never_goes_back(program: Any) -> None:
     assert 0.0 < seen[-1] - seen[0] <= time.perf_counter() - begin
 
 
+@pytest.mark.slow
 def test_the_network_passes_on_refuses_and_holds(program: Any, pg_url: str) -> None:
     """From a process of its own, which ends with it."""
     url = make_url(pg_url)
@@ -636,6 +639,7 @@ class Erratic:
                     writer.write(f"HTTP/1.1 {fate}\r\nContent-Length: 2\r\n\r\nok".encode())
 
 
+@pytest.mark.slow
 def test_a_crowd_comes_whatever_becomes_of_it_and_gives_up(program: Any) -> None:
     """Each request counts for what came of it; those of the warm-up do not."""
     erratic = Erratic()

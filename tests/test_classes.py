@@ -391,6 +391,7 @@ def test_max_waiting_names_no_other_class(new: Any) -> None:
         pass
 
 
+@pytest.mark.slow
 def test_a_deadlock_within_a_ceiling_is_found_although_slots_are_free(new: Any) -> None:
     """Two jobs have one of two each, and each waits for another one."""
     engine = new(classes=WEB, caller="background", on_deadlock="raise", pool_timeout=20)

@@ -166,6 +166,7 @@ def test_the_first_cell_of_a_row_is_one_line() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_documentation_builds_without_a_warning(tmp_path: Path) -> None:
     """`sphinx-build -W` succeeds, and each page is there."""
     for module in ("sphinx", "furo", "myst_parser"):

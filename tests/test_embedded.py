@@ -581,10 +581,10 @@ def run_child(how: str, below: Path, uid: int = 0, gid: int = 0) -> tuple[int, i
 @pytest.mark.parametrize(
     ("how", "status"),
     [
-        ("exit", 0),
+        pytest.param("exit", 0, marks=pytest.mark.exhaustive),
         ("error", 3),
         ("fork and exit", 0),
-        ("SIGTERM", -signal.SIGTERM),
+        pytest.param("SIGTERM", -signal.SIGTERM, marks=pytest.mark.exhaustive),
         ("SIGKILL", -signal.SIGKILL),
     ],
 )

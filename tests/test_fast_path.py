@@ -228,16 +228,19 @@ def test_tracked_stacks_cost_a_frame_more_and_only_where_they_are_on() -> None:
 
 
 def test_nothing_accumulates_from_checkout_to_checkout() -> None:
-    """Ten thousand checkouts leave no more behind than a hundred: totals have a fixed size."""
+    """Ten thousand checkouts leave no more behind than a hundred: totals have a fixed size.
+
+    Other threads may allocate meanwhile; what accumulates does so each time.
+    """
     pool = new_pool(leak_after=1e6, track_stacks=True)
-    for _ in range(100):
-        pool.connect().close()
-    gc.collect()
-    before = sys.getallocatedblocks()
-    for _ in range(10_000):
-        pool.connect().close()
-    gc.collect()
-    assert sys.getallocatedblocks() - before < 200
+
+    def blocks_after(checkouts: int) -> int:
+        for _ in range(checkouts):
+            pool.connect().close()
+        gc.collect()
+        return sys.getallocatedblocks()
+
+    assert min(-blocks_after(100) + blocks_after(10_000) for _ in range(3)) < 200
 
 
 # -- what SQLAlchemy does, done in fewer steps -------------------------------------------------------------

@@ -581,6 +581,7 @@ def test_a_client_that_goes_away_in_a_stream_leaves_no_connection_out(
         assert len(site.ask("/notes/export")[1].splitlines()) == 2000
 
 
+@pytest.mark.slow
 def test_more_exports_than_their_bind_may_have_leave_the_rest_to_others(
     make_app: MakeApp, eventually: Eventually
 ) -> None:

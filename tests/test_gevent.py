@@ -84,6 +84,7 @@ engine.dispose()
 """
 
 
+@pytest.mark.slow
 def test_fifty_greenlets_on_five_connections_are_all_served_in_order(pg_url: str) -> None:
     """Nobody is two rounds ahead of another: those whose turn it is go on as the server answers them.
     Meanwhile the loop runs: another greenlet saw those who waited."""

@@ -86,6 +86,7 @@ def test_eight_busy_processes_share_twelve(host: Hosts, eventually: Eventually) 
     assert one.peak == 12
 
 
+@pytest.mark.slow
 def test_what_is_idle_goes_to_waiting_checkouts(host: Hosts, eventually: Eventually) -> None:
     """One process has used all; another gets all as soon as it wants them."""
     one = host(4)
@@ -126,7 +127,7 @@ def test_the_slots_of_one_that_is_killed_are_free(host: Hosts, eventually: Event
     workers = one.start(4)
     for worker in workers:
         worker.do("load", 4, 0.005)
-    for _ in range(6):
+    for _ in range(3):
         victim = draw.choice(workers)
         victim.kill()
         workers.remove(victim)
@@ -190,6 +191,7 @@ def test_the_largest_size_counts(host: Hosts, eventually: Eventually) -> None:
     eventually(lambda: small.do("state")["limit"] == 2)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork")
 def test_a_forked_child_has_leases_of_its_own(host: Hosts, eventually: Eventually) -> None:
     """The parent's stay, whatever the child does."""
@@ -207,6 +209,7 @@ def test_a_forked_child_has_leases_of_its_own(host: Hosts, eventually: Eventuall
     eventually(lambda: one.peak == 4, "all are seen, and never one more")
 
 
+@pytest.mark.slow
 def test_a_timeout_says_that_another_process_has_them(host: Hosts, eventually: Eventually) -> None:
     """With its process id, its program, and how many."""
     one = host(3)
@@ -225,6 +228,7 @@ def test_a_timeout_says_that_another_process_has_them(host: Hosts, eventually: E
     assert [(p["process"], p["leases"]) for p in found["processes"]] == [(second.pid, 1), (first.pid, 2)]
 
 
+@pytest.mark.slow
 def test_a_process_that_was_short_of_something_for_a_while_gets_its_connections_later(host: Hosts) -> None:
     """Its thread could not be started; the next checkout that waits starts it."""
     one = host(1)
@@ -375,6 +379,7 @@ def test_a_folder_that_is_gone_is_no_error_of_engines_made_later(
     other.dispose()
 
 
+@pytest.mark.slow
 def test_a_folder_that_stays_away_is_no_flood_in_the_log(
     pg_url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -486,6 +491,7 @@ def test_what_is_kept_open_and_what_is_set_by_hand(
     engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="others have no inotify")
 def test_an_idle_process_sleeps_until_something_happens(
     pg_url: str, tmp_path: Path, eventually: Eventually
@@ -562,6 +568,7 @@ def test_leases_are_freed_when_they_are_of_no_use(
     eventually(lambda: "sqla_queries_pool host" not in {thread.name for thread in threading.enumerate()})
 
 
+@pytest.mark.slow
 def test_tasks_share_too(host: Hosts) -> None:
     """An asynchronous engine waits for another process without blocking its loop."""
     one = host(2)
@@ -636,6 +643,7 @@ def test_a_process_answers_the_command(
     engine.dispose()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_other_pools")
 def test_the_page_and_the_metrics_show_the_host(host: Hosts, eventually: Eventually) -> None:
     """Which process has how many."""

@@ -110,6 +110,7 @@ def host(pg_server: SessionServer, pg_observer: Observer, pg_url: str, tmp_path:
 # -- at the start ----------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_or_read_only_is_an_error_at_once(disk: Callable[[int], Disk]) -> None:
     """It says which folder, why, and what to do."""
     small = disk(5)  # two folders and two of four slots
@@ -148,6 +149,7 @@ with engine.connect():
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.getuid() != 0, reason="only root can become somebody else")
 def test_a_process_that_becomes_another_user_has_that_users_budget(pg_url: str) -> None:
     """As servers do that load the application as root, and then have their workers be somebody else."""

@@ -251,6 +251,7 @@ def test_no_lease_is_lost_or_doubled_whatever_happens(seed: int) -> None:
     assert len(survivor.member.leases) == host.budget
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(SEEDS))
 @pytest.mark.parametrize(("budget", "processes"), [(4, 8), (12, 8), (3, 3), (1, 4)])
 def test_nobody_waits_for_ever(budget: int, processes: int, seed: int) -> None:
@@ -265,6 +266,7 @@ def test_nobody_waits_for_ever(budget: int, processes: int, seed: int) -> None:
         assert all(p.served > before[p.name] for p in host.processes)
 
 
+@pytest.mark.slow
 def test_twelve_for_eight_busy_processes_are_shared_and_stay() -> None:
     """Each has one or two: Jain 0.9, and no connection moves any more."""
     host = Host(12, 1)
@@ -323,6 +325,7 @@ def test_one_that_starts_late_is_served_within_a_second() -> None:
     assert late.served > 0
 
 
+@pytest.mark.slow
 def test_more_processes_than_leases_take_turns() -> None:
     """Eight processes, four leases: each has its part, and few connections are opened for it."""
     host = Host(4, 6)

@@ -736,7 +736,7 @@ def test_an_interrupt_at_any_point_loses_nothing(
     if every:
         stride, skipped = len(KINDS), (KINDS.index(kind) + SEED) % len(KINDS)
     else:
-        stride, skipped = 8, random.randrange(8)
+        stride, skipped = 16, random.randrange(16)
     points, losses = sweep(scene, kind, stride, skipped)
     assert points * stride > 5, "hardly anything was interrupted"
     if every:

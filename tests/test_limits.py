@@ -211,6 +211,7 @@ def test_what_is_said(room: Room, size: int, count: int, shared: bool, words: st
     assert told is None if words is None else words in str(told)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems don't tell")
 def test_processes_of_one_program_are_counted() -> None:
     """Those that their parent has started in the same way; numbers make no difference."""

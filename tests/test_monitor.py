@@ -924,6 +924,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     return capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_terminal_shows_what_a_monitor_elsewhere_tells() -> None:
     """`--text --url --once`: label, numbers, holders and the last timeout of another process, this one."""
     pytest.importorskip("rich")

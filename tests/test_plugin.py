@@ -328,6 +328,7 @@ def test_an_ini_file_needs_the_url_alone(make: Any) -> None:
         engine.dispose()
 
 
+@pytest.mark.slow
 def test_an_environment_variable_configures_a_program_that_knows_nothing_of_it(
     pg_url: str, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def _what_leaked_goes(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     gc.collect()
 
 
+@pytest.mark.slow
 def test_two_hundred_leaks_are_named(pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each fails its own test, once, with the line that has checked the connection out."""
     inside.give_no_grace(monkeypatch)
