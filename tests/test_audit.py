@@ -21,7 +21,7 @@ from sqlalchemy.pool import PoolProxiedConnection
 
 from sqla_queries_pool import CheckoutTimeout, PoolManager, QueriesException, QueriesPool
 from sqla_queries_pool.budget import closing
-from sqla_queries_pool.budget.audit import COLLECTED, PROXY_GONE, Audit, Finding, check
+from sqla_queries_pool.budget.audit import COLLECTED, PROXY_GONE, UNDER_WAY, Audit, Finding, check
 from sqla_queries_pool.budget.audit import mend as audit_mend
 from sqla_queries_pool.budget.slots import CLOSING, GONE, HELD, LOCKED, OPENING, Permit
 from sqla_queries_pool.concurrency.threads import ThreadWaiter
@@ -646,6 +646,36 @@ def test_under_load_nothing_is_found(switches: float | None, eventually: Eventua
     gc.collect()
     assert_whole(load.pool, eventually)
     eventually(lambda: len(driver.live) == shared.numbers.open, "sockets")
+
+
+def test_what_a_collection_has_not_come_to_yet_is_no_finding(eventually: Eventually) -> None:
+    """It has cleared the weak reference to a record, and another callback, which comes first, takes long."""
+
+    class Node:
+        """In a cycle with others."""
+
+    scene, gate = Scene(), threading.Event()
+    nodes = [Node() for _ in range(2)]
+    record: Any = inside.do_get(scene.pool)
+    nodes += [Node()]
+    heard: list[bool] = []
+    refs = [weakref.ref(node, lambda _: heard.append(gate.wait(DEADLINE))) for node in nodes]
+    nodes[0].all, nodes[0].record = nodes, record  # type: ignore[attr-defined]
+    entry = record.slot.entry
+    del nodes, record
+    collecting = Thread(gc.collect)
+    eventually(lambda: entry() is None, "the weak reference is cleared")
+    upkeep = inside.upkeep(scene.shared)
+    for _ in range(3):
+        assert upkeep.mend()
+        threading.Event().wait(2 * UNDER_WAY)
+    assert scene.shared.audit().mended == ()
+    assert heard == []
+    gate.set()
+    collecting.join()
+    assert len(heard) == len(refs)
+    assert scene.shared.audit().mended == ()
+    scene.assert_right(eventually)
 
 
 @pytest.mark.slow

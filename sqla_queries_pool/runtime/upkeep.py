@@ -148,8 +148,8 @@ class Upkeep:
         """
         section, begin = self._section, time.monotonic()
         found, now = section.decide(self._findings), time.monotonic()
-        if now - Upkeep.abandoned_at < COLLECTED and found:
-            return True  # the collector may still come to tell of them, one after the other
+        if found and (now - Upkeep.abandoned_at < COLLECTED or _collector_is_at_work()):
+            return True  # it may still come to tell of them
         self._look_at = now + LOOKS_COST * (now - begin)
         self._suspects = {finding: self._suspects.get(finding, now) for finding in found}
         sure = [finding for finding, since in self._suspects.items() if now - since >= finding.patience]
@@ -195,3 +195,22 @@ class Upkeep:
         letters: list[tuple[Any, tuple[Any, ...]]] = list(self._section.inbox.copy())
         heard_of = {id(argument) for _, arguments in letters for argument in arguments}
         return [finding for finding in found if id(finding.slot) not in heard_of]
+
+
+def _collector_is_at_work() -> bool:
+    """Is a collection under way, in any thread?
+
+    It clears all weak references to what it has found, and then calls their callbacks, one after the other.
+    A collection that is asked for meanwhile does not begin.
+    """
+    begun: list[str] = []
+
+    def hear(phase: str, _: object) -> None:
+        begun.append(phase)
+
+    gc.callbacks.append(hear)
+    try:
+        gc.collect(0)
+    finally:
+        gc.callbacks.remove(hear)
+    return not begun
