@@ -7,8 +7,9 @@ import itertools
 import os
 import signal
 import sys
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,22 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             items[:] = [item for item in items if not item.get_closest_marker("exhaustive")]
     tests = Counter(item.path for item in items)
     items.sort(key=lambda item: (item.path.stem not in LONGEST, -tests[item.path]))
+
+
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Function) -> Generator[None, object, object]:
+    """Connections that a test has left to a driver's destructor complain here, and not in another test.
+
+    Until here pytest keeps what it has of the test: its fixtures, and an error that was expected.
+    """
+    result = yield
+    if vars(item.module).get("LEAVES_TO_DESTRUCTORS"):
+        for name in ("last_type", "last_value", "last_traceback", "last_exc"):
+            vars(sys).pop(name, None)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+    return result
 
 
 def pytest_collection_finish() -> None:

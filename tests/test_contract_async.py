@@ -50,23 +50,8 @@ __all__ = ["nothing_logged"]
 pytestmark = pytest.mark.slow
 
 
-@pytest.fixture(autouse=True)
-def _collected() -> Iterator[None]:
-    """Connections that a pool has left to psycopg's destructor complain here, and not in another test.
-
-    A test that has failed, as expected, keeps them until the next one begins.
-    """
-    _collect_silently()
-    yield
-    _collect_silently()
-
-
-def _collect_silently() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ResourceWarning)
-        gc.collect()
-
-
+LEAVES_TO_DESTRUCTORS = True
+"""AsyncAdaptedQueuePool does, and psycopg's complain; see conftest.py."""
 ALWAYS, NEVER = (99,), (0,)
 MENDED = (2, 0, 55)
 
